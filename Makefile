@@ -1,0 +1,56 @@
+# Every target does its own set-up: a virtual environment in .venv, torch constrained by constraints.txt.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+EXTRAS := dev,demo,docs
+CACHE  := .cache
+# The peers are measured side by side; each lives in its own folder, never in the environment.
+PEERS  := $(CACHE)/peers
+
+.PHONY: help demo demo-quick test check format docs bench peers clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "-- setting up $(VENV) (the first run takes a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## train four losses on real data: table, plots, JSON (under 4 minutes)
+	$(BIN)/python -m demo
+
+demo-quick: $(VENV)/.installed  ## the same in its quick form (under 40 seconds)
+	$(BIN)/python -m demo --quick
+
+test: $(VENV)/.installed  ## run the tests and the docstring examples
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed  ## formatting, lint and strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## put the formatting right
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+$(PEERS)/.installed:
+	@echo "-- fetching the peers into $(PEERS)"
+	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/predecessor imbalanced-losses==0.6.0
+	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/pytorch-metric-learning pytorch-metric-learning==2.9.0
+	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/libauc libauc==2.0.1
+	@touch $@
+
+peers: $(VENV)/.installed $(PEERS)/.installed  ## fetch the peers that benchmarks compare with
+
+bench: peers  ## measure memory beside the peers, into benchmarks/results/
+	$(BIN)/python -m benchmarks.memory
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) $(CACHE) site dist demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,301 @@
+"""What every ranking loss shares: the constructor, the row pipeline, the state."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from imbalanced_losses import _checks
+from imbalanced_losses._gather import gather, world_size
+from imbalanced_losses._pool import Pool, Problems
+from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
+from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
+from imbalanced_losses._subsample import quota_indices, strata_of
+from imbalanced_losses.functional import score_spread
+
+TemperatureUnit = Literal["score", "spread"]
+
+
+class PerClass(NamedTuple):
+    """What a ranking loss makes of C problems."""
+
+    losses: Tensor  # [C], any finite value where not valid
+    valid: Tensor  # [C] bool
+
+
+class _QueuedRankingLoss(nn.Module):
+    """Base of the ranking losses: rows in, one loss out.
+
+    One forward pass is: check → gather over ranks → extend by the queue's rows → drop ignored rows
+    → cap → per-class losses → push the live batch → reduce. A subclass implements `_per_class`.
+    """
+
+    #: Compare the values of targets and sample_weight with what is allowed; reads one bool back
+    #: from the device in each forward pass. Shapes and dtypes are checked in any case.
+    check_values: bool = True
+    #: Selects the stream of draws of `max_pool_size`, together with the number of draws made.
+    sampling_seed: int = 0
+
+    def __init__(
+        self,
+        num_classes: int,
+        queue_size: int = 1024,
+        temperature: float = 0.01,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        update_queue_in_eval: bool = False,
+        gather_distributed: bool | None = None,
+        max_pool_size: int | None = None,
+        *,
+        multilabel: bool = False,
+        temperature_unit: TemperatureUnit = "score",
+        queue_follows_shift: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
+        self.queue_size = _checks.integer("queue_size", queue_size, minimum=0)
+        self.temperature = temperature
+        self.reduction: Reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        self.multilabel = _checks.boolean("multilabel", multilabel)
+        self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
+        self.update_queue_in_eval = _checks.boolean("update_queue_in_eval", update_queue_in_eval)
+        if gather_distributed is not None:
+            _checks.boolean("gather_distributed", gather_distributed)
+        self.gather_distributed = gather_distributed
+        if max_pool_size is not None:
+            _checks.integer("max_pool_size", max_pool_size, minimum=2)
+        self.max_pool_size = max_pool_size
+        self.temperature_unit: TemperatureUnit = _checks.choice(
+            "temperature_unit", temperature_unit, _checks.TEMPERATURE_UNITS
+        )
+        self.queue_follows_shift = _checks.boolean("queue_follows_shift", queue_follows_shift)
+        self._queue = MemoryQueue(
+            self.queue_size, self.num_classes, self.ignore_index, self.multilabel
+        )
+        self._num_steps = 0  # training-mode forward passes, the counter of the draws
+        self._last_targets: Tensor | None = None  # of the last batch remembered
+
+    @property
+    def temperature(self) -> float:
+        """τ, in units of `temperature_unit`; can be assigned between steps."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = _checks.temperature(value)
+
+    def reset_queue(self) -> None:
+        """Empty the queue."""
+        self._queue.reset()
+
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        return_per_class: Literal[False] = False,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        return_per_class: Literal[True],
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        return_per_class: bool = False,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The loss of a batch, ranked together with the rows in the queue.
+
+        Args:
+            logits: [N, C] floating; float16 and bfloat16 are computed in float32.
+            targets: [N] integers (any dtype, bool, or floats with integral values) in {0..C-1},
+                {0, 1} for one class, or ignore_index; [N, 1] is taken for one class. With
+                multilabel=True [N, C] in {0, 1, ignore_index}.
+            return_per_class: also return the loss of each class.
+            sample_weight: [N], finite and ≥ 0: how many rows each row stands for, in the sense of
+                scikit-learn's `average_precision_score`. 0 is the same as leaving the row out.
+
+        Returns:
+            loss: [] float32 (float64 for float64 logits), [C] for reduction="none". Exactly 0,
+                attached to the graph, when no class is valid.
+            per_class: [C], NaN at classes without a positive or without a negative in the pool.
+                Only with return_per_class=True.
+            valid: [C] bool, False at those classes. Only with return_per_class=True.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit. Nothing has changed then.
+        """
+        batch = self._checked(logits, targets, sample_weight)
+        if self._gathers():
+            batch = gather(batch)
+        self._queue.fit(batch)
+        again = self._is_recomputed(batch)
+        with torch.autocast(logits.device.type, enabled=False):
+            pool = self._capped(self._present(self._extended(batch, again)), again)
+            losses, valid = self._per_class(pool.problems(self.ignore_index))
+        if not again:
+            self._remember(batch)
+        loss = reduce_valid(losses, valid, self.reduction)
+        return (loss, mark_invalid(losses, valid), valid) if return_per_class else loss
+
+    def _per_class(self, problems: Problems) -> PerClass:
+        """The loss [C] of each ranking problem, and where it means something [C]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _per_class")
+
+    def _effective_temperature(self, problems: Problems) -> float | Tensor:
+        """τ in units of the scores: one for all problems, or [C]."""
+        if self.temperature_unit == "score":
+            return self.temperature
+        return self.temperature * score_spread(problems.scores, problems.weights)
+
+    def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
+        """The arguments of forward as rows: float32 or float64, int64, weights."""
+        logits = _checks.logits(logits, self.num_classes)
+        targets = _checks.targets(targets, logits, self.multilabel)
+        if sample_weight is not None:
+            sample_weight = _checks.sample_weight(sample_weight, logits)
+        if self.check_values:
+            num_labels = 2 if self.multilabel or self.num_classes == 1 else self.num_classes
+            _checks.row_values(targets, sample_weight, num_labels, self.ignore_index)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = logits.new_ones(len(logits)) if sample_weight is None else sample_weight.detach()
+        return Pool(logits, targets.detach().to(torch.int64), weights.to(logits.dtype))
+
+    def _gathers(self) -> bool:
+        """Whether this forward pass is a collective one; asked every time, never remembered."""
+        wanted = self.training if self.gather_distributed is None else self.gather_distributed
+        return wanted and world_size() > 1
+
+    def _updates_queue(self) -> bool:
+        return self.training or self.update_queue_in_eval
+
+    def _is_recomputed(self, batch: Pool) -> bool:
+        """Whether the last forward pass is being computed again, by activation checkpointing.
+
+        Only that happens inside a backward pass. The queue and the draw of the first time are
+        used then, and nothing is remembered twice.
+        """
+        if not self._updates_queue() or torch._C._current_graph_task_id() == -1:
+            return False
+        if self._last_targets is None or not torch.equal(self._last_targets, batch.targets):
+            raise RuntimeError(
+                "a forward pass of the loss is being recomputed (activation checkpointing) after "
+                "another one: call backward before the next forward, or keep the loss outside "
+                "the checkpointed function"
+            )
+        return True
+
+    def _extended(self, batch: Pool, again: bool) -> Pool:
+        """The batch, then the rows of the queue."""
+        if self.queue_size == 0:
+            return batch
+        rows = self._queue.rows_before_last_push() if again else self._queue.rows()
+        if self.queue_follows_shift:
+            shift = _zero_with_gradient_of_mean(batch, self.ignore_index)
+            rows = rows._replace(logits=rows.logits + shift)
+        return batch.extend(rows)
+
+    def _present(self, pool: Pool) -> Pool:
+        """The pool without ignored rows and free slots.
+
+        Off the CPU that would wait for the device; there their weight of zero does the same.
+        """
+        if pool.logits.device.type != "cpu" and self.max_pool_size is None:
+            return pool
+        return pool.select(pool.is_present(self.ignore_index))
+
+    def _capped(self, pool: Pool, again: bool) -> Pool:
+        """At most max_pool_size rows, each weighted by one over its chance of being drawn."""
+        limit = self.max_pool_size
+        if limit is None or not self.training or len(pool.targets) <= limit:
+            return pool
+        step = self._num_steps - 1 if again else self._num_steps
+        sample = quota_indices(strata_of(pool.targets), limit, self.sampling_seed, step)
+        drawn = pool.select(sample.rows)
+        return drawn._replace(weights=drawn.weights * sample.weights.to(drawn.weights.dtype))
+
+    def _remember(self, batch: Pool) -> None:
+        """The one change of state of a forward pass."""
+        if not self._updates_queue():
+            return
+        self._queue.push(batch)
+        self._num_steps += self.training
+        self._last_targets = batch.targets
+
+    def extra_repr(self) -> str:
+        named = ("num_classes", "queue_size", "temperature", "reduction", "multilabel")
+        rest = {
+            "ignore_index": -100,
+            "update_queue_in_eval": False,
+            "gather_distributed": None,
+            "max_pool_size": None,
+            "temperature_unit": "score",
+            "queue_follows_shift": False,
+        }
+        names = [
+            *named,
+            *(name for name, default in rest.items() if getattr(self, name) != default),
+        ]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "temperature"] = torch.tensor(self._temperature, dtype=torch.float64)
+        destination[prefix + "num_steps"] = torch.tensor(self._num_steps)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state_dict = dict(state_dict)
+        temperature = state_dict.pop(prefix + "temperature", None)
+        num_steps = state_dict.pop(prefix + "num_steps", None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self._queue.mismatch(state_dict, prefix + "_queue.") is not None:
+            return  # the queue reports it; nothing of such a checkpoint is taken
+        if temperature is not None and num_steps is not None:
+            try:
+                self.temperature = float(temperature)
+                self._num_steps = int(num_steps)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}temperature: {error}")
+        elif strict and not is_saved_by_predecessor(state_dict, prefix + "_queue."):
+            missing_keys += [prefix + "temperature", prefix + "num_steps"]
+        self._last_targets = None
+
+
+def _zero_with_gradient_of_mean(batch: Pool, ignore_index: int) -> Tensor:
+    """[C] zeros whose gradient is that of each class's mean live score.
+
+    AP does not change when all scores move together, but rows of the queue are detached and would
+    stay behind; added to them, this lets them move along in the gradient alone.
+    """
+    usable = (batch.problems(ignore_index).weights > 0).T & batch.logits.isfinite()  # [N, C]
+    total = torch.where(usable, batch.logits, 0.0).double().sum(0)
+    mean = total / usable.sum(0).clamp(min=1)
+    return (mean - mean.detach()).to(batch.logits.dtype)

@@ -1,0 +1,77 @@
+"""One primitive under every ranking loss: weighted sums of sigmoids, differentiable to any order.
+
+    sigmoid_sums(queries [Q], problem [Q], sources [C, M], weights [C, M, K], temperature) -> [Q, K]
+    out[q, k] = Σ_m weights[c, m, k] · σ((sources[c, m] − queries[q]) / τ_c),   c = problem[q]
+
+A soft rank is such a sum, and so every ranking loss is arithmetic around this one call. The C
+problems (classes, lists) are independent; queries are ragged and addressed by `problem`, so there
+is neither a loop over classes nor padding.
+
+Letters, here and in every backend:
+    M  sources of a problem (pool rows)      Q  queries over all problems (positives)
+    C  problems (classes)                    K  weight columns summed at once
+    x  (source − query) / τ                  φₙ the n-th derivative of σ; φ₀ = σ
+
+Three layers, each in a file of its own: *choose* a backend (here), *differentiate* (`_autograd`),
+*compute* (`_dense`: the definition, tiled). A backend is a plan, built once for the geometry
+(queries, problem, sources, temperature) and asked for Φₙ·weights and Φₙᵀ·cotangent, where
+Φₙ[q, m] = φₙ(x): see `_plan.Plan`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from imbalanced_losses._engine._autograd import differentiable_sums
+from imbalanced_losses._engine._dense import DensePlan
+
+Backend = Literal["auto", "dense"]
+BACKENDS: tuple[str, ...] = ("auto", "dense")
+
+
+def sigmoid_sums(
+    queries: Tensor,
+    problem: Tensor,
+    sources: Tensor,
+    weights: Tensor,
+    temperature: float | Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Weighted sums of sigmoids of score differences, one per query and weight column.
+
+    Definition: out[q, k] = Σ_m weights[c, m, k] · σ((sources[c, m] − queries[q]) / τ_c)
+    with c = problem[q].
+
+    Differentiable to any order in queries, sources, weights and temperature. Inputs are trusted:
+    finite scores (or NaN, which propagates), matching shapes, one floating dtype.
+
+    Args:
+        queries: [Q] float32 or float64, the scores whose ranks are asked for.
+        problem: [Q] int64 in [0, C), the problem that each query belongs to.
+        sources: [C, M], the scores that queries are compared with; same dtype as queries.
+        weights: [C, M, K], the weight of each source in each of K sums.
+        temperature: τ > 0 in units of the scores; a float, or a tensor [C] with one τ a problem.
+        backend: "auto" chooses; "dense" is the definition, O(Q·M) time and O(M) memory.
+
+    Returns:
+        [Q, K], in [0, Σ_m weights[c, m, k]] for weights ≥ 0; [0, K] when there are no queries.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> sums = sigmoid_sums(
+        ...     scores[0], torch.zeros(3, dtype=torch.int64), scores, torch.ones(1, 3, 1), 0.01
+        ... )
+        >>> (0.5 + sums).flatten()  # the ranks 1, 2, 3: a score is half above itself
+        tensor([1., 2., 3.])
+    """
+    del backend  # one backend so far: every name means the dense one
+    plan = DensePlan(queries.detach(), problem, sources.detach(), _detached(temperature))
+    return differentiable_sums(plan, queries, sources, temperature, weights)
+
+
+def _detached(temperature: float | Tensor) -> float | Tensor:
+    return temperature.detach() if isinstance(temperature, Tensor) else temperature

@@ -1,0 +1,158 @@
+"""Derivatives of the sums, for any backend.
+
+Forward sums A = Φₙ·W and transposed sums B = Φₙᵀ·G are the two halves of one scalar
+
+    F = ⟨G, Φₙ·W⟩ = Σ_q Σ_m Σ_k G[q, k] · φₙ((sources[m] − queries[q]) / τ) · W[m, k]
+
+whose gradients are again such sums, one order up:
+
+    ∂F/∂G = Φₙ·W                            ∂F/∂W = Φₙᵀ·G
+    ∂F/∂query[q]  = −1/τ · Σ_k G[q, k] · (Φₙ₊₁·W)[q, k]
+    ∂F/∂source[m] = +1/τ · Σ_k W[m, k] · (Φₙ₊₁ᵀ·G)[m, k]
+    ∂F/∂τ         = −1/τ · (Σ_m source[m] · ∂F/∂source[m] + Σ_q query[q] · ∂F/∂query[q])
+
+The last line is Euler's identity: F depends on scores and τ only through their quotient. So the
+family is closed, each Function's backward is written in terms of the two Functions, and
+derivatives of every order follow. Forward-mode differentiation is not provided.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._engine._plan import Plan
+
+
+def differentiable_sums(
+    plan: Plan, queries: Tensor, sources: Tensor, temperature: float | Tensor, weights: Tensor
+) -> Tensor:
+    """Φ₀·weights [Q, K], attached to queries, sources, temperature and weights."""
+    out: Tensor = _Sums.apply(queries, sources, temperature, weights, 0, plan)
+    return out
+
+
+class _Sums(torch.autograd.Function):
+    """weights [C, M, K] -> Φₙ·weights [Q, K]."""
+
+    @staticmethod
+    def forward(
+        queries: Tensor,
+        sources: Tensor,
+        temperature: float | Tensor,
+        weights: Tensor,
+        order: int,
+        plan: Plan,
+    ) -> Tensor:
+        return plan.sums(order, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, (cotangent,) = ctx.saved_tensors[-1], grads
+        geometry_grads = _geometry_gradients(ctx, weights, cotangent)
+        weights_grad = None
+        if ctx.needs_input_grad[3]:
+            weights_grad = _TransposedSums.apply(*_geometry(ctx), cotangent, ctx.order, ctx.plan)
+        return (*geometry_grads, weights_grad, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return _batched_columns(_Sums, info, in_dims, inputs)
+
+
+class _TransposedSums(torch.autograd.Function):
+    """cotangent [Q, K] -> Φₙᵀ·cotangent [C, M, K]."""
+
+    @staticmethod
+    def forward(
+        queries: Tensor,
+        sources: Tensor,
+        temperature: float | Tensor,
+        cotangent: Tensor,
+        order: int,
+        plan: Plan,
+    ) -> Tensor:
+        return plan.transposed_sums(order, cotangent)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cotangent, (weights,) = ctx.saved_tensors[-1], grads
+        geometry_grads = _geometry_gradients(ctx, weights, cotangent)
+        cotangent_grad = None
+        if ctx.needs_input_grad[3]:
+            cotangent_grad = _Sums.apply(*_geometry(ctx), weights, ctx.order, ctx.plan)
+        return (*geometry_grads, cotangent_grad, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return _batched_columns(_TransposedSums, info, in_dims, inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    queries, sources, temperature, columns, order, plan = inputs
+    ctx.order, ctx.plan = order, plan
+    ctx.fixed_temperature = None if isinstance(temperature, Tensor) else temperature
+    tensors = (queries, sources, temperature, columns)
+    ctx.save_for_backward(*(t for t in tensors if isinstance(t, Tensor)))
+
+
+def _geometry(ctx: Any) -> tuple[Tensor, Tensor, float | Tensor]:
+    queries, sources, *rest = ctx.saved_tensors
+    return queries, sources, rest[0] if ctx.fixed_temperature is None else ctx.fixed_temperature
+
+
+def _geometry_gradients(
+    ctx: Any, weights: Tensor, cotangent: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of F = ⟨cotangent, Φₙ·weights⟩ in queries [Q], sources [C, M], temperature [C]."""
+    if not any(ctx.needs_input_grad[:3]):
+        return None, None, None
+    queries, sources, temperature = _geometry(ctx)
+    order, plan = ctx.order + 1, ctx.plan
+    if torch.is_grad_enabled():
+        at_queries = _Sums.apply(queries, sources, temperature, weights, order, plan)
+        at_sources = _TransposedSums.apply(queries, sources, temperature, cotangent, order, plan)
+    else:
+        at_queries, at_sources = plan.both_sums(order, weights, cotangent)
+
+    queries_grad = -(cotangent * at_queries).sum(-1)  # [Q]
+    sources_grad = (weights * at_sources).sum(-1)  # [C, M]
+    if not isinstance(temperature, Tensor):
+        return queries_grad / temperature, sources_grad / temperature, None
+
+    problem = plan.problem
+    queries_grad = queries_grad / temperature[problem]
+    sources_grad = sources_grad / temperature[:, None]
+    if not ctx.needs_input_grad[2]:
+        return queries_grad, sources_grad, None
+    # Gradients of a problem sum to zero, so any origin will do; the mean keeps the products small.
+    origin = sources.detach().mean(dim=1)  # [C]
+    moments = ((sources - origin[:, None]) * sources_grad).sum(-1)  # [C]
+    moments = moments.index_add(0, problem, (queries - origin[problem]) * queries_grad)
+    return queries_grad, sources_grad, -moments / temperature
+
+
+def _batched_columns(
+    function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+) -> tuple[Tensor, int]:
+    """Run a Function under vmap over its last tensor by making the batch more weight columns."""
+    *geometry, columns, order, plan = inputs
+    if any(dim is not None for dim in in_dims[:3]):
+        raise NotImplementedError(
+            "vmap over the scores or the temperature of sigmoid_sums is not supported: "
+            "stack the problems along its dimension C instead"
+        )
+    batch = info.batch_size
+    columns = columns.movedim(in_dims[3], -1)  # [..., K, B]
+    out = function.apply(*geometry, columns.flatten(-2), order, plan)  # [..., K·B]
+    return out.unflatten(-1, (-1, batch)), out.dim()
