@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from imbalanced_losses import _checks
-from imbalanced_losses._engine import BACKENDS, Backend, sigmoid_sums
+from imbalanced_losses._engine import BACKENDS, Backend, rank_plan, sigmoid_sums
 
 __all__ = ["Backend", "SmoothAP", "score_spread", "smooth_ap"]
 
@@ -121,6 +121,15 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     return spread.to(_compute_dtype(scores))
 
 
+class _Positives(NamedTuple):
+    """The rows whose precision is averaged, and how."""
+
+    problem: Tensor  # [Q] class of each positive of a valid class, ascending
+    row: Tensor  # [Q]
+    weight: Tensor | float  # [Q] its ω, or 1
+    share: Tensor  # [Q] ω over the class's sum: precisions are averaged with these
+
+
 def _smooth_ap(
     scores: Tensor,
     is_positive: Tensor,
@@ -131,32 +140,129 @@ def _smooth_ap(
     """The definition for [C, M] problems; weights [C, M] or None for 1 everywhere."""
     dtype = _compute_dtype(scores)
     scores = scores.to(dtype)
-    if weights is None:
-        weights = scores.new_ones(()).expand(scores.shape)
-    else:
+    if weights is not None:
         weights = _unit_weights(weights.detach(), dtype)
         scores = torch.where(weights > 0, scores, 0.0)  # a row left out may hold NaN
     # Two infinities tie instead of differing by NaN, and no difference overflows.
     largest = torch.finfo(dtype).max / 2
     scores = scores.clamp(-largest, largest)
+    # Below this a gradient, which goes with 1/τ, could overflow.
+    smallest = torch.finfo(dtype).tiny ** 0.5
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(dtype).expand(len(scores))
+        temperature = temperature.to(dtype).clamp(min=smallest).expand(len(scores))
+    else:
+        temperature = max(temperature, smallest)
 
-    positive_weights = weights * is_positive  # [C, M]
-    positive_mass = positive_weights.sum(1)
-    valid = (positive_mass > 0) & (weights > positive_weights).any(1)  # [C]
-
-    problem, row = ((positive_weights > 0) & valid[:, None]).nonzero(as_tuple=True)  # [Q]
-    queries = scores[problem, row]
-    query_weights = weights[problem, row]
-    columns = torch.stack((weights, positive_weights), dim=-1)  # [C, M, 2]
-    sums = sigmoid_sums(queries, problem, scores, columns, temperature, backend=backend)
-    ranks = sums + 0.5 * query_weights[:, None]  # [Q, 2]: among all, among the positives
-    precision = ranks[:, 1] / ranks[:, 0]
-
-    share = query_weights / positive_mass[problem]
-    ap = precision.new_zeros(len(scores)).index_add(0, problem, share * precision)
+    positive_weights = is_positive.to(dtype) if weights is None else weights * is_positive
+    positives, valid = _positives(positive_weights, weights)
+    if torch._C._are_functorch_transforms_active():
+        problem = (positives, weights, positive_weights, backend)
+        return SmoothAP(_differentiable_ap(scores, temperature, *problem), valid)
+    ap: Tensor = _SmoothAP.apply(scores, temperature, positives, weights, positive_weights, backend)
     return SmoothAP(ap, valid)
+
+
+def _positives(positive_weights: Tensor, weights: Tensor | None) -> tuple[_Positives, Tensor]:
+    """The positives of the classes that also have a negative, and which classes those are [C]."""
+    mass = positive_weights.sum(1)
+    if weights is None:
+        valid = (mass > 0) & (mass < positive_weights.shape[1])
+    else:
+        valid = (mass > 0) & (weights > positive_weights).any(1)
+    problem, row = (positive_weights * valid[:, None]).nonzero(as_tuple=True)
+    weight = 1.0 if weights is None else weights[problem, row]
+    return _Positives(problem, row, weight, weight / mass[problem]), valid
+
+
+def _differentiable_ap(
+    scores: Tensor,
+    temperature: float | Tensor,
+    positives: _Positives,
+    weights: Tensor | None,
+    positive_weights: Tensor,
+    backend: Backend,
+) -> Tensor:
+    """AP [C] by `sigmoid_sums`: slower than `_SmoothAP`, with derivatives of every order."""
+    problem, row, weight, share = positives
+    ones = torch.ones_like(positive_weights)
+    columns = torch.stack((ones if weights is None else weights, positive_weights), dim=-1)
+    sums = sigmoid_sums(
+        scores[problem, row], problem, scores, columns, temperature, backend=backend
+    )
+    among_all, among_positives = (sums + _half(weight)).unbind(1)
+    precision = among_positives / among_all
+    return precision.new_zeros(len(scores)).index_add(0, problem, share * precision)
+
+
+class _SmoothAP(torch.autograd.Function):
+    """AP [C] of scores [C, M], its gradient taken in the forward pass, from the same sums.
+
+    AP of a class depends on the scores of that class alone, so the gradient is a [C, M] tensor that
+    backward only has to scale. Where backward itself is to be differentiated, it takes the route
+    of `_differentiable_ap` instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        temperature: float | Tensor,
+        positives: _Positives,
+        weights: Tensor | None,
+        positive_weights: Tensor,
+        backend: Backend,
+    ) -> Tensor:
+        problem, row, weight, share = positives
+        plan = rank_plan(
+            scores, problem, row, weights, positive_weights, temperature, backend=backend
+        )
+        among_all, among_positives = plan.sums().add_(_half(weight)).unbind(1)  # [Q]
+        precision = among_positives / among_all
+        ap = scores.new_zeros(len(scores)).index_add_(0, problem, share * precision)
+        if not any(ctx.needs_input_grad):
+            return ap
+
+        per_rank = share / among_all
+        slopes = plan.gradient(torch.stack((-per_rank * precision, per_rank), dim=1))  # [C, M]
+        ctx.inputs = (positives, weights, positive_weights, backend)
+        ctx.fixed_temperature = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(
+            scores, slopes, *([temperature] if isinstance(temperature, Tensor) else [])
+        )
+        return ap
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scores, slopes, *rest = ctx.saved_tensors
+        temperature = rest[0] if ctx.fixed_temperature is None else ctx.fixed_temperature
+        if torch.is_grad_enabled():
+            found = _twice_differentiable_gradient(ctx, scores, temperature, grads[0])
+            return (*found, None, None, None, None)
+        by_temperature = None
+        if ctx.needs_input_grad[1]:
+            # Euler: AP depends on scores and τ only through their quotient. Slopes sum to zero, so
+            # any origin will do; the mean keeps the products small.
+            centred = scores - scores.mean(1, keepdim=True)
+            by_temperature = -grads[0] * (centred * slopes).sum(1) / temperature
+        return grads[0][:, None] * slopes, by_temperature, None, None, None, None
+
+
+def _twice_differentiable_gradient(
+    ctx: Any, scores: Tensor, temperature: float | Tensor, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient in scores and temperature as a function that autograd can go through."""
+    ap = _differentiable_ap(scores, temperature, *ctx.inputs)
+    by_scores = by_temperature = None
+    if ctx.needs_input_grad[0]:
+        (by_scores,) = torch.autograd.grad(ap, scores, grad, create_graph=True)
+    if isinstance(temperature, Tensor) and ctx.needs_input_grad[1]:
+        (by_temperature,) = torch.autograd.grad(ap, temperature, grad, create_graph=True)
+    return by_scores, by_temperature
+
+
+def _half(weight: Tensor | float) -> Tensor | float:
+    """The ½ω of a rank, for sums [Q, 2]."""
+    return 0.5 * weight[:, None] if isinstance(weight, Tensor) else 0.5 * weight
 
 
 def _unit_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,8 @@ Letters, here and in every backend:
 Three layers, each in a file of its own: *choose* a backend (here), *differentiate* (`_autograd`),
 *compute* (`_dense`: the definition, tiled). A backend is a plan, built once for the geometry
 (queries, problem, sources, temperature) and asked for Φₙ·weights and Φₙᵀ·cotangent, where
-Φₙ[q, m] = φₙ(x): see `_plan.Plan`.
+Φₙ[q, m] = φₙ(x); and a second, leaner plan for what training needs: soft ranks and their first
+derivative. `_plan` has both contracts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Literal
 from torch import Tensor
 
 from imbalanced_losses._engine._autograd import differentiable_sums
-from imbalanced_losses._engine._dense import DensePlan
+from imbalanced_losses._engine._dense import DensePlan, DenseRanks
+from imbalanced_losses._engine._plan import RankPlan
 
 Backend = Literal["auto", "dense"]
 BACKENDS: tuple[str, ...] = ("auto", "dense")
@@ -71,6 +73,34 @@ def sigmoid_sums(
     del backend  # one backend so far: every name means the dense one
     plan = DensePlan(queries.detach(), problem, sources.detach(), _detached(temperature))
     return differentiable_sums(plan, queries, sources, temperature, weights)
+
+
+def rank_plan(
+    scores: Tensor,
+    problem: Tensor,
+    row: Tensor,
+    weights: Tensor | None,
+    positive_weights: Tensor,
+    temperature: float | Tensor,
+    *,
+    backend: Backend = "auto",
+) -> RankPlan:
+    """Soft counts of the rows above each positive, with their first derivative in one go.
+
+    The sums of `sigmoid_sums` for queries scores[problem, row] and the two weight columns
+    `weights` and `positive_weights`; what training asks for at every step, without the overhead of
+    derivatives of every order.
+
+    Args:
+        scores: [C, M] float32 or float64, detached.
+        problem, row: [Q] int64, the positives, in the order of problems.
+        weights: [C, M] ≥ 0, None for 1 everywhere.
+        positive_weights: [C, M], the weights of positives and 0 elsewhere.
+        temperature: τ > 0, or [C].
+        backend: see `sigmoid_sums`.
+    """
+    del backend
+    return DenseRanks(scores, problem, row, weights, positive_weights, temperature)
 
 
 def _detached(temperature: float | Tensor) -> float | Tensor:

@@ -65,6 +65,95 @@ class DensePlan:
             yield tile, problem, _kernel(order, x.div_(temperature))
 
 
+class DenseRanks:
+    """Soft counts above each positive by the definition: see `_plan.RankPlan` for the contract.
+
+    σ is made from z = σ(−|x|), whose z − z² is σ′ to full relative precision. Where all pairs fit
+    one tile, z is kept from the sums to the gradient, which follows at once.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        problem: Tensor,
+        row: Tensor,
+        weights: Tensor | None,
+        positive_weights: Tensor,
+        temperature: float | Tensor,
+    ) -> None:
+        self.scores = scores  # [C, M]
+        self.problem, self.row = problem, row  # [Q]
+        self.weights, self.positive_weights = weights, positive_weights  # [C, M]
+        self.temperature = temperature  # float or [C]
+        step = max(1, TILE // max(1, scores.shape[1]))
+        self._tiles = [slice(start, start + step) for start in range(0, len(row), step)]
+        self._kept: Tensor | None = None
+        if len(scores) == 1:
+            ones = torch.ones_like(scores) if weights is None else weights
+            self._columns = torch.cat((ones, positive_weights))  # [2, M]
+
+    def sums(self) -> Tensor:
+        out = [self._tile_sums(tile) for tile in self._tiles]
+        return out[0] if len(out) == 1 else torch.cat([self.scores.new_empty(0, 2), *out])
+
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        out = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
+        for tile in self._tiles:
+            z = self._far_side(self._differences(tile), tile) if self._kept is None else self._kept
+            self._add_gradient(out, z.addcmul_(z, z, value=-1), cotangent[tile], tile)
+        self._kept = None
+        temperature = self.temperature
+        return out.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+    def _tile_sums(self, tile: slice) -> Tensor:
+        x = self._differences(tile)
+        is_above = (x * torch.finfo(x.dtype).max).clamp_(0, 1)  # a third of the time of x > 0
+        z = self._far_side(x, tile)
+        if len(self._tiles) == 1:
+            self._kept = z
+        sigmoid = is_above.sub_(z).abs_()  # [q, M]
+        if len(self.scores) == 1:
+            return _matmul(sigmoid, self._columns.T)
+        problem = self.problem[tile]
+        among_positives = (sigmoid * self.positive_weights[problem]).sum(1)
+        if self.weights is not None:
+            sigmoid *= self.weights[problem]
+        return torch.stack((sigmoid.sum(1), among_positives), dim=1)
+
+    def _add_gradient(self, out: Tensor, slope: Tensor, cotangent: Tensor, tile: slice) -> None:
+        """Add to out [C, M] what the queries of a tile give, from σ′ of their pairs [q, M]."""
+        row = self.row[tile]
+        if len(out) == 1:
+            at_queries = (_matmul(slope, self._columns.T) * cotangent).sum(1)  # [q]
+            out += (_matmul(cotangent.T, slope) * self._columns).sum(0)
+            out[0].index_add_(0, row, at_queries, alpha=-1)
+            return
+        problem = self.problem[tile]
+        # The pair (q, m) counts cotangent[q, 0]·ω[m] + cotangent[q, 1]·ω⁺[m] times.
+        counts = self.positive_weights[problem].mul_(cotangent[:, 1:])
+        if self.weights is None:
+            counts += cotangent[:, :1]
+        else:
+            counts.addcmul_(self.weights[problem], cotangent[:, :1])
+        pairs = slope.mul_(counts)  # [q, M]
+        out.index_add_(0, problem, pairs)
+        out.index_put_((problem, row), pairs.sum(1).neg_(), accumulate=True)
+
+    def _differences(self, tile: slice) -> Tensor:
+        """Score of every row minus score of the query, [q, M]."""
+        problem, row = self.problem[tile], self.row[tile]
+        if len(self.scores) == 1:
+            return self.scores - self.scores[0].index_select(0, row)[:, None]
+        return self.scores[problem].sub_(self.scores[problem, row][:, None])
+
+    def _far_side(self, x: Tensor, tile: slice) -> Tensor:
+        """σ(−|x| / τ), overwriting x."""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            return x.abs_().div_(-temperature[self.problem[tile], None]).sigmoid_()
+        return x.abs_().div_(-temperature).sigmoid_()
+
+
 def _kernel(order: int, x: Tensor) -> Tensor:
     """φₙ(x), overwriting x."""
     if order == 0:
