@@ -45,8 +45,8 @@ def quota_indices(strata: Tensor, limit: int, seed: int, step: int) -> Sample:
     order = torch.where(reserved, -1.0, second_key).argsort()  # reserved rows first
     drawn = order[:limit].sort().values
 
-    by_quota = (quotas / counts).double()  # [S]
-    probability = by_quota + (1 - by_quota) * (rest / left)
+    by_quota = quotas.double() / counts  # [S]
+    probability = by_quota + (1 - by_quota) * (rest.double() / left)
     return Sample(drawn, 1 / probability[stratum[drawn]])
 
 

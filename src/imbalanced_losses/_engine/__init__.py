@@ -12,11 +12,11 @@ Letters, here and in every backend:
     C  problems (classes)                    K  weight columns summed at once
     x  (source − query) / τ                  φₙ the n-th derivative of σ; φ₀ = σ
 
-Three layers, each in a file of its own: *choose* a backend (here), *differentiate* (`_autograd`),
-*compute* (`_dense`: the definition, tiled). A backend is a plan, built once for the geometry
-(queries, problem, sources, temperature) and asked for Φₙ·weights and Φₙᵀ·cotangent, where
-Φₙ[q, m] = φₙ(x); and a second, leaner plan for what training needs: soft ranks and their first
-derivative. `_plan` has both contracts.
+Three layers, each in files of its own: *choose* a backend (`_choose`), *differentiate*
+(`_autograd`), *compute* (`_dense`: the definition, tiled; `_panel`: linear time). A backend is a
+plan, built once for the geometry (queries, problem, sources, temperature) and asked for Φₙ·weights
+and Φₙᵀ·cotangent, where Φₙ[q, m] = φₙ(x); and a second, leaner plan for what training needs: soft
+ranks and their first derivative. `_plan` has both contracts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from typing import Literal
 from torch import Tensor
 
 from imbalanced_losses._engine._autograd import differentiable_sums
+from imbalanced_losses._engine._choose import choose
 from imbalanced_losses._engine._dense import DensePlan, DenseRanks
-from imbalanced_losses._engine._plan import RankPlan
+from imbalanced_losses._engine._panel import PanelPlan, PanelRanks
+from imbalanced_losses._engine._plan import Plan, RankPlan
 
-Backend = Literal["auto", "dense"]
-BACKENDS: tuple[str, ...] = ("auto", "dense")
+Backend = Literal["auto", "dense", "panel"]
+BACKENDS: tuple[str, ...] = ("auto", "dense", "panel")
 
 
 def sigmoid_sums(
@@ -56,7 +58,8 @@ def sigmoid_sums(
         sources: [C, M], the scores that queries are compared with; same dtype as queries.
         weights: [C, M, K], the weight of each source in each of K sums.
         temperature: τ > 0 in units of the scores; a float, or a tensor [C] with one τ a problem.
-        backend: "auto" chooses; "dense" is the definition, O(Q·M) time and O(M) memory.
+        backend: "dense" is the definition, O(Q·M) time; "panel" is exact to rounding in O(C·M + Q)
+            time; both in O(C·M) memory. "auto" takes the faster one.
 
     Returns:
         [Q, K], in [0, Σ_m weights[c, m, k]] for weights ≥ 0; [0, K] when there are no queries.
@@ -70,8 +73,9 @@ def sigmoid_sums(
         >>> (0.5 + sums).flatten()  # the ranks 1, 2, 3: a score is half above itself
         tensor([1., 2., 3.])
     """
-    del backend  # one backend so far: every name means the dense one
-    plan = DensePlan(queries.detach(), problem, sources.detach(), _detached(temperature))
+    chosen = _chosen(backend, len(queries), sources)
+    make: type[DensePlan] | type[PanelPlan] = PanelPlan if chosen == "panel" else DensePlan
+    plan: Plan = make(queries.detach(), problem, sources.detach(), _detached(temperature))
     return differentiable_sums(plan, queries, sources, temperature, weights)
 
 
@@ -99,8 +103,19 @@ def rank_plan(
         temperature: τ > 0, or [C].
         backend: see `sigmoid_sums`.
     """
-    del backend
-    return DenseRanks(scores, problem, row, weights, positive_weights, temperature)
+    chosen = _chosen(backend, len(row), scores)
+    make: type[DenseRanks] | type[PanelRanks] = PanelRanks if chosen == "panel" else DenseRanks
+    return make(scores, problem, row, weights, positive_weights, temperature)
+
+
+def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:
+    num_rows = sources.numel()
+    if num_queries == 0 or num_rows == 0:
+        return "dense"  # nothing to compute, and no range of scores to lay panels over
+    if backend != "auto":
+        return backend
+    num_pairs = num_queries * sources.shape[1]
+    return choose(sources.device.type, sources.dtype, num_pairs, num_rows + num_queries)
 
 
 def _detached(temperature: float | Tensor) -> float | Tensor:

@@ -9,10 +9,11 @@ difference of two numbers near one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from imbalanced_losses._engine._derivatives import sigmoid_derivative_
 
 # Elements of one tile: 1 MiB of float32, which stays in a core's second-level cache.
 TILE = 1 << 18
@@ -62,7 +63,7 @@ class DensePlan:
             temperature = self.temperature
             if isinstance(temperature, Tensor):
                 temperature = temperature[problem, None]  # [q, 1]
-            yield tile, problem, _kernel(order, x.div_(temperature))
+            yield tile, problem, sigmoid_derivative_(order, x.div_(temperature))
 
 
 class DenseRanks:
@@ -152,32 +153,6 @@ class DenseRanks:
         if isinstance(temperature, Tensor):
             return x.abs_().div_(-temperature[self.problem[tile], None]).sigmoid_()
         return x.abs_().div_(-temperature).sigmoid_()
-
-
-def _kernel(order: int, x: Tensor) -> Tensor:
-    """φₙ(x), overwriting x."""
-    if order == 0:
-        return x.sigmoid_()
-    sign = x.sign().neg_() if order % 2 == 0 else None  # φₙ is odd for even n, even for odd n
-    z = x.abs_().neg_().sigmoid_()
-    *lower, leading = _derivative_polynomial(order)
-    out = z * leading
-    for coefficient in reversed(lower):
-        out.add_(coefficient).mul_(z)
-    return out if sign is None else out.mul_(sign)
-
-
-@lru_cache
-def _derivative_polynomial(order: int) -> tuple[int, ...]:
-    """Coefficients a₁, a₂, … of φₙ = a₁σ + a₂σ² + …, from σ′ = σ − σ²."""
-    polynomial = {1: 1}
-    for _ in range(order):
-        raised: dict[int, int] = {}
-        for power, coefficient in polynomial.items():
-            raised[power] = raised.get(power, 0) + power * coefficient
-            raised[power + 1] = raised.get(power + 1, 0) - power * coefficient
-        polynomial = raised
-    return tuple(polynomial[power] for power in sorted(polynomial))
 
 
 def _times_weights(kernel: Tensor, weights: Tensor, problem: Tensor) -> Tensor:
