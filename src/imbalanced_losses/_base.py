@@ -61,12 +61,12 @@ class _QueuedRankingLoss(nn.Module):
         self.multilabel = _checks.boolean("multilabel", multilabel)
         self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
         self.update_queue_in_eval = _checks.boolean("update_queue_in_eval", update_queue_in_eval)
+        self.gather_distributed = gather_distributed
         if gather_distributed is not None:
             _checks.boolean("gather_distributed", gather_distributed)
-        self.gather_distributed = gather_distributed
-        if max_pool_size is not None:
-            _checks.integer("max_pool_size", max_pool_size, minimum=2)
         self.max_pool_size = max_pool_size
+        if max_pool_size is not None:
+            self.max_pool_size = _checks.integer("max_pool_size", max_pool_size, minimum=2)
         self.temperature_unit: TemperatureUnit = _checks.choice(
             "temperature_unit", temperature_unit, _checks.TEMPERATURE_UNITS
         )
@@ -75,7 +75,7 @@ class _QueuedRankingLoss(nn.Module):
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._num_steps = 0  # training-mode forward passes, the counter of the draws
-        self._last_targets: Tensor | None = None  # of the last batch remembered
+        self._last_batch: Pool | None = None  # the last one remembered
 
     @property
     def temperature(self) -> float:
@@ -84,7 +84,7 @@ class _QueuedRankingLoss(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._temperature = _checks.temperature(value)
+        self._temperature = _checks.number_above_zero("temperature", value)
 
     def reset_queue(self) -> None:
         """Empty the queue."""
@@ -140,14 +140,11 @@ class _QueuedRankingLoss(nn.Module):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit. Nothing has changed then.
         """
-        batch = self._checked(logits, targets, sample_weight)
-        if self._gathers():
-            batch = gather(batch)
+        batch = self._batch(logits, targets, sample_weight)
         self._queue.fit(batch)
         again = self._is_recomputed(batch)
-        with torch.autocast(logits.device.type, enabled=False):
-            pool = self._capped(self._present(self._extended(batch, again)), again)
-            losses, valid = self._per_class(pool.problems(self.ignore_index))
+        pool = self._capped(self._present(self._extended(batch, again)), again)
+        losses, valid = self._per_class(pool.problems(self.ignore_index))
         if not again:
             self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
@@ -163,18 +160,33 @@ class _QueuedRankingLoss(nn.Module):
             return self.temperature
         return self.temperature * score_spread(problems.scores, problems.weights)
 
+    def _batch(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
+        """The arguments of forward as rows, those of all ranks where it gathers."""
+        if not self._gathers():
+            return self._checked(logits, targets, sample_weight)
+        settings = {
+            "ignore_index": self.ignore_index,
+            "queue_size": self.queue_size,
+            "max_pool_size": self.max_pool_size or 0,
+        }
+        try:
+            batch: Pool | Exception = self._checked(logits, targets, sample_weight)
+        except (TypeError, ValueError) as error:
+            batch = error  # the other ranks wait to hear of it
+        return gather(batch, settings, getattr(logits, "device", torch.device("cpu")))
+
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
         logits = _checks.logits(logits, self.num_classes)
         targets = _checks.targets(targets, logits, self.multilabel)
         if sample_weight is not None:
             sample_weight = _checks.sample_weight(sample_weight, logits)
-        if self.check_values:
-            num_labels = 2 if self.multilabel or self.num_classes == 1 else self.num_classes
-            _checks.row_values(targets, sample_weight, num_labels, self.ignore_index)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = logits.new_ones(len(logits)) if sample_weight is None else sample_weight.detach()
-        return Pool(logits, targets.detach().to(torch.int64), weights.to(logits.dtype))
+        weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
+        if self.check_values and not logits.is_meta:
+            num_labels = 2 if self.multilabel or self.num_classes == 1 else self.num_classes
+            _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
+        return Pool(logits, targets.detach().to(torch.int64), weights)
 
     def _gathers(self) -> bool:
         """Whether this forward pass is a collective one; asked every time, never remembered."""
@@ -190,9 +202,10 @@ class _QueuedRankingLoss(nn.Module):
         Only that happens inside a backward pass. The queue and the draw of the first time are
         used then, and nothing is remembered twice.
         """
-        if not self._updates_queue() or torch._C._current_graph_task_id() == -1:
+        if torch._C._current_graph_task_id() == -1 or not self._updates_queue():
             return False
-        if self._last_targets is None or not torch.equal(self._last_targets, batch.targets):
+        depends_on_state = self.queue_size > 0 or self.max_pool_size is not None
+        if depends_on_state and not _is_same(self._last_batch, batch):
             raise RuntimeError(
                 "a forward pass of the loss is being recomputed (activation checkpointing) after "
                 "another one: call backward before the next forward, or keep the loss outside "
@@ -205,6 +218,9 @@ class _QueuedRankingLoss(nn.Module):
         if self.queue_size == 0:
             return batch
         rows = self._queue.rows_before_last_push() if again else self._queue.rows()
+        if rows.logits.dtype != batch.logits.dtype:  # float64 rows beside a float32 batch
+            weights = None if rows.weights is None else rows.weights.to(batch.logits.dtype)
+            rows = rows._replace(logits=rows.logits.to(batch.logits.dtype), weights=weights)
         if self.queue_follows_shift:
             shift = _zero_with_gradient_of_mean(batch, self.ignore_index)
             rows = rows._replace(logits=rows.logits + shift)
@@ -217,7 +233,8 @@ class _QueuedRankingLoss(nn.Module):
         """
         if pool.logits.device.type != "cpu" and self.max_pool_size is None:
             return pool
-        return pool.select(pool.is_present(self.ignore_index))
+        present = pool.is_present(self.ignore_index)
+        return pool if present.all() else pool.select(present.nonzero().squeeze(1))
 
     def _capped(self, pool: Pool, again: bool) -> Pool:
         """At most max_pool_size rows, each weighted by one over its chance of being drawn."""
@@ -227,7 +244,8 @@ class _QueuedRankingLoss(nn.Module):
         step = self._num_steps - 1 if again else self._num_steps
         sample = quota_indices(strata_of(pool.targets), limit, self.sampling_seed, step)
         drawn = pool.select(sample.rows)
-        return drawn._replace(weights=drawn.weights * sample.weights.to(drawn.weights.dtype))
+        weights = drawn.row_weights()
+        return drawn._replace(weights=weights * sample.weights.to(weights.dtype))
 
     def _remember(self, batch: Pool) -> None:
         """The one change of state of a forward pass."""
@@ -235,7 +253,7 @@ class _QueuedRankingLoss(nn.Module):
             return
         self._queue.push(batch)
         self._num_steps += self.training
-        self._last_targets = batch.targets
+        self._last_batch = batch._replace(logits=batch.logits.detach())
 
     def extra_repr(self) -> str:
         named = ("num_classes", "queue_size", "temperature", "reduction", "multilabel")
@@ -257,8 +275,10 @@ class _QueuedRankingLoss(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "temperature"] = torch.tensor(self._temperature, dtype=torch.float64)
-        destination[prefix + "num_steps"] = torch.tensor(self._num_steps)
+        destination[prefix + "temperature"] = torch.tensor(
+            self._temperature, dtype=torch.float64, device="cpu"
+        )
+        destination[prefix + "num_steps"] = torch.tensor(self._num_steps, device="cpu")
 
     def _load_from_state_dict(
         self,
@@ -270,23 +290,25 @@ class _QueuedRankingLoss(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        state_dict = dict(state_dict)
-        temperature = state_dict.pop(prefix + "temperature", None)
-        num_steps = state_dict.pop(prefix + "num_steps", None)
+        queue = prefix + "_queue."
+        own = dict(state_dict)
+        saved = {name: own.pop(prefix + name, None) for name in ("temperature", "num_steps")}
+        if strict and not is_saved_by_predecessor(state_dict, queue):
+            missing_keys += [prefix + name for name, value in saved.items() if value is None]
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if self._queue.mismatch(state_dict, prefix + "_queue.") is not None:
-            return  # the queue reports it; nothing of such a checkpoint is taken
-        if temperature is not None and num_steps is not None:
-            try:
-                self.temperature = float(temperature)
-                self._num_steps = int(num_steps)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}temperature: {error}")
-        elif strict and not is_saved_by_predecessor(state_dict, prefix + "_queue."):
-            missing_keys += [prefix + "temperature", prefix + "num_steps"]
-        self._last_targets = None
+        self._last_batch = None
+        if self._queue.mismatch(state_dict, queue) is not None:
+            return  # the queue will refuse; nothing of such a checkpoint is taken
+        try:
+            temperature = _checks.saved_temperature(saved["temperature"], self._temperature)
+            num_steps = _checks.saved_count(saved["num_steps"], self._num_steps)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix}{error}")
+            state_dict.update(self._queue.state_dict(prefix=queue))  # what the queue holds already
+            return
+        self._temperature, self._num_steps = temperature, num_steps
 
 
 def _zero_with_gradient_of_mean(batch: Pool, ignore_index: int) -> Tensor:
@@ -295,7 +317,24 @@ def _zero_with_gradient_of_mean(batch: Pool, ignore_index: int) -> Tensor:
     AP does not change when all scores move together, but rows of the queue are detached and would
     stay behind; added to them, this lets them move along in the gradient alone.
     """
-    usable = (batch.problems(ignore_index).weights > 0).T & batch.logits.isfinite()  # [N, C]
-    total = torch.where(usable, batch.logits, 0.0).double().sum(0)
-    mean = total / usable.sum(0).clamp(min=1)
+    weights = batch.problems(ignore_index).weights
+    usable = batch.logits.isfinite()  # [N, C]
+    if weights is not None:
+        usable &= weights.T > 0
+    share = usable / usable.sum(0).clamp(min=1).double()  # [N, C]
+    mean = (torch.where(usable, batch.logits, 0.0) * share).sum(0)
     return (mean - mean.detach()).to(batch.logits.dtype)
+
+
+def _is_same(last: Pool | None, batch: Pool) -> bool:
+    """Whether two batches are the same, bit for bit."""
+    if last is None or (last.weights is None) != (batch.weights is None):
+        return False
+    pairs = [(last.targets, batch.targets), (last.row_weights(), batch.row_weights())]
+    bits = torch.int64 if batch.logits.dtype == torch.float64 else torch.int32
+    if last.logits.dtype != batch.logits.dtype or last.logits.device != batch.logits.device:
+        return False
+    pairs.append(
+        (last.logits.contiguous().view(bits), batch.logits.detach().contiguous().view(bits))
+    )
+    return all(torch.equal(one, other) for one, other in pairs)

@@ -39,13 +39,13 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> Any:
     return value
 
 
-def temperature(value: Any) -> float:
+def number_above_zero(name: str, value: Any) -> float:
     """A finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"temperature must be a float > 0, got {value!r} ({_kind(value)})")
+        raise TypeError(f"{name} must be a float > 0, got {value!r} ({_kind(value)})")
     number = float(value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"temperature must be finite and > 0, got {value!r}")
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     return number
 
 
@@ -123,17 +123,32 @@ def sample_weight(value: Any, logits: Tensor) -> Tensor:
 
 
 def row_values(
-    targets: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int
+    targets: Tensor,
+    sample_weight: Tensor | None,
+    weights: Tensor | None,
+    num_labels: int,
+    ignore_index: int,
 ) -> None:
-    """Targets are labels or ignore_index, weights finite and ≥ 0: one read of the device."""
+    """Targets are labels or ignore_index, weights finite and ≥ 0: one read of the device.
+
+    Args:
+        targets, sample_weight: as given.
+        weights: sample_weight in the dtype of the computation, where it has to be finite too.
+    """
+    if weights is None and not targets.is_floating_point():
+        if targets.dtype == torch.bool or targets.numel() == 0:
+            return
+        low, high = torch.stack(torch.aminmax(targets)).tolist()
+        if low >= 0 and high < num_labels:
+            return
     wide = targets if targets.is_floating_point() else targets.to(torch.int64)
     good_targets = (wide >= 0) & (wide < num_labels)
     if targets.is_floating_point():
         good_targets &= wide == wide.trunc()
     good_targets |= wide == ignore_index
     all_good = good_targets.all()
-    if sample_weight is not None:
-        good_weights = (sample_weight >= 0) & sample_weight.isfinite()
+    if sample_weight is not None and weights is not None:
+        good_weights = (sample_weight >= 0) & weights.isfinite()
         all_good &= good_weights.all()
     if bool(all_good):
         return
@@ -146,37 +161,65 @@ def row_values(
         raise ValueError(f"sample_weight must be finite and >= 0, got {first}")
 
 
-def check_smooth_ap(scores: Any, is_positive: Any, temperature_: Any, sample_weight: Any) -> None:
+def saved_temperature(value: Any, otherwise: float) -> float:
+    """The temperature in a checkpoint, or what holds where it has none."""
+    if value is None:
+        return otherwise
+    return number_above_zero("temperature", _one_number("temperature", value))
+
+
+def saved_count(value: Any, otherwise: int) -> int:
+    """The number of steps in a checkpoint, or what holds where it has none."""
+    if value is None:
+        return otherwise
+    number = _one_number("num_steps", value)
+    if not number.is_integer():
+        raise ValueError(f"num_steps must be an int >= 0, got {number}")
+    return integer("num_steps", int(number), minimum=0)
+
+
+def _one_number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise ValueError(f"{name} must be one number, got {value.dtype} {list(value.shape)}")
+    return float(value)
+
+
+def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: Any) -> None:
     """The arguments of `functional.smooth_ap`."""
-    for name, value in (("scores", scores), ("is_positive", is_positive)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}")
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a torch.Tensor, got {_kind(scores)}")
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
-    if is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {is_positive.dtype}; use targets == 1")
     if scores.dim() not in (1, 2):
         raise ValueError(f"scores must be [M] or [C, M], got {list(scores.shape)}")
-    if is_positive.shape != scores.shape:
-        raise ValueError(
-            f"is_positive must have the shape of scores {list(scores.shape)}, "
-            f"got {list(is_positive.shape)}"
-        )
-    if isinstance(temperature_, Tensor):
-        if temperature_.dim() > 1 or temperature_.numel() not in (1, scores.shape[0]):
-            raise ValueError(
-                f"temperature must be a float, [] or [C], got shape {list(temperature_.shape)}"
-            )
+    if isinstance(is_positive, Tensor) and is_positive.dtype != torch.bool:
+        raise TypeError(f"is_positive must be bool, got {is_positive.dtype}; use targets == 1")
+    _fits("is_positive", is_positive, scores, scores.shape)
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+        _fits("temperature", temperature, scores, scores.shape[:-1], torch.Size(()))
     else:
-        temperature(temperature_)
+        number_above_zero("temperature", temperature)
     if sample_weight is not None:
-        if not isinstance(sample_weight, Tensor):
-            raise TypeError(f"sample_weight must be a torch.Tensor, got {_kind(sample_weight)}")
-        if sample_weight.shape not in (scores.shape, scores.shape[-1:]):
-            raise ValueError(
-                f"sample_weight must be {list(scores.shape[-1:])} or {list(scores.shape)}, "
-                f"got {list(sample_weight.shape)}"
-            )
+        _fits("sample_weight", sample_weight, scores, scores.shape[-1:], scores.shape)
+
+
+def _fits(name: str, value: Any, scores: Tensor, *shapes: torch.Size) -> None:
+    """A real tensor of one of the shapes, on the device of the scores."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(
+            f"{name} must be {expected} to fit scores {list(scores.shape)}, got {list(value.shape)}"
+        )
+    if value.dim() > 0 and value.device != scores.device:
+        raise ValueError(
+            f"{name} must be on the device of scores ({scores.device}), got {value.device}"
+        )
 
 
 def _kind(value: Any) -> str:

@@ -21,7 +21,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather(batch: Pool) -> Pool:
+def gather(batch: Pool | Exception, settings: dict[str, int], device: torch.device) -> Pool:
     """The rows of all ranks, in rank order, the same on every rank.
 
     Gradient flows to the rank's own rows, multiplied by the number of ranks: trainers average
@@ -31,31 +31,38 @@ def gather(batch: Pool) -> Pool:
     Two collectives: a header of fixed size, compared so that ranks which disagree all raise the
     same error, and one payload, padded to the longest rank.
 
+    Args:
+        batch: this rank's rows, or the error that kept it from having any.
+        settings: what has to be the same on every rank, by name.
+        device: of the collectives.
+
     Raises:
-        RuntimeError: on every rank, when dtypes, numbers of classes or kinds of targets differ.
+        TypeError, ValueError: on every rank, the error of the first rank that has one.
+        RuntimeError: on every rank, when settings or the forms of the rows differ.
     """
     size, rank = dist.get_world_size(), dist.get_rank()
-    num_classes, target_columns = batch.logits.shape[1], _columns(batch.targets)
-    header = torch.tensor(
-        [len(batch.logits), num_classes, target_columns, _DTYPES.index(batch.logits.dtype)],
-        device=batch.logits.device,
-    )
-    headers = _all_gather(header, size).tolist()
-    if any(other[1:] != headers[0][1:] for other in headers):
-        raise RuntimeError(
-            "ranks disagree on what to gather: [rows, num_classes, target columns, dtype] of "
-            f"rank 0, 1, … are {headers}"
-        )
+    headers = _exchanged_headers(batch, settings, device)
+    if any(header["failed"] for header in headers):
+        _raise_first_error(batch if isinstance(batch, Exception) else None)
+    assert isinstance(batch, Pool)
+    for name in headers[0]:
+        if name in ("rows", "weighted"):
+            continue
+        values = [header[name] for header in headers]
+        if any(value != values[0] for value in values):
+            raise RuntimeError(f"ranks disagree on {name}: rank 0, 1, … have {values}")
 
-    lengths = [other[0] for other in headers]
-    payload = _packed(batch, max(lengths))
+    lengths = [header["rows"] for header in headers]
+    packed = _packed(batch, max(lengths))
     parts = [
         _unpacked(part[:length], batch)
-        for part, length in zip(_all_gather(payload, size), lengths, strict=True)
+        for part, length in zip(_all_gather(packed, size), lengths, strict=True)
     ]
     own: Tensor = _ScaleGradient.apply(batch.logits, size)
     parts[rank] = parts[rank]._replace(logits=own)
-    return Pool(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    logits, targets, weights = (torch.cat(fields) for fields in zip(*parts, strict=True))
+    is_weighted = any(header["weighted"] for header in headers)
+    return Pool(logits, targets, weights if is_weighted else None)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -71,10 +78,39 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def _all_gather(tensor: Tensor, size: int) -> Tensor:
-    out = tensor.new_empty((size * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(out, tensor.contiguous())
-    return out.view(size, *tensor.shape)
+def _exchanged_headers(
+    batch: Pool | Exception, settings: dict[str, int], device: torch.device
+) -> list[dict[str, int]]:
+    """What each rank is about to send."""
+    header = {"failed": 1, "rows": 0, "weighted": 0, "classes": 0, "target columns": 0, "dtype": 0}
+    if isinstance(batch, Pool):
+        header["failed"] = 0
+        header["rows"] = len(batch.logits)
+        header["weighted"] = int(batch.weights is not None)
+        header["classes"] = batch.logits.shape[1]
+        header["target columns"] = _columns(batch.targets)
+        header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
+    header |= settings
+    values = torch.tensor(list(header.values()), dtype=torch.int64, device=device)
+    return [
+        dict(zip(header, row.tolist(), strict=True))
+        for row in _all_gather(values, dist.get_world_size())
+    ]
+
+
+def _raise_first_error(own: Exception | None) -> None:
+    """Raise, on every rank, the error of the first rank that has one."""
+    errors: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    mine = None if own is None else (isinstance(own, TypeError), str(own))
+    dist.all_gather_object(errors, mine)
+    rank, (is_type_error, message) = next((r, e) for r, e in enumerate(errors) if e is not None)
+    raise (TypeError if is_type_error else ValueError)(f"on rank {rank}: {message}") from own
+
+
+def _all_gather(tensor: Tensor, size: int) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(parts, tensor)
+    return parts
 
 
 def _columns(targets: Tensor) -> int:
@@ -84,7 +120,7 @@ def _columns(targets: Tensor) -> int:
 def _packed(batch: Pool, num_rows: int) -> Tensor:
     """One float64 row [C + target columns + 1] a batch row, padded: exact for every field."""
     targets = batch.targets.reshape(len(batch.targets), _columns(batch.targets))
-    fields = (batch.logits.detach(), targets, batch.weights[:, None])
+    fields = (batch.logits.detach(), targets, batch.row_weights()[:, None])
     rows = torch.cat([field.double() for field in fields], dim=1)
     return torch.nn.functional.pad(rows, (0, 0, 0, num_rows - len(rows)))
 
@@ -95,5 +131,5 @@ def _unpacked(rows: Tensor, like: Pool) -> Pool:
     return Pool(
         logits.to(like.logits.dtype),
         targets.to(torch.int64).reshape(len(rows), *like.targets.shape[1:]),
-        weights.squeeze(1).to(like.weights.dtype),
+        weights.squeeze(1).to(like.logits.dtype),
     )

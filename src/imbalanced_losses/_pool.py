@@ -13,7 +13,7 @@ class Problems(NamedTuple):
 
     scores: Tensor  # [C, M] float32 or float64
     is_positive: Tensor  # [C, M] bool
-    weights: Tensor  # [C, M] ≥ 0; 0 = not in this problem
+    weights: Tensor | None  # [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere
 
 
 class Pool(NamedTuple):
@@ -21,35 +21,48 @@ class Pool(NamedTuple):
 
     logits: Tensor  # [M, C] float32 or float64
     targets: Tensor  # [M] int64, or [M, C] for multi-label
-    weights: Tensor  # [M] ≥ 0, in the dtype of the logits
+    weights: Tensor | None  # [M] ≥ 0, in the dtype of the logits; None = 1 everywhere
 
     def select(self, index: Tensor) -> Pool:
-        """The rows at index: [k] int64, or [M] bool."""
-        return Pool(*(field[index] for field in self))
+        """The rows at index [k] int64."""
+        weights = None if self.weights is None else self.weights.index_select(0, index)
+        return Pool(
+            self.logits.index_select(0, index), self.targets.index_select(0, index), weights
+        )
 
     def extend(self, rows: Pool) -> Pool:
         """These rows, then those."""
-        return Pool(*(torch.cat(pair) for pair in zip(self, rows, strict=True)))
+        weights = None
+        if self.weights is not None or rows.weights is not None:
+            weights = torch.cat((self.row_weights(), rows.row_weights()))
+        return Pool(
+            torch.cat((self.logits, rows.logits)), torch.cat((self.targets, rows.targets)), weights
+        )
+
+    def row_weights(self) -> Tensor:
+        """[M], ones where the pool has none."""
+        return self.logits.new_ones(len(self.logits)) if self.weights is None else self.weights
 
     def is_present(self, ignore_index: int) -> Tensor:
         """[M] bool: rows with a target that counts and a weight above zero."""
-        counts = self.targets != ignore_index
-        if counts.dim() == 2:
-            counts = counts.any(1)
-        return counts & (self.weights > 0)
+        present = self.targets != ignore_index
+        if present.dim() == 2:
+            present = present.any(1)
+        return present if self.weights is None else present & (self.weights > 0)
 
     def problems(self, ignore_index: int) -> Problems:
         """One problem a class: one-vs-rest, or each label by itself for multi-label targets."""
         num_classes = self.logits.shape[1]
-        scores = self.logits.T  # [C, M]
-        if self.targets.dim() == 2:
-            labels = self.targets.T  # [C, M]
-            return Problems(scores, labels == 1, self.weights * (labels != ignore_index))
-        positive_label = (
-            self.targets.new_ones(1)
-            if num_classes == 1
-            else torch.arange(num_classes, device=self.targets.device)
-        )
-        is_positive = self.targets == positive_label[:, None]
-        weights = self.weights * (self.targets != ignore_index)
-        return Problems(scores, is_positive, weights.expand(scores.shape))
+        labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
+        if num_classes == 1 or self.targets.dim() == 2:
+            is_positive = labels == 1
+        else:
+            classes = torch.arange(num_classes, device=labels.device)
+            is_positive = labels == classes[:, None]
+        counts = labels != ignore_index
+        weights = None
+        if self.weights is not None:
+            weights = (self.weights * counts).expand(num_classes, -1)
+        elif not (counts.device.type == "cpu" and counts.all()):
+            weights = counts.to(self.logits.dtype).expand(num_classes, -1)
+        return Problems(self.logits.T, is_positive, weights)

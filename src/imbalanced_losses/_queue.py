@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 from imbalanced_losses._pool import Pool
 
 
+class _Stored(NamedTuple):
+    """The buffers that hold the rows, or as many rows in their form."""
+
+    logits: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
 class _Undo(NamedTuple):
     """What the last push overwrote, for a forward pass that is computed a second time."""
 
     slots: Tensor  # [N], `size` for rows that took no slot
-    rows: Pool  # [N] as they stood in the slots
+    rows: _Stored  # [N] as they stood in the slots
 
 
 class MemoryQueue(nn.Module):
@@ -45,11 +54,12 @@ class MemoryQueue(nn.Module):
         self.register_buffer("targets", torch.full(target_shape, ignore_index))
         self.register_buffer("weights", torch.zeros(size + 1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
+        self.is_weighted = False  # whether rows with weights were ever pushed
         self._undo: _Undo | None = None
 
     def rows(self) -> Pool:
         """All slots [size], free ones included, as they stand."""
-        return Pool(*(field[: self.size] for field in self._stored()))
+        return self._slots(self._stored())
 
     def rows_before_last_push(self) -> Pool:
         """All slots [size] as they stood before the last push.
@@ -64,27 +74,51 @@ class MemoryQueue(nn.Module):
                 "queue, or keep the loss outside the checkpointed function"
             )
         slots, old_rows = self._undo
-        stored = (field.clone() for field in self._stored())
-        restored = (f.index_copy(0, slots, old) for f, old in zip(stored, old_rows, strict=True))
-        return Pool(*(field[: self.size] for field in restored))
+        restored = (
+            field.index_copy(0, slots, old)
+            for field, old in zip(self._stored(), old_rows, strict=True)
+        )
+        return self._slots(_Stored(*restored))
 
     @torch.no_grad()
     def push(self, rows: Pool) -> None:
-        """Store the rows that are present and finite, over the oldest ones.
+        """Store the rows that are present and finite, over the oldest ones; others take no slot."""
+        if self.size == 0:
+            return
+        # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
+        on_host = rows.logits.device.type == "cpu"
+        rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)
+        if rows.weights is not None and not self.is_weighted:
+            self.is_weighted = not on_host or bool((rows.weights != 1).any())
+        new_rows = _Stored(rows.logits.detach(), rows.targets, rows.row_weights())
+        old_rows = (field.index_select(0, slots) for field in self._stored())
+        self._undo = _Undo(slots, _Stored(*old_rows))
+        for field, new in zip(self._stored(), new_rows, strict=True):
+            field.index_copy_(0, slots, new.to(field.dtype))
+        self.cursor.add_(count).remainder_(self.size)
 
-        Rows that are ignored or non-finite take no slot. No value is read back to the host.
-        """
+    def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor, int]:
+        """The rows to store, the newest `size` at most, their slots, and how many there are."""
+        present = rows.is_present(self.ignore_index)
+        if not (bool(present.all()) and math.isfinite(float(rows.logits.sum()))):
+            keep = present & rows.logits.isfinite().all(1)
+            rows = rows.select(keep.nonzero().squeeze(1))
+        count = min(len(rows.targets), self.size)
+        if count < len(rows.targets):
+            newest = torch.arange(len(rows.targets) - count, len(rows.targets), device="cpu")
+            rows = rows.select(newest)
+        start = int(self.cursor)
+        slots = torch.arange(start, start + count, device="cpu").remainder_(self.size)
+        return rows, slots, count
+
+    def _placed(self, rows: Pool) -> tuple[Pool, Tensor, Tensor]:
+        """All rows, their slots (`size` for those that take none), and how many take one."""
         keep = rows.is_present(self.ignore_index) & rows.logits.isfinite().all(1)
         number = keep.cumsum(0)  # [N], 1 for the first row kept
         count = keep.sum()
-        newest = keep & (number > count - self.size)
-        if self.size == 0:
-            return
-        slots = torch.where(newest, (self.cursor + number - 1) % self.size, self.size)
-        self._undo = _Undo(slots, self._stored().select(slots))
-        for field, new in zip(self._stored(), rows, strict=True):
-            field.index_copy_(0, slots, new.detach().to(field.dtype))
-        self.cursor.copy_((self.cursor + count) % self.size)
+        is_newest = keep & (number > count - self.size)
+        slots = (self.cursor + number - 1).remainder_(self.size)
+        return rows, torch.where(is_newest, slots, self.size), count
 
     def reset(self) -> None:
         """Free every slot."""
@@ -96,13 +130,18 @@ class MemoryQueue(nn.Module):
 
     def fit(self, rows: Pool) -> None:
         """Take on the device of the rows, and float64 if that is their dtype."""
-        if rows.logits.device != self.logits.device:
-            self.to(rows.logits.device)
-        if rows.logits.dtype == torch.float64 != self.logits.dtype:
-            self._widen()
+        with torch.inference_mode(False):  # the buffers outlive it
+            if rows.logits.device != self.logits.device:
+                self.to(rows.logits.device)
+            if rows.logits.dtype == torch.float64 != self.logits.dtype:
+                self._widen()
 
-    def _stored(self) -> Pool:
-        return Pool(self.logits, self.targets, self.weights)
+    def _stored(self) -> _Stored:
+        return _Stored(self.logits, self.targets, self.weights)
+
+    def _slots(self, stored: _Stored) -> Pool:
+        logits, targets, weights = (field[: self.size] for field in stored)
+        return Pool(logits, targets, weights if self.is_weighted else None)
 
     def _widen(self) -> None:
         self.logits, self.weights = self.logits.double(), self.weights.double()
@@ -128,12 +167,13 @@ class MemoryQueue(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in Pool._fields:  # without the row that is no slot
+        for name in _Stored._fields:  # without the row that is no slot
             destination[prefix + name] = destination[prefix + name][: self.size]
+        destination[prefix + "is_weighted"] = torch.tensor(self.is_weighted, device="cpu")
 
     def mismatch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What keeps the queue saved in a state_dict from being loaded here, if anything."""
-        saved = _saved_pool(state_dict, prefix)
+        saved = _saved_rows(state_dict, prefix)
         if saved is None:
             return None  # missing keys are for the caller's `strict` to judge
         got = [list(saved.logits.shape[1:]), list(saved.targets.shape[1:])]
@@ -164,42 +204,51 @@ class MemoryQueue(nn.Module):
         if wrong is not None:
             error_msgs.append(wrong)
             return
-        saved = _saved_pool(state_dict, prefix)
+        saved = _saved_rows(state_dict, prefix)
+        is_weighted = state_dict.pop(prefix + "is_weighted", True)
         if saved is not None:
             if saved.logits.dtype == torch.float64 != self.logits.dtype:
                 self._widen()
             stored, cursor = self._laid_out(saved, state_dict[prefix + "cursor"])
             state_dict.update({prefix + k: v for k, v in stored._asdict().items()})
             state_dict[prefix + "cursor"] = cursor
+            self.is_weighted = bool(is_weighted)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._undo = None
 
-    def _laid_out(self, saved: Pool, cursor: Tensor) -> tuple[Pool, Tensor]:
+    def _is_filled(self, saved: _Stored) -> Tensor:
+        """[n] bool: saved slots that hold a row, and a finite one.
+
+        An older version may have stored others.
+        """
+        return Pool(*saved).is_present(self.ignore_index) & saved.logits.isfinite().all(1)
+
+    def _laid_out(self, saved: _Stored, cursor: Tensor) -> tuple[_Stored, Tensor]:
         """A saved queue as this one stores it; of another size, the newest rows from slot 0 on."""
-        size = len(saved.targets)
+        size, slot = len(saved.targets), torch.arange(self.size, device=cursor.device)
+        is_filled = self._is_filled(saved)
         if size != self.size:
-            age_order = (int(cursor) + torch.arange(size)) % max(1, size)  # oldest first
-            saved = saved.select(age_order.to(saved.targets.device))
-            saved = saved.select(saved.is_present(self.ignore_index))
-            kept = min(self.size, len(saved.targets))
-            saved = Pool(*(field[len(field) - kept :] for field in saved))
-            cursor = torch.full_like(cursor, kept % max(1, self.size))
-        free = self.size + 1 - len(saved.targets)  # the row that is no slot is one of them
-        padding = Pool(
-            saved.logits.new_zeros(free, *saved.logits.shape[1:]),
-            saved.targets.new_full((free, *saved.targets.shape[1:]), self.ignore_index),
-            saved.weights.new_zeros(free),
-        )
-        return saved.extend(padding), cursor
+            oldest_first = (cursor + torch.arange(size, device=cursor.device)) % max(1, size)
+            kept = oldest_first[is_filled[oldest_first]]
+            slot = kept[max(0, len(kept) - self.size) :]
+            cursor = torch.full_like(cursor, len(slot) % max(1, self.size))
+            is_filled = torch.ones_like(slot, dtype=torch.bool)
+        blank = _Stored(self.logits, self.targets, self.weights)
+        laid_out = []
+        for own, old, free in zip(blank, saved, (0, self.ignore_index, 0), strict=True):
+            field = torch.full_like(own, free, device=old.device)
+            field[: len(slot)][is_filled] = old[slot][is_filled].to(own.dtype)
+            laid_out.append(field)
+        return _Stored(*laid_out), cursor.clone()
 
 
-def _saved_pool(state_dict: dict[str, Any], prefix: str) -> Pool | None:
+def _saved_rows(state_dict: dict[str, Any], prefix: str) -> _Stored | None:
     """The queue in a state_dict, None where a part of it is missing."""
-    names = [prefix + name for name in (*Pool._fields, "cursor")]
+    names = [prefix + name for name in (*_Stored._fields, "cursor")]
     fields = [field for name in names if isinstance(field := state_dict.get(name), Tensor)]
-    return Pool(*fields[:-1]) if len(fields) == len(names) else None
+    return _Stored(*fields[:-1]) if len(fields) == len(names) else None
 
 
 def is_saved_by_predecessor(state_dict: dict[str, Any], prefix: str) -> bool:

@@ -33,8 +33,8 @@ def quota_indices(strata: Tensor, limit: int, seed: int, step: int) -> Sample:
         limit: rows to draw, in 1..M.
         seed, step: what selects the draw.
     """
-    generator = torch.Generator().manual_seed(_mixed(seed, step))
-    keys = torch.rand(2, len(strata), generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(_mixed(seed, step))
+    keys = torch.rand(2, len(strata), generator=generator, dtype=torch.float64, device="cpu")
     first_key, second_key = keys.to(strata.device)
 
     _, stratum, counts = strata.unique(return_inverse=True, return_counts=True)  # [M], [S]

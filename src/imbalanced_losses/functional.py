@@ -62,7 +62,8 @@ def smooth_ap(
 
     Raises:
         TypeError: scores not floating, is_positive not bool.
-        ValueError: shapes that do not fit, τ ≤ 0.
+        ValueError: shapes or devices that do not fit, a float τ ≤ 0. The values of tensors are
+            trusted: reading them would wait for the device.
 
     Example:
         >>> scores = torch.tensor([2.0, 1.0, 0.5, -1.0], requires_grad=True)
@@ -74,14 +75,12 @@ def smooth_ap(
     Source: Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval",
     ECCV 2020, arXiv 2007.12163, eq. 5; the weights are ours.
     """
-    _checks.check_smooth_ap(scores, is_positive, temperature, sample_weight)
+    _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     _checks.choice("backend", backend, BACKENDS)
-    if scores.dim() == 1:
-        problems = (scores[None], is_positive[None])
-        weights = None if sample_weight is None else sample_weight[None]
-        return SmoothAP(*(out[0] for out in _smooth_ap(*problems, temperature, weights, backend)))
-    weights = None if sample_weight is None else sample_weight.expand(scores.shape)
-    return _smooth_ap(scores, is_positive, temperature, weights, backend)
+    arguments = (scores, is_positive, temperature, sample_weight, backend)
+    if torch._C._are_functorch_transforms_active():
+        return _differentiable_smooth_ap(*arguments)
+    return SmoothAP(*_SmoothAP.apply(*arguments))
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -102,134 +101,147 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         >>> score_spread(torch.tensor([1.0, 3.0]))
         tensor(1.)
     """
-    # float64: squares of large float32 scores overflow, and sums over 10⁶ rows lose digits.
     usable = scores.isfinite()
     if sample_weight is not None:
         usable = usable & (sample_weight > 0)
     weights = usable.double() if sample_weight is None else sample_weight.double() * usable
-    wide = torch.where(usable, scores, 0.0).double()
-
     total = weights.sum(-1, keepdim=True)
     share = weights / torch.where(total > 0, total, 1.0)
-    mean = (share * wide).sum(-1, keepdim=True)
-    variance = (share * (wide - mean).square()).sum(-1)
 
-    limits = torch.finfo(scores.dtype if scores.dtype == torch.float64 else torch.float32)
-    floor = (limits.eps * mean.detach().squeeze(-1)).square() + limits.tiny
-    has_spread = variance.detach() > floor
-    spread = torch.where(has_spread, torch.where(has_spread, variance, 1.0).sqrt(), 1.0)
-    return spread.to(_compute_dtype(scores))
+    # In float64, for sums over 10⁶ rows, and in units whose square does not overflow.
+    wide = torch.where(usable, scores, 0.0).double()
+    unit = (share * wide.detach().abs()).sum(-1, keepdim=True)
+    scaled = wide / torch.where(unit > 0, unit, 1.0)
+    mean = (share * scaled).sum(-1, keepdim=True)
+    variance = (share * (scaled - mean).square()).sum(-1)
+
+    dtype = _compute_dtype(scores)
+    limits, unit = torch.finfo(dtype), unit.squeeze(-1)
+    floor = torch.maximum(limits.eps * mean.detach().squeeze(-1).abs(), limits.tiny**0.5 / unit)
+    has_spread = (unit > 0) & (variance.detach() > floor.square())
+    deviation = torch.where(has_spread, variance, 1.0).sqrt() * unit
+    return torch.where(has_spread, deviation, 1.0).to(dtype)
 
 
-class _Positives(NamedTuple):
-    """The rows whose precision is averaged, and how."""
+class _Problems(NamedTuple):
+    """The arguments of `smooth_ap` as [C, M] problems that sums can be taken of."""
 
+    scores: Tensor  # [C, M] float32 or float64, finite or NaN
+    temperature: float | Tensor  # or [C]
+    weights: Tensor | None  # [C, M]
+    positive_weights: Tensor  # [C, M], 0 at negatives
+    valid: Tensor  # [C]
     problem: Tensor  # [Q] class of each positive of a valid class, ascending
     row: Tensor  # [Q]
-    weight: Tensor | float  # [Q] its ω, or 1
+    half: float | Tensor  # ½ω of each positive, to go with sums [Q, 2]
     share: Tensor  # [Q] ω over the class's sum: precisions are averaged with these
 
 
-def _smooth_ap(
+def _problems(
     scores: Tensor,
     is_positive: Tensor,
     temperature: float | Tensor,
-    weights: Tensor | None,
-    backend: Backend,
-) -> SmoothAP:
-    """The definition for [C, M] problems; weights [C, M] or None for 1 everywhere."""
+    sample_weight: Tensor | None,
+) -> _Problems:
     dtype = _compute_dtype(scores)
+    limits = torch.finfo(dtype)
+    if scores.dim() == 1:
+        scores, is_positive = scores[None], is_positive[None]
     scores = scores.to(dtype)
-    if weights is not None:
-        weights = _unit_weights(weights.detach(), dtype)
+    if sample_weight is None:
+        weights = None
+        positive_weights = is_positive.to(dtype)
+    else:
+        weights = _unit_weights(sample_weight.detach().expand(scores.shape), dtype)
         scores = torch.where(weights > 0, scores, 0.0)  # a row left out may hold NaN
+        positive_weights = weights * is_positive
     # Two infinities tie instead of differing by NaN, and no difference overflows.
-    largest = torch.finfo(dtype).max / 2
+    largest = _largest(dtype)
     scores = scores.clamp(-largest, largest)
     # Below this a gradient, which goes with 1/τ, could overflow.
-    smallest = torch.finfo(dtype).tiny ** 0.5
+    smallest = limits.tiny**0.5
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).clamp(min=smallest).expand(len(scores))
     else:
         temperature = max(temperature, smallest)
 
-    positive_weights = is_positive.to(dtype) if weights is None else weights * is_positive
-    positives, valid = _positives(positive_weights, weights)
-    if torch._C._are_functorch_transforms_active():
-        problem = (positives, weights, positive_weights, backend)
-        return SmoothAP(_differentiable_ap(scores, temperature, *problem), valid)
-    ap: Tensor = _SmoothAP.apply(scores, temperature, positives, weights, positive_weights, backend)
-    return SmoothAP(ap, valid)
-
-
-def _positives(positive_weights: Tensor, weights: Tensor | None) -> tuple[_Positives, Tensor]:
-    """The positives of the classes that also have a negative, and which classes those are [C]."""
-    mass = positive_weights.sum(1)
+    mass = positive_weights.sum(1)  # [C]
     if weights is None:
-        valid = (mass > 0) & (mass < positive_weights.shape[1])
+        valid = (mass > 0) & (mass < scores.shape[1])
     else:
         valid = (mass > 0) & (weights > positive_weights).any(1)
-    problem, row = (positive_weights * valid[:, None]).nonzero(as_tuple=True)
-    weight = 1.0 if weights is None else weights[problem, row]
-    return _Positives(problem, row, weight, weight / mass[problem]), valid
-
-
-def _differentiable_ap(
-    scores: Tensor,
-    temperature: float | Tensor,
-    positives: _Positives,
-    weights: Tensor | None,
-    positive_weights: Tensor,
-    backend: Backend,
-) -> Tensor:
-    """AP [C] by `sigmoid_sums`: slower than `_SmoothAP`, with derivatives of every order."""
-    problem, row, weight, share = positives
-    ones = torch.ones_like(positive_weights)
-    columns = torch.stack((ones if weights is None else weights, positive_weights), dim=-1)
-    sums = sigmoid_sums(
-        scores[problem, row], problem, scores, columns, temperature, backend=backend
+    problem, row = (positive_weights * valid[:, None]).nonzero().unbind(1)
+    if weights is None:
+        half: float | Tensor = 0.5
+        share = mass.reciprocal()[problem]
+    else:
+        query_weights = weights[problem, row]
+        half = 0.5 * query_weights[:, None]
+        share = query_weights / mass[problem]
+    return _Problems(
+        scores, temperature, weights, positive_weights, valid, problem, row, half, share
     )
-    among_all, among_positives = (sums + _half(weight)).unbind(1)
+
+
+def _differentiable_smooth_ap(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor,
+    sample_weight: Tensor | None,
+    backend: Backend,
+) -> SmoothAP:
+    """`smooth_ap` by `sigmoid_sums`: slower than `_SmoothAP`, with derivatives of every order."""
+    of = _problems(scores, is_positive, temperature, sample_weight)
+    weights = torch.ones_like(of.positive_weights) if of.weights is None else of.weights
+    columns = torch.stack((weights, of.positive_weights), dim=-1)
+    queries = of.scores[of.problem, of.row]
+    sums = sigmoid_sums(queries, of.problem, of.scores, columns, of.temperature, backend=backend)
+    among_all, among_positives = (sums + of.half).unbind(1)
     precision = among_positives / among_all
-    return precision.new_zeros(len(scores)).index_add(0, problem, share * precision)
+    ap = precision.new_zeros(len(of.scores)).index_add(0, of.problem, of.share * precision)
+    return SmoothAP(ap.view(scores.shape[:-1]), of.valid.view(scores.shape[:-1]))
 
 
 class _SmoothAP(torch.autograd.Function):
-    """AP [C] of scores [C, M], its gradient taken in the forward pass, from the same sums.
+    """`smooth_ap` with its gradient taken in the forward pass, from the same sums.
 
-    AP of a class depends on the scores of that class alone, so the gradient is a [C, M] tensor that
-    backward only has to scale. Where backward itself is to be differentiated, it takes the route
-    of `_differentiable_ap` instead.
+    AP of a class depends on the scores of that class alone, so the gradient is one tensor of the
+    shape of the scores, which backward only has to scale. Where backward itself is to be
+    differentiated, it takes the route of `_differentiable_smooth_ap` instead.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        scores: Tensor,
-        temperature: float | Tensor,
-        positives: _Positives,
-        weights: Tensor | None,
-        positive_weights: Tensor,
-        backend: Backend,
-    ) -> Tensor:
-        problem, row, weight, share = positives
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        scores, is_positive, temperature, sample_weight, backend = inputs
+        of = _problems(scores, is_positive, temperature, sample_weight)
         plan = rank_plan(
-            scores, problem, row, weights, positive_weights, temperature, backend=backend
+            of.scores,
+            of.problem,
+            of.row,
+            of.weights,
+            of.positive_weights,
+            of.temperature,
+            backend=backend,
         )
-        among_all, among_positives = plan.sums().add_(_half(weight)).unbind(1)  # [Q]
+        among_all, among_positives = plan.sums().add_(of.half).unbind(1)  # [Q]
         precision = among_positives / among_all
-        ap = scores.new_zeros(len(scores)).index_add_(0, problem, share * precision)
-        if not any(ctx.needs_input_grad):
-            return ap
-
-        per_rank = share / among_all
-        slopes = plan.gradient(torch.stack((-per_rank * precision, per_rank), dim=1))  # [C, M]
-        ctx.inputs = (positives, weights, positive_weights, backend)
-        ctx.fixed_temperature = None if isinstance(temperature, Tensor) else temperature
-        ctx.save_for_backward(
-            scores, slopes, *([temperature] if isinstance(temperature, Tensor) else [])
-        )
-        return ap
+        ap = of.scores.new_zeros(len(of.scores))
+        ap.index_add_(0, of.problem, of.share * precision)
+        valid = of.valid.view(scores.shape[:-1])
+        ctx.mark_non_differentiable(valid)
+        if any(ctx.needs_input_grad):
+            per_rank = of.share / among_all
+            slopes = plan.gradient(torch.stack((-per_rank * precision, per_rank), dim=1))  # [C, M]
+            # Nothing moves an infinity; where several tie, their slopes would be finite.
+            slopes.masked_fill_(of.scores.abs() == _largest(slopes.dtype), 0)
+            ctx.constants = (is_positive, sample_weight, backend)
+            ctx.fixed_temperature = temperature
+            tensors = [scores, slopes.view(scores.shape)]
+            if isinstance(temperature, Tensor):
+                ctx.fixed_temperature = None
+                tensors += [temperature, _slopes_in_temperature(of, slopes)]
+            ctx.save_for_backward(*tensors)
+        return ap.view(scores.shape[:-1]), valid
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -237,32 +249,44 @@ class _SmoothAP(torch.autograd.Function):
         temperature = rest[0] if ctx.fixed_temperature is None else ctx.fixed_temperature
         if torch.is_grad_enabled():
             found = _twice_differentiable_gradient(ctx, scores, temperature, grads[0])
-            return (*found, None, None, None, None)
+            return found[0], None, found[1], None, None
+        grad = grads[0].unsqueeze(-1)  # [1] or [C, 1]
         by_temperature = None
-        if ctx.needs_input_grad[1]:
-            # Euler: AP depends on scores and τ only through their quotient. Slopes sum to zero, so
-            # any origin will do; the mean keeps the products small.
-            centred = scores - scores.mean(1, keepdim=True)
-            by_temperature = -grads[0] * (centred * slopes).sum(1) / temperature
-        return grads[0][:, None] * slopes, by_temperature, None, None, None, None
+        if ctx.needs_input_grad[2]:
+            by_temperature = (grads[0] * rest[1].view_as(grads[0])).sum_to_size(temperature.shape)
+            by_temperature = by_temperature.to(temperature.dtype)
+        return (grad * slopes).to(scores.dtype), None, by_temperature, None, None
+
+
+def _slopes_in_temperature(of: _Problems, slopes: Tensor) -> Tensor:
+    """∂AP/∂τ [C], from the slopes [C, M] in the scores.
+
+    AP depends on scores and τ only through their quotient, so that Euler's identity gives it as
+    −Σ score · slope / τ. Slopes sum to zero: any origin will do, and one amid the scores that have
+    a slope keeps the products small.
+    """
+    # No further than slopes can tell, so that no product overflows.
+    temperature = torch.as_tensor(of.temperature, dtype=torch.float64)[:, None]
+    scaled = (of.scores.double() / temperature).clamp(-1e300, 1e300)
+    slopes = slopes.double()
+    scaled = torch.where(slopes != 0, scaled, 0.0)  # a NaN that no sum has seen counts for nothing
+    size = slopes.abs()
+    origin = (size * scaled).sum(1) / size.sum(1).clamp(min=1e-300)
+    return -((scaled - origin[:, None]) * slopes).sum(1)
 
 
 def _twice_differentiable_gradient(
     ctx: Any, scores: Tensor, temperature: float | Tensor, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient in scores and temperature as a function that autograd can go through."""
-    ap = _differentiable_ap(scores, temperature, *ctx.inputs)
+    is_positive, sample_weight, backend = ctx.constants
+    ap, _ = _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
         (by_scores,) = torch.autograd.grad(ap, scores, grad, create_graph=True)
-    if isinstance(temperature, Tensor) and ctx.needs_input_grad[1]:
+    if isinstance(temperature, Tensor) and ctx.needs_input_grad[2]:
         (by_temperature,) = torch.autograd.grad(ap, temperature, grad, create_graph=True)
     return by_scores, by_temperature
-
-
-def _half(weight: Tensor | float) -> Tensor | float:
-    """The ½ω of a rank, for sums [Q, 2]."""
-    return 0.5 * weight[:, None] if isinstance(weight, Tensor) else 0.5 * weight
 
 
 def _unit_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -271,6 +295,11 @@ def _unit_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
         return weights.to(dtype)
     largest = weights.amax(1, keepdim=True)
     return (weights / torch.where(largest > 0, largest, 1)).to(dtype)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """What an infinity is computed as: its differences do not overflow."""
+    return torch.finfo(dtype).max / 2
 
 
 def _compute_dtype(scores: Tensor) -> torch.dtype:

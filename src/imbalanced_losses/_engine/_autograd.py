@@ -18,7 +18,7 @@ derivatives of every order follow. Forward-mode differentiation is not provided.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,11 +54,11 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights, (cotangent,) = ctx.saved_tensors[-1], grads
-        geometry_grads = _geometry_gradients(ctx, weights, cotangent)
+        geometry, weights, cotangent = *_saved(ctx), grads[0]
+        geometry_grads = _geometry_gradients(ctx, geometry, weights, cotangent)
         weights_grad = None
         if ctx.needs_input_grad[3]:
-            weights_grad = _TransposedSums.apply(*_geometry(ctx), cotangent, ctx.order, ctx.plan)
+            weights_grad = _TransposedSums.apply(*geometry, cotangent, ctx.order, ctx.plan)
         return (*geometry_grads, weights_grad, None, None)
 
     @staticmethod
@@ -86,11 +86,11 @@ class _TransposedSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cotangent, (weights,) = ctx.saved_tensors[-1], grads
-        geometry_grads = _geometry_gradients(ctx, weights, cotangent)
+        geometry, cotangent, weights = *_saved(ctx), grads[0]
+        geometry_grads = _geometry_gradients(ctx, geometry, weights, cotangent)
         cotangent_grad = None
         if ctx.needs_input_grad[3]:
-            cotangent_grad = _Sums.apply(*_geometry(ctx), weights, ctx.order, ctx.plan)
+            cotangent_grad = _Sums.apply(*geometry, weights, ctx.order, ctx.plan)
         return (*geometry_grads, cotangent_grad, None, None)
 
     @staticmethod
@@ -106,18 +106,28 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*(t for t in tensors if isinstance(t, Tensor)))
 
 
-def _geometry(ctx: Any) -> tuple[Tensor, Tensor, float | Tensor]:
-    queries, sources, *rest = ctx.saved_tensors
-    return queries, sources, rest[0] if ctx.fixed_temperature is None else ctx.fixed_temperature
+class _Geometry(NamedTuple):
+    queries: Tensor
+    sources: Tensor
+    temperature: float | Tensor
+
+
+def _saved(ctx: Any) -> tuple[_Geometry, Tensor]:
+    """The geometry and the columns; checkpointing lets them be unpacked only once."""
+    if ctx.fixed_temperature is None:
+        queries, sources, temperature, columns = ctx.saved_tensors
+        return _Geometry(queries, sources, temperature), columns
+    queries, sources, columns = ctx.saved_tensors
+    return _Geometry(queries, sources, ctx.fixed_temperature), columns
 
 
 def _geometry_gradients(
-    ctx: Any, weights: Tensor, cotangent: Tensor
+    ctx: Any, geometry: _Geometry, weights: Tensor, cotangent: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of F = ⟨cotangent, Φₙ·weights⟩ in queries [Q], sources [C, M], temperature [C]."""
     if not any(ctx.needs_input_grad[:3]):
         return None, None, None
-    queries, sources, temperature = _geometry(ctx)
+    queries, sources, temperature = geometry
     order, plan = ctx.order + 1, ctx.plan
     if torch.is_grad_enabled():
         at_queries = _Sums.apply(queries, sources, temperature, weights, order, plan)
@@ -136,7 +146,7 @@ def _geometry_gradients(
     if not ctx.needs_input_grad[2]:
         return queries_grad, sources_grad, None
     # Gradients of a problem sum to zero, so any origin will do; the mean keeps the products small.
-    origin = sources.detach().mean(dim=1)  # [C]
+    origin = sources.detach().sum(dim=1) / max(1, sources.shape[1])  # [C]
     moments = ((sources - origin[:, None]) * sources_grad).sum(-1)  # [C]
     moments = moments.index_add(0, problem, (queries - origin[problem]) * queries_grad)
     return queries_grad, sources_grad, -moments / temperature

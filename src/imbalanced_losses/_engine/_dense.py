@@ -94,8 +94,13 @@ class DenseRanks:
             self._columns = torch.cat((ones, positive_weights))  # [2, M]
 
     def sums(self) -> Tensor:
-        out = [self._tile_sums(tile) for tile in self._tiles]
-        return out[0] if len(out) == 1 else torch.cat([self.scores.new_empty(0, 2), *out])
+        if len(self._tiles) == 1:
+            return self._tile_sums(self._tiles[0])
+        # Into one tensor: small results kept between large tiles would fragment the heap.
+        out = self.scores.new_empty(len(self.row), 2)
+        for tile in self._tiles:
+            out[tile] = self._tile_sums(tile)
+        return out
 
     def gradient(self, cotangent: Tensor) -> Tensor:
         out = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)

@@ -1,0 +1,80 @@
+"""The libraries compared with, each loaded from its own folder in a process of its own.
+
+`make peers` puts them there, without their dependencies: their own lists ask for far more than
+their losses need. The predecessor has the import name of this library, so the two must never share
+a process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / ".cache" / "peers"
+
+
+class Peer(NamedTuple):
+    """Where a library lives and which of its modules holds the losses."""
+
+    folder: Path
+    distribution: str
+    module: str
+
+
+PEERS = {
+    "ours": Peer(ROOT / "src", "imbalanced-losses", "imbalanced_losses"),
+    "predecessor": Peer(FOLDER / "predecessor", "imbalanced-losses", "imbalanced_losses"),
+    "pml": Peer(
+        FOLDER / "pytorch-metric-learning",
+        "pytorch-metric-learning",
+        "pytorch_metric_learning.losses",
+    ),
+    "libauc": Peer(FOLDER / "libauc", "libauc", "libauc.losses.auc"),
+}
+
+
+def is_there(name: str) -> bool:
+    """Whether a peer has been fetched."""
+    return (PEERS[name].folder / PEERS[name].module.split(".")[0]).is_dir()
+
+
+def describe(name: str) -> str:
+    """Name and version of a peer, for the header of a result."""
+    peer = PEERS[name]
+    if name == "ours":
+        return f"imbalanced_losses {importlib.metadata.version(peer.distribution)} (ours)"
+    found = importlib.metadata.distributions(path=[str(peer.folder)])
+    versions = [item.version for item in found if item.metadata["Name"] == peer.distribution]
+    return f"{peer.distribution} {versions[0] if versions else '(absent)'} ({name})"
+
+
+def load(name: str) -> ModuleType:
+    """The module of a peer with its losses.
+
+    Raises:
+        RuntimeError: the peer is absent, or another library was imported under its name.
+    """
+    peer = PEERS[name]
+    if not is_there(name):
+        raise RuntimeError(f"{name} is not there: fetch it with `make peers`")
+    sys.path.insert(0, str(peer.folder))
+    if name in ("pml", "libauc"):
+        _stand_in_for_tqdm()
+    module = importlib.import_module(peer.module)
+    if not Path(str(module.__file__)).resolve().is_relative_to(peer.folder.resolve()):
+        raise RuntimeError(f"{peer.module} was not imported from the folder of {name}")
+    return module
+
+
+def _stand_in_for_tqdm() -> None:
+    """Both import progress bars for their data sets and trainers; their losses show none."""
+    if "tqdm" not in sys.modules and importlib.util.find_spec("tqdm") is None:
+        stand_in = ModuleType("tqdm")
+        stand_in.tqdm = stand_in.trange = None  # type: ignore[attr-defined]
+        sys.modules["tqdm"] = stand_in

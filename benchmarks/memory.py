@@ -1,0 +1,132 @@
+"""Peak memory over the inputs, and time, of one forward and backward pass.
+
+    python -m benchmarks.memory [--quick] [--device cuda] [--threads 1] [--timeout 60]
+
+Each cell has a process of its own. A cell that needs more than 8 GiB over its inputs, or too long,
+has died; larger sizes of the same row are then not tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import _measure, _peers
+from benchmarks._contenders import CONTENDERS, Case
+from benchmarks._measure import Row
+
+LIMIT_BYTES = 8 * 2**30
+SIZES = (1024, 4096, 16384, 32768)
+QUICK_SIZES = (1024, 4096)
+RATES = (0.01, 0.1, 0.5)
+CLASSIFIERS = ("ours", "predecessor", "libauc APLoss")
+RETRIEVERS = ("ours, retrieval", "pml SmoothAPLoss", "pml FastAPLoss")
+RETRIEVAL_SIZES = (128, 512, 1024, 4096)
+
+
+class Series(NamedTuple):
+    """One row of the table: a contender on growing sizes of one kind."""
+
+    problem: str
+    contender: str
+    cases: list[Case]
+
+
+def series(quick: bool, device: str) -> Iterator[Series]:
+    """Everything that is measured."""
+    sizes = QUICK_SIZES if quick else SIZES
+    for rate in RATES:
+        for contender in CLASSIFIERS:
+            cases = [Case(size, rate, device=device) for size in sizes]
+            yield Series(f"C = 1, {rate:.0%} positive", contender, cases)
+    for contender in CLASSIFIERS:
+        cases = [Case(size, num_classes=10, device=device) for size in sizes]
+        yield Series("C = 10, balanced", contender, cases)
+    for contender in RETRIEVERS:
+        sizes = RETRIEVAL_SIZES[:2] if quick else RETRIEVAL_SIZES
+        cases = [Case(size, device=device) for size in sizes]
+        yield Series("retrieval, N queries, 4 a label", contender, cases)
+
+
+def measure(row: Series, num_threads: int, timeout_s: float) -> Iterator[Row]:
+    """One result a size, up to the first that dies."""
+    alive = True
+    for case in row.cases:
+        reply: Row = {"died": "a smaller size did"}
+        if alive:
+            reply = _measure.run_cell(
+                row.contender,
+                case,
+                num_threads=num_threads,
+                timeout_s=timeout_s,
+                limit_bytes=LIMIT_BYTES,
+            )
+            alive = "peak_bytes" in reply
+        yield {
+            "problem": row.problem,
+            "contender": row.contender,
+            "num_rows": case.num_rows,
+            "num_classes": case.num_classes,
+            "positive_rate": case.positive_rate if row.problem.startswith("C = 1,") else "",
+            "peak_bytes": reply.get("peak_bytes", ""),
+            "elapsed_ms": round(reply["elapsed_ms"], 3) if alive else "",
+            "outcome": "ok" if alive else reply.get("died") or reply["error"],
+        }
+
+
+def show(results: list[Row]) -> None:
+    """A table a kind of problem: contenders down, sizes across."""
+    console = Console()
+    for problem in dict.fromkeys(row["problem"] for row in results):
+        here = [row for row in results if row["problem"] == problem]
+        table = Table("peak over the inputs\ntime", title=problem, show_lines=True)
+        sizes = list(dict.fromkeys(row["num_rows"] for row in here))
+        for size in sizes:
+            table.add_column(f"{size:,}", justify="right")
+        for contender in dict.fromkeys(row["contender"] for row in here):
+            cells = [_cell(row) for row in here if row["contender"] == contender]
+            table.add_row(contender, *cells)
+        console.print(table)
+
+
+def _cell(row: Row) -> str:
+    if row["outcome"] != "ok":
+        return "died" if row["outcome"] != "a smaller size did" else "–"
+    elapsed_ms = row["elapsed_ms"]
+    elapsed = f"{elapsed_ms / 1e3:.1f} s" if elapsed_ms > 1e3 else f"{elapsed_ms:.1f} ms"
+    return f"{row['peak_bytes'] / 2**20:,.0f} MiB\n{elapsed}"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes only, under a minute")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a cell may take")
+    options = parser.parse_args()
+
+    wanted = [
+        row
+        for row in series(options.quick, options.device)
+        if _peers.is_there(CONTENDERS[row.contender].peer)
+    ]
+    results = [
+        result
+        for row in track(wanted, "measuring")
+        for result in measure(row, options.threads, options.timeout)
+    ]
+    show(results)
+    name = "memory-quick" if options.quick else "memory"
+    lines = _measure.header(options.threads, options.device)
+    path = _measure.write_csv(results, name, options.device, lines)
+    print(f"written: {path.relative_to(_peers.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

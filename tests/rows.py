@@ -1,0 +1,91 @@
+"""Batches to feed a loss, and views of its state: what the tests of the row side share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imbalanced_losses import SmoothAPLoss
+
+IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """The arguments of one forward pass."""
+
+    logits: Tensor  # [N, C]
+    targets: Tensor  # [N], or [N, C] for multi-label
+    weights: Tensor | None = None  # [N]
+
+    def through(self, loss_fn: SmoothAPLoss) -> Tensor:
+        return loss_fn(self.logits, self.targets, sample_weight=self.weights)
+
+    def leaf(self) -> Batch:
+        """The same batch with logits that collect a gradient of their own."""
+        return self._replace(logits=self.logits.detach().clone().requires_grad_())
+
+
+class Row(NamedTuple):
+    """One row of the queue in exact Python numbers."""
+
+    logits: tuple[float, ...]
+    targets: tuple[int, ...]
+    weight: float
+
+
+def make_batch(
+    num_rows: int,
+    num_classes: int = 1,
+    *,
+    seed: int = 0,
+    multilabel: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Random rows in which every class has a positive and a negative, for three rows and more."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, num_classes, generator=generator, dtype=torch.float64).to(dtype)
+    position = torch.arange(num_rows)
+    if multilabel:
+        offset = torch.arange(num_classes)
+        targets = ((position[:, None] + offset) % 3 == 0).to(torch.int64)
+    elif num_classes == 1:
+        targets = (position % 3 == 0).to(torch.int64)
+    else:
+        targets = position % num_classes
+    return Batch(logits, targets)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the whole state, detached from what comes."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Every bit, every dtype and every key."""
+    found = module.state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+def queued_rows(loss_fn: SmoothAPLoss) -> list[Row]:
+    """The rows in the queue, oldest first, read from its checkpoint."""
+    state = loss_fn.state_dict()
+    logits, targets, weights, cursor = (
+        state[f"_queue.{name}"] for name in ("logits", "targets", "weights", "cursor")
+    )
+    by_age = [(int(cursor) + i) % len(weights) for i in range(len(weights))]
+    return [as_row(logits[i], targets[i], weights[i]) for i in by_age if weights[i] > 0]
+
+
+def as_row(logits: Tensor, targets: Tensor, weight: Tensor | float) -> Row:
+    labels = targets.reshape(-1).tolist()
+    return Row(tuple(logits.double().tolist()), tuple(map(int, labels)), float(weight))
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    """The rows of a batch as the queue should hold them."""
+    weights = [1.0] * len(batch.logits) if batch.weights is None else batch.weights.tolist()
+    return [as_row(*row) for row in zip(batch.logits, batch.targets, weights, strict=True)]

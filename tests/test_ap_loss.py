@@ -1,0 +1,374 @@
+"""`SmoothAPLoss`: the maths of the whole loss, against the oracle with its deque."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses._base import TemperatureUnit
+from imbalanced_losses.functional import smooth_ap
+from tests.cases import IGNORED, Batch, Case, cases, random_batch, seeded
+from tests.oracle import OracleLoss, Result
+
+REDUCTIONS = ("mean", "sum", "none")
+TEMPERATURES = (0.01, 0.1, 0.5, 3.0)
+
+
+def _configurations() -> list[Any]:
+    """Every combination of what changes the formula."""
+    combinations = itertools.product(
+        (1, 2, 5), (False, True), ("score", "spread"), (False, True), ("none", "real", "counts")
+    )
+    return [
+        pytest.param(
+            {
+                "num_classes": num_classes,
+                "multilabel": multilabel,
+                "temperature_unit": unit,
+                "queue_follows_shift": follows,
+            },
+            weights,
+            id=f"C={num_classes}-{'multilabel' if multilabel else 'one label'}-{unit}-"
+            f"{'following queue' if follows else 'still queue'}-{weights} weights",
+        )
+        for num_classes, multilabel, unit, follows, weights in combinations
+    ]
+
+
+def _batches(seed: int, config: dict[str, Any], weights: str) -> list[Batch]:
+    """Successive ragged batches: a large one, a single row, then two that wrap the ring."""
+    generator = seeded(seed)
+    return [
+        random_batch(
+            generator,
+            num_rows,
+            config["num_classes"],
+            multilabel=config["multilabel"],
+            weights=weights,
+            ties=seed % 2 == 1,
+        )
+        for num_rows in (15, 1, 11, 12)
+    ]
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """What is differentiated: for reduction "none" the sum over the valid classes."""
+    return loss.nansum() if loss.dim() else loss
+
+
+def _assert_same(
+    loss: Tensor, gradient: Tensor, expected: Result, tau: float, atol: float, rtol: float
+) -> None:
+    """atol is for the loss. The error of a gradient is measured against its largest entry; where
+    all of it cancels, against the rounding of its terms, which are up to 1 / 4τ a pair.
+    """
+    assert loss.tolist() == pytest.approx(expected.loss, rel=0, abs=atol, nan_ok=True)
+    largest = np.abs(expected.gradient).max(initial=0)
+    rounding = 8 * torch.finfo(gradient.dtype).eps / tau
+    np.testing.assert_allclose(gradient, expected.gradient, rtol=0, atol=rtol * largest + rounding)
+
+
+# The oracle ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "weights"), _configurations())
+def test_float64_is_the_oracle(config: dict[str, Any], weights: str) -> None:
+    """Four batches through the queue: loss, per-class losses, validity and gradient, 72 × 6 runs
+    over all reductions, queue sizes and temperatures.
+    """
+    for seed in range(6):
+        arguments = {
+            **config,
+            "queue_size": (0, 7, 20)[seed % 3],
+            "temperature": TEMPERATURES[seed % 4],
+            "reduction": REDUCTIONS[(seed + len(weights)) % 3],
+        }
+        loss_fn, oracle = SmoothAPLoss(**arguments), OracleLoss(**arguments)
+        for logits, targets, sample_weight in _batches(seed, config, weights):
+            logits.requires_grad_()
+            loss, per_class, valid = loss_fn(logits, targets, True, sample_weight=sample_weight)
+            (gradient,) = torch.autograd.grad(_scalar(loss), logits)
+            expected = oracle.step(logits.detach(), targets, sample_weight)
+            tau = loss_fn.temperature
+            _assert_same(loss, gradient, expected, tau, atol=1e-12, rtol=1e-10)
+            assert valid.tolist() == expected.valid
+            assert per_class.tolist() == pytest.approx(
+                expected.per_class, rel=0, abs=1e-12, nan_ok=True
+            )
+
+
+@pytest.mark.parametrize(("config", "weights"), _configurations())
+def test_float32_is_near_the_oracle(config: dict[str, Any], weights: str) -> None:
+    """The same in float32, on inputs that float32 holds exactly: rounding of a number in [0, 1]."""
+    for seed in range(2):
+        arguments = {
+            **config,
+            "queue_size": 20,
+            "temperature": (0.01, 0.5)[seed],
+            "reduction": "none",
+        }
+        loss_fn, oracle = SmoothAPLoss(**arguments), OracleLoss(**arguments)
+        for logits, targets, sample_weight in _batches(seed, config, weights):
+            leaf = logits.float().requires_grad_()
+            loss = loss_fn(leaf, targets, sample_weight=sample_weight)
+            (gradient,) = torch.autograd.grad(_scalar(loss), leaf)
+            expected = oracle.step(logits, targets, sample_weight)
+            assert loss.dtype == gradient.dtype == torch.float32
+            tau = loss_fn.temperature
+            _assert_same(loss, gradient, expected, tau, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
+def test_following_queue_keeps_the_value(multilabel: bool) -> None:
+    """`queue_follows_shift` changes gradients, never losses; with it they sum to zero, without it
+    they do not.
+    """
+    config = {"num_classes": 2, "queue_size": 20, "temperature": 0.5, "multilabel": multilabel}
+    still, following = (SmoothAPLoss(**config, queue_follows_shift=f) for f in (False, True))
+    for batch in _batches(0, config, "real"):
+        sums = []
+        for loss_fn in (still, following):
+            leaf = batch.logits.clone().requires_grad_()
+            loss = loss_fn(leaf, batch.targets, sample_weight=batch.sample_weight)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            sums.append((loss.item(), *gradient.sum(0).abs().tolist()))
+    (value, *drift), (same_value, *no_drift) = sums
+    assert same_value == value
+    assert max(no_drift) < 1e-13
+    assert min(drift) > 1e-3
+
+
+# Known answers and the functional form ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
+def test_known_answer(case: Case) -> None:
+    """The loss is one minus an AP known by hand, and exactly 0 where AP is not defined."""
+    loss_fn = SmoothAPLoss(num_classes=1, queue_size=0, temperature=case.temperature)
+    logits = case.scores[:, None].clone().requires_grad_()
+    loss = loss_fn(logits, case.is_positive)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    expected = 0 if math.isnan(case.ap) else 1 - case.ap
+    assert loss.item() == pytest.approx(expected, rel=0, abs=1e-15)
+
+
+def test_is_the_functional_form() -> None:
+    """Without a queue, the loss of class c is 1 − smooth_ap of column c, bit for bit."""
+    logits, targets, weights = random_batch(seeded(0), 40, 4, weights="real")
+    loss_fn = SmoothAPLoss(num_classes=4, queue_size=0, temperature=0.2)
+    _, per_class, valid = loss_fn(logits, targets, True, sample_weight=weights)
+    kept = targets != IGNORED
+    assert valid.all()
+    for c in range(4):
+        ap, _ = smooth_ap(logits[kept, c], targets[kept] == c, 0.2, sample_weight=weights[kept])
+        assert per_class[c].item() == pytest.approx(1 - ap.item(), rel=0, abs=1e-15)
+
+
+def test_compute_smooth_ap() -> None:
+    """`_compute_smooth_ap` is smooth_ap by the loss's backend, for one problem or several."""
+    loss_fn = SmoothAPLoss(num_classes=3)
+    scores, is_pos = torch.randn(3, 20), torch.rand(3, 20) < 0.4
+    weights = torch.rand(3, 20)
+    several = loss_fn._compute_smooth_ap(scores, is_pos, 0.3, weights)
+    expected = smooth_ap(scores, is_pos, 0.3, sample_weight=weights, backend="dense")
+    assert torch.equal(several.ap, expected.ap)
+    assert torch.equal(several.valid, expected.valid)
+    one = loss_fn._compute_smooth_ap(scores[0], is_pos[0], 0.3)
+    assert torch.equal(one.ap, smooth_ap(scores[0], is_pos[0], 0.3).ap)
+
+
+def test_binary_is_one_of_two_classes() -> None:
+    """One column with labels {0, 1} is class 1 of a two-class loss; [N, 1] targets are the same."""
+    logits, targets, _ = random_batch(seeded(2), 30, 1)
+    binary = SmoothAPLoss(num_classes=1, queue_size=0, temperature=0.1)
+    two = SmoothAPLoss(num_classes=2, queue_size=0, temperature=0.1)
+    _, per_class, _ = two(torch.cat((-logits, logits), 1), targets, True)
+    assert binary(logits, targets).item() == pytest.approx(per_class[1].item(), rel=0, abs=1e-15)
+    assert binary(logits, targets[:, None]) == binary(logits, targets)
+
+
+def test_reductions_agree() -> None:
+    """mean = sum / number of valid classes, none = per-class losses with NaN at invalid ones."""
+    logits, targets, _ = random_batch(seeded(1), 30, 4)
+    targets[targets == 2] = 0  # class 2 has no positive
+    outputs = {}
+    for reduction in REDUCTIONS:
+        loss_fn = SmoothAPLoss(num_classes=4, queue_size=0, temperature=0.1, reduction=reduction)
+        outputs[reduction], per_class, valid = loss_fn(logits, targets, True)
+        assert torch.equal(outputs[reduction].nansum(), loss_fn(logits, targets).nansum())
+    assert valid.tolist() == [True, True, False, True]
+    assert per_class.isnan().tolist() == [False, False, True, False]
+    torch.testing.assert_close(outputs["none"], per_class, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(outputs["sum"], per_class.nansum())
+    torch.testing.assert_close(outputs["mean"], per_class.nansum() / 3)
+
+
+def test_temperature_can_change_between_steps() -> None:
+    """A new temperature counts from the next forward pass on."""
+    logits, targets, _ = random_batch(seeded(1), 30, 1)
+    loss_fn = SmoothAPLoss(num_classes=1, queue_size=0, temperature=0.01)
+    for tau in (0.01, 2.0, 0.3):
+        loss_fn.temperature = tau
+        expected = OracleLoss(1, temperature=tau).step(logits, targets).loss
+        assert loss_fn(logits, targets).item() == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+# Invariants ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """(logits [N, 3], targets [N]) with ties and ignored rows."""
+    logit = st.integers(-6, 6).map(lambda i: i / 2)
+    row = st.tuples(*[logit] * 3, st.sampled_from([0, 1, 2, IGNORED]))
+    rows = torch.tensor(draw(st.lists(row, min_size=3, max_size=10)), dtype=torch.float64)
+    return rows[:, :3].contiguous(), rows[:, 3].long()
+
+
+def _two_steps(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(per-class losses [3], gradient) of the second of two steps."""
+    loss_fn = SmoothAPLoss(num_classes=3, queue_size=6, temperature=0.5, reduction="none")
+    loss_fn(*first)
+    logits = second[0].clone().requires_grad_()
+    loss = loss_fn(logits, second[1])
+    (gradient,) = torch.autograd.grad(loss.nansum(), logits)
+    return loss.detach(), gradient
+
+
+def _assert_close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@given(batches(), batches())
+def test_ignored_rows_are_no_rows(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> None:
+    """Taking ignored rows out of both batches changes neither loss nor gradient, and the queue
+    holds the same rows.
+    """
+    loss, gradient = _two_steps(first, second)
+    kept = second[1] != IGNORED
+    without = [(logits[t != IGNORED], t[t != IGNORED]) for logits, t in (first, second)]
+    expected_loss, expected_gradient = _two_steps(*without)
+    _assert_close(loss, expected_loss)
+    _assert_close(gradient[kept], expected_gradient)
+    assert (gradient[~kept] == 0).all()
+
+
+@given(batches(), batches(), st.permutations(range(3)))
+def test_order_of_classes(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], order: list[int]
+) -> None:
+    """Renaming the classes renames the losses."""
+
+    def renamed(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, targets = batch
+        new_names = torch.tensor(order).argsort()
+        return logits[:, order], torch.where(targets == IGNORED, targets, new_names[targets % 3])
+
+    loss, gradient = _two_steps(first, second)
+    new_loss, new_gradient = _two_steps(renamed(first), renamed(second))
+    _assert_close(new_loss, loss[order])
+    _assert_close(new_gradient, gradient[:, order])
+
+
+@given(batches(), batches())
+def test_queue_is_a_longer_batch(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> None:
+    """Ranking with the queue is ranking the concatenated batch: same loss, and the gradient is the
+    concatenated one's live part.
+    """
+    kept = first[1] != IGNORED
+    queued = (first[0][kept][-6:], first[1][kept][-6:])  # the newest rows that fit
+    loss, gradient = _two_steps(first, second)
+    nothing = (torch.empty(0, 3, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
+    joined = tuple(torch.cat(pair) for pair in zip(second, queued, strict=True))
+    expected_loss, expected_gradient = _two_steps(nothing, joined)
+    _assert_close(loss, expected_loss)
+    _assert_close(gradient, expected_gradient[: len(second[1])])
+
+
+# Derivatives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["score", "spread"])
+@pytest.mark.parametrize("follows", [False, True], ids=["still queue", "following queue"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_gradcheck(
+    num_classes: int, multilabel: bool, weighted: bool, follows: bool, unit: TemperatureUnit
+) -> None:
+    """First and second derivatives in eval mode with a filled queue, against finite differences
+    and batched over cotangents.
+
+    Finite differences do not see how a queue follows the batch, since its values stay. There the
+    derivatives must be those of a loss whose old rows are live and really move.
+    """
+    config = {
+        "num_classes": num_classes,
+        "temperature": 0.7,
+        "multilabel": multilabel,
+        "temperature_unit": unit,
+    }
+    weights = "real" if weighted else "none"
+    stored, live = (
+        random_batch(seeded(seed), 6, num_classes, multilabel=multilabel, weights=weights)
+        for seed in (0, 2)
+    )
+    queued = SmoothAPLoss(**config, queue_size=6, queue_follows_shift=follows)
+    queued(stored.logits, stored.targets, sample_weight=stored.sample_weight)
+    queued.eval()
+
+    def loss(logits: Tensor) -> Tensor:
+        out: Tensor = queued(logits, live.targets, sample_weight=live.sample_weight)
+        return out
+
+    ignored = (live.targets == IGNORED).view(6, -1)  # [N, 1] or [N, C]
+    start = live.logits.clone()
+
+    def moving_loss(logits: Tensor) -> Tensor:
+        moved = torch.where(ignored, 0, logits - start).sum(0) / (~ignored).sum(0)
+        rows = torch.cat((logits, stored.logits + moved))
+        targets = torch.cat((live.targets, stored.targets))
+        row_weights = None
+        if live.sample_weight is not None and stored.sample_weight is not None:
+            row_weights = torch.cat((live.sample_weight, stored.sample_weight))
+        out: Tensor = SmoothAPLoss(**config, queue_size=0)(rows, targets, sample_weight=row_weights)
+        return out
+
+    leaf = live.logits.requires_grad_()
+    function = moving_loss if follows else loss
+    (gradient,) = torch.autograd.grad(function(leaf), leaf)
+    assert gradient.abs().max() > 0.01  # else the checks compare zeros
+    assert torch.autograd.gradcheck(function, leaf, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, leaf, check_batched_grad=True)
+    if follows:
+        (got,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-13)
+        hessian, expected = (torch.autograd.functional.hessian(f, leaf) for f in (loss, function))
+        torch.testing.assert_close(hessian, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own import
+def test_forward_mode_is_refused() -> None:
+    """Forward-mode differentiation raises rather than being silently wrong."""
+    logits, targets, _ = random_batch(seeded(0), 9, 1)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, logits)
+        with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
+            SmoothAPLoss(num_classes=1)(dual, targets)

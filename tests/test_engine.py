@@ -1,0 +1,451 @@
+"""`_engine`: sums of sigmoids against their definition, and what they cost in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from imbalanced_losses._engine import _dense, rank_plan, sigmoid_sums
+from imbalanced_losses.functional import smooth_ap
+from tests import oracle
+from tests.cases import seeded
+
+
+class Problem(NamedTuple):
+    """Arguments of sigmoid_sums."""
+
+    queries: Tensor  # [Q]
+    problem: Tensor  # [Q]
+    sources: Tensor  # [C, M]
+    weights: Tensor  # [C, M, K]
+    temperature: float | Tensor
+
+
+def _problem(
+    num_queries: int,
+    num_sources: int,
+    num_problems: int = 1,
+    num_columns: int = 1,
+    *,
+    temperature: float | Tensor = 0.5,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Problem:
+    generator = seeded(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    problem = torch.randint(num_problems, (num_queries,), generator=generator)
+    return Problem(
+        normal(num_queries),
+        problem,
+        normal(num_problems, num_sources),
+        normal(num_problems, num_sources, num_columns),
+        temperature,
+    )
+
+
+def _formula(
+    queries: Tensor, problem: Tensor, sources: Tensor, weights: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """The definition in four lines of differentiable torch."""
+    tau = temperature[problem, None] if isinstance(temperature, Tensor) else temperature
+    x = (sources[problem] - queries[:, None]) / tau  # [Q, M]
+    return (torch.sigmoid(x)[:, :, None] * weights[problem]).sum(1)
+
+
+def _leaves(problem: Problem) -> list[Tensor]:
+    """The floating tensors among the arguments, each made to ask for its gradient."""
+    return [
+        field.requires_grad_()
+        for field in problem
+        if isinstance(field, Tensor) and field.is_floating_point()
+    ]
+
+
+def _as_columns(out: Tensor) -> Tensor:
+    """A scalar in which every output has a weight of its own."""
+    return (out * torch.arange(1, out.numel() + 1, dtype=out.dtype).view_as(out).sin()).sum()
+
+
+def _derivatives(function: Callable[..., Tensor], problem: Problem, order: int) -> list[Tensor]:
+    """[value, gradients, gradients of a functional of the gradients, …] up to an order."""
+    leaves = _leaves(problem)
+    out = function(*problem)
+    collected = [out.detach()]
+    for _ in range(order):
+        gradients = torch.autograd.grad(_as_columns(out), leaves, create_graph=True)
+        out = torch.cat([gradient.flatten() for gradient in gradients])
+        collected.append(out.detach())
+    return collected
+
+
+# Values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_columns", [1, 2, 3])
+@pytest.mark.parametrize("num_problems", [1, 3])
+@pytest.mark.parametrize(("num_queries", "num_sources"), [(1, 1), (1, 31), (2, 1), (17, 31)])
+def test_sums_are_their_definition(
+    num_queries: int, num_sources: int, num_problems: int, num_columns: int
+) -> None:
+    """Every entry equals a loop over the sources of its problem, for odd sizes and K columns."""
+    for tensor_temperature in (False, True):
+        tau = torch.linspace(0.1, 2, num_problems).double() if tensor_temperature else 0.3
+        given = _problem(num_queries, num_sources, num_problems, num_columns, temperature=tau)
+        out = sigmoid_sums(*given)
+        assert out.shape == (num_queries, num_columns)
+        for q in range(num_queries):
+            c = given.problem[q].item()
+            for k in range(num_columns):
+                expected = oracle.sigmoid_sum(
+                    given.queries[q].item(),
+                    given.sources[c].tolist(),
+                    given.weights[c, :, k].tolist(),
+                    tau[c].item() if isinstance(tau, Tensor) else tau,
+                )
+                assert out[q, k].item() == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("tau", [1e-9, 0.01, 1.0, 1e6])
+def test_any_sharpness(tau: float, dtype: torch.dtype) -> None:
+    """From whole counts to a flat half: no overflow, error at rounding."""
+    given = _problem(40, 257, 2, 2, temperature=tau, dtype=dtype)
+    wide = (field.double() if field.is_floating_point() else field for field in given[:4])
+    expected = _formula(*wide, tau)
+    bound = 8 * torch.finfo(dtype).eps * given.weights.abs().sum(1).max().item()
+    torch.testing.assert_close(sigmoid_sums(*given).double(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
+def test_ragged_problems(tensor_temperature: bool) -> None:
+    """Queries of a problem may be many, few or none, in any order: problems stay apart."""
+    tau = torch.tensor([0.2, 0.5, 1.0, 3.0]).double() if tensor_temperature else 0.5
+    given = _problem(9, 6, 4, 2, temperature=tau)
+    given = given._replace(problem=torch.tensor([3, 0, 3, 3, 2, 0, 3, 2, 3]))  # none of problem 1
+    for got, expected in zip(
+        _derivatives(sigmoid_sums, given, 2), _derivatives(_formula, given, 2), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    (gradient,) = torch.autograd.grad(sigmoid_sums(*given).sum(), given.sources)
+    assert (gradient[1] == 0).all()
+    assert (gradient[[0, 2, 3]] != 0).all()
+
+
+@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("num_problems", [1, 3])
+@pytest.mark.parametrize(("num_queries", "num_sources"), [(0, 0), (0, 5), (4, 0)])
+def test_nothing_to_sum(
+    num_queries: int, num_sources: int, num_problems: int, tensor_temperature: bool
+) -> None:
+    """No queries or no sources: sums of the right shape, exactly 0, and so are all gradients."""
+    tau = torch.ones(num_problems).double() if tensor_temperature else 1.0
+    given = _problem(num_queries, num_sources, num_problems, 2, temperature=tau)
+    leaves = _leaves(given)
+    out = sigmoid_sums(*given)
+    assert out.shape == (num_queries, 2)
+    assert (out == 0).all()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert (gradient == 0).all()
+
+
+def test_arguments_that_are_not_contiguous() -> None:
+    """Strided and expanded views give the same sums and gradients as their copies."""
+    given = _problem(12, 10, 3, 2)
+    strided = given._replace(
+        queries=given.queries.repeat_interleave(2)[::2],
+        problem=given.problem.repeat_interleave(2)[::2],
+        sources=given.sources.T.contiguous().T,
+        weights=given.weights.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    )
+    assert not any(field.is_contiguous() for field in strided[:4])
+    for got, expected in zip(
+        _derivatives(sigmoid_sums, strided, 2), _derivatives(sigmoid_sums, given, 2), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+    expanded = given._replace(weights=torch.ones((), dtype=torch.float64).expand(3, 10, 2))
+    ones = given._replace(weights=torch.ones(3, 10, 2, dtype=torch.float64))
+    assert torch.equal(sigmoid_sums(*expanded), sigmoid_sums(*ones))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
+@pytest.mark.parametrize("num_problems", [1, 3])
+def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, tile: int) -> None:
+    """However the queries are cut into tiles, sums and two derivatives stay the same."""
+    given = _problem(23, 11, num_problems, 2)
+    whole = _derivatives(sigmoid_sums, given, 2)
+    monkeypatch.setattr(_dense, "TILE", tile)
+    for got, expected in zip(_derivatives(sigmoid_sums, given, 2), whole, strict=True):
+        # Sums of 23 terms in another order.
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_named_backend_is_the_same_function() -> None:
+    """The names "auto" and "dense" give the same sums."""
+    given = _problem(20, 30, 2, 2)
+    torch.testing.assert_close(
+        sigmoid_sums(*given, backend="auto"), sigmoid_sums(*given, backend="dense")
+    )
+
+
+def test_the_same_twice() -> None:
+    """Two runs agree bit for bit, value and gradient."""
+    given = _problem(200, 300, 5, 2, dtype=torch.float32)
+    first, second = (_derivatives(sigmoid_sums, given, 1) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Ranks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tile", [None, 1, 50], ids=["one tile", "a row a tile", "some rows a tile"]
+)
+@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("num_problems", [1, 3])
+def test_rank_plan_is_the_same_sums(
+    monkeypatch: pytest.MonkeyPatch,
+    num_problems: int,
+    weighted: bool,
+    tensor_temperature: bool,
+    tile: int | None,
+) -> None:
+    """`rank_plan` gives the sums of the formula for rows of the pool, and their gradient as source
+    and as query at once, however it is cut into tiles.
+    """
+    if tile is not None:
+        monkeypatch.setattr(_dense, "TILE", tile)
+    generator = seeded(0)
+    scores = torch.randn(num_problems, 23, generator=generator, dtype=torch.float64)
+    scores[:, 5:9] = scores[:, :1]  # ties
+    is_positive = torch.rand(scores.shape, generator=generator) < 0.4
+    is_positive[-1] = num_problems == 1  # a problem without a query where there are several
+    weights = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
+    row_weights = weights if weighted else torch.ones_like(scores)
+    positive_weights = row_weights * is_positive
+    problem, row = is_positive.nonzero(as_tuple=True)
+    tau = torch.linspace(0.2, 0.9, num_problems).double() if tensor_temperature else 0.4
+    cotangent = torch.randn(len(row), 2, generator=generator, dtype=torch.float64)
+
+    plan = rank_plan(
+        scores, problem, row, weights if weighted else None, positive_weights, tau, backend="dense"
+    )
+    sums = plan.sums()
+    gradient = plan.gradient(cotangent)
+
+    leaf = scores.clone().requires_grad_()
+    columns = torch.stack((row_weights, positive_weights), dim=-1)
+    expected = _formula(leaf[problem, row], problem, leaf, columns, tau)
+    (expected_gradient,) = torch.autograd.grad(expected, leaf, cotangent)
+    torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-13)
+
+
+# Derivatives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("num_columns", [1, 2])
+@pytest.mark.parametrize("num_problems", [1, 2])
+def test_gradcheck(num_problems: int, num_columns: int, tensor_temperature: bool) -> None:
+    """First and second derivatives in every argument against finite differences, also batched."""
+    tau = torch.linspace(0.6, 1, num_problems).double() if tensor_temperature else 0.7
+    given = _problem(3, 4, num_problems, num_columns, temperature=tau)
+
+    def sums(queries: Tensor, sources: Tensor, weights: Tensor, *temperature: Tensor) -> Tensor:
+        return sigmoid_sums(queries, given.problem, sources, weights, *(temperature or (tau,)))
+
+    leaves = _leaves(given)
+    assert torch.autograd.gradcheck(sums, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(sums, leaves, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("num_problems", [1, 3])
+def test_four_derivatives(num_problems: int, tensor_temperature: bool) -> None:
+    """Derivatives up to the fourth, mixed over all arguments, equal autograd of the formula."""
+    tau = torch.linspace(0.6, 1.1, num_problems).double() if tensor_temperature else 0.7
+    given = _problem(5, 6, num_problems, 2, temperature=tau)
+    for got, expected in zip(
+        _derivatives(sigmoid_sums, given, 4), _derivatives(_formula, given, 4), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10 * expected.abs().max())
+
+
+@pytest.mark.parametrize("asked", ["queries", "sources", "weights", "temperature"])
+def test_gradient_of_one_argument_alone(asked: str) -> None:
+    """Each argument may be the only one that asks for a gradient, and gets the same one."""
+    given = _problem(5, 6, 2, 2, temperature=torch.tensor([0.5, 0.9], dtype=torch.float64))
+    leaf = getattr(given, asked).requires_grad_()
+    order = 1 if asked == "weights" else 2  # linear in the weights: nothing to derive twice
+
+    def derivatives(function: Callable[..., Tensor]) -> list[Tensor]:
+        collected = [function(*given)]
+        for _ in range(order):
+            out = _as_columns(collected[-1])
+            collected += torch.autograd.grad(out, leaf, create_graph=True)
+        return collected
+
+    for got, expected in zip(derivatives(sigmoid_sums), derivatives(_formula), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("distance", [5.0, 15.0, 40.0, 80.0])
+def test_derivatives_of_far_pairs(distance: float, dtype: torch.dtype) -> None:
+    """σ′ and σ″ of a pair τ·distance apart, on either side, keep their *relative* accuracy, where
+    1 − σ would have lost every digit.
+    """
+    # σ′(x) = e⁻ˣ / (1 + e⁻ˣ)², σ″ = σ′ (1 − 2σ); relative error of exp grows with its argument.
+    tail = math.exp(-distance)
+    slope = tail / (1 + tail) ** 2
+    curvature = -slope * (1 - tail) / (1 + tail)
+    tolerance = 4 * distance * torch.finfo(dtype).eps
+    for side in (1, -1):
+        source = torch.tensor([[side * distance]], dtype=dtype, requires_grad=True)
+        query, one = torch.zeros(1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype)
+        out = sigmoid_sums(query, torch.zeros(1, dtype=torch.int64), source, one, 1.0)
+        (first,) = torch.autograd.grad(out.sum(), source, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), source)
+        assert first.item() == pytest.approx(slope, rel=tolerance, abs=0)
+        assert second.item() == pytest.approx(side * curvature, rel=tolerance, abs=0)
+
+
+def test_temperature_gradient_far_from_zero() -> None:
+    """∂/∂τ does not depend on where the origin of the scores is."""
+    tau = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    given = _problem(5, 6, temperature=tau)
+    moved = given._replace(queries=given.queries + 2.0**20, sources=given.sources + 2.0**20)
+    gradients = [torch.autograd.grad(_as_columns(sigmoid_sums(*p)), tau)[0] for p in (given, moved)]
+    # Scores of 10⁶ are rounded by 10⁻¹⁰.
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own import
+def test_forward_mode_is_refused() -> None:
+    """Forward-mode differentiation raises rather than being silently wrong."""
+    given = _problem(3, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(given.sources, given.sources)
+        with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
+            sigmoid_sums(*given._replace(sources=dual))
+
+
+def test_vmap_over_weights() -> None:
+    """A batch of weights is a batch of sums."""
+    given = _problem(5, 6, 3, 2)
+    weights = torch.randn(4, 3, 6, 2, dtype=torch.float64)
+    batched = torch.func.vmap(lambda w: sigmoid_sums(*given._replace(weights=w)))(weights)
+    expected = torch.stack([sigmoid_sums(*given._replace(weights=w)) for w in weights])
+    torch.testing.assert_close(batched, expected)
+
+
+@pytest.mark.parametrize("batched", ["queries", "sources", "temperature"])
+def test_vmap_over_the_geometry_is_refused(batched: str) -> None:
+    """Scores and τ cannot be batched: an error that says what to do instead."""
+    given = _problem(5, 6, 2, 1, temperature=torch.ones(2, dtype=torch.float64))
+    stacked = torch.stack([getattr(given, batched)] * 3)
+    with pytest.raises(NotImplementedError, match="stack the problems along its dimension C"):
+        torch.func.vmap(lambda t: sigmoid_sums(*given._replace(**{batched: t})))(stacked)
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the storage, in elements, behind the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, elements)
+        return out
+
+
+@pytest.fixture
+def small_tile(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(_dense, "TILE", 1024)
+    return 1024
+
+
+@pytest.mark.parametrize("num_problems", [1, 4])
+def test_no_tensor_of_all_pairs(small_tile: int, num_problems: int) -> None:
+    """Forward, backward and double backward make nothing larger than a tile a weight column."""
+    num_queries, num_sources, num_columns = 256, 128, 2
+    given = _problem(num_queries, num_sources, num_problems, num_columns)
+    leaves = _leaves(given)
+    with _Largest() as largest:
+        out = sigmoid_sums(*given)
+        gradients = torch.autograd.grad(_as_columns(out), leaves, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+    assert num_queries * num_sources > 10 * small_tile  # else this proves nothing
+    assert 0 < largest.elements <= num_columns * small_tile
+
+
+@pytest.mark.parametrize("num_problems", [1, 4])
+def test_nothing_of_all_pairs_is_kept(small_tile: int, num_problems: int) -> None:
+    """What is saved for backward, and for double backward, is no larger than the arguments."""
+    given = _problem(256, 128, num_problems, 2)
+    leaves = _leaves(given)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = sigmoid_sums(*given)
+        forward = len(saved)
+        gradients = torch.autograd.grad(_as_columns(out), leaves, create_graph=True)
+    assert forward == 3  # queries, sources, weights
+    assert len(gradients) == 3
+    assert max(saved) <= max(given.weights.numel(), out.numel())
+
+
+@pytest.mark.parametrize("order", [1, 2], ids=["first", "second"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("num_problems", [1, 4])
+def test_memory_of_smooth_ap(
+    small_tile: int, num_problems: int, weighted: bool, order: int
+) -> None:
+    """The same for a loss on top: no tensor of all pairs in a training step, nor when its gradient
+    is differentiated, and what waits for backward is a few tensors of the size of the scores.
+    """
+    scores = torch.randn(num_problems, 400, dtype=torch.float64, requires_grad=True)
+    is_positive = torch.arange(400).expand(num_problems, 400) % 3 == 0
+    weights = torch.rand(scores.shape, dtype=torch.float64) if weighted else None
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with _Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ap, _ = smooth_ap(scores, is_positive, 0.3, sample_weight=weights)
+        kept = sum(saved)
+        (gradient,) = torch.autograd.grad(ap.sum(), scores, create_graph=order == 2)
+        if order == 2:
+            torch.autograd.grad(gradient.square().sum(), scores)
+    pairs = int(is_positive.sum()) * 400
+    assert pairs > 10 * 2 * max(small_tile, scores.numel())  # else this proves nothing
+    assert 0 < largest.elements <= 2 * max(small_tile, scores.numel())
+    assert 0 < kept <= 6 * scores.numel()

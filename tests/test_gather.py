@@ -1,0 +1,372 @@
+"""Ranks: the gradient and the loss of one process with all rows, in real processes over gloo."""
+
+from __future__ import annotations
+
+import io
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from imbalanced_losses import SmoothAPLoss
+from tests.rows import IGNORED, Batch, make_batch
+
+WORLD_SIZE = 2
+TIMEOUT_S = 20  # of a collective: long enough for a busy machine
+
+
+# --- Two processes for the whole file ------------------------------------------------------------
+
+
+def serve(rank: int, port: int, timeout_s: float, connection: Connection) -> None:
+    """What a rank does: run the jobs that come, send back the result or the error."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    while (message := connection.recv_bytes()) != b"":
+        job, arguments = torch.load(io.BytesIO(message), weights_only=False)
+        try:
+            result = job(rank, *arguments)
+        except Exception as error:
+            result = Failure(type(error).__name__, str(error))
+        connection.send_bytes(packed(result))
+    dist.destroy_process_group()
+
+
+class Failure(NamedTuple):
+    error: str
+    message: str
+
+
+def packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+class Ranks:
+    """Processes that run one job after another, all ranks the same one."""
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.connections, self.processes = [], []
+        for rank in range(WORLD_SIZE):
+            own, other = context.Pipe()
+            process = context.Process(
+                target=serve, args=(rank, port, timeout_s, other), daemon=True
+            )
+            process.start()
+            self.connections.append(own)
+            self.processes.append(process)
+
+    def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The result of each rank; `job` is called with the rank first."""
+        for connection in self.connections:
+            connection.send_bytes(packed((job, arguments)))
+        results = []
+        for rank, connection in enumerate(self.connections):
+            assert connection.poll(3 * TIMEOUT_S), f"rank {rank} does not answer"
+            results.append(torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False))
+        return results
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send_bytes(b"")
+        for process in self.processes:
+            process.join(TIMEOUT_S)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+# --- Training on two ranks and on one ------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A training run; the rows of each step are split over the ranks in order."""
+
+    sizes: tuple[int, ...] = (6, 6)  # rows of each rank
+    num_classes: int = 1
+    steps: int = 1
+    ignored: tuple[int, ...] = ()  # rows of the global batch
+    negative: tuple[int, ...] = ()
+    weighted: bool = False
+    recomputed: bool = False
+    multilabel: bool = False
+    options: dict[str, Any] = {}  # noqa: RUF012, never changed
+
+    def loss_fn(self) -> SmoothAPLoss:
+        options = {"queue_size": 0, "temperature": 0.3, **self.options}
+        return SmoothAPLoss(self.num_classes, multilabel=self.multilabel, **options)
+
+    def model(self) -> nn.Linear:
+        model = nn.Linear(5, self.num_classes, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.copy_(make_batch(self.num_classes, 5, seed=99).logits)
+        return model
+
+    def global_batch(self, step: int) -> Batch:
+        """Features in the place of logits."""
+        num_rows = sum(self.sizes)
+        features = make_batch(num_rows, 5, seed=step, dtype=torch.float64).logits
+        targets = make_batch(num_rows, self.num_classes, multilabel=self.multilabel).targets
+        targets[list(self.negative)] = 0
+        targets[list(self.ignored)] = IGNORED
+        weights = torch.arange(num_rows).remainder(3).add(0.5) if self.weighted else None
+        return Batch(features, targets, weights)
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    gradients: list[Tensor]
+    state: dict[str, Tensor]
+
+
+def loss_of(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    loss_fn: SmoothAPLoss,
+    recomputed: bool,
+) -> Tensor:
+    if not recomputed:
+        return Batch(logits, targets, weights).through(loss_fn)
+    loss: Tensor = checkpoint(
+        loss_of, logits, targets, weights, loss_fn, False, use_reentrant=False
+    )
+    return loss
+
+
+def trained(case: Case, model: nn.Module, rows: slice) -> Outcome:
+    """Steps of gradient descent on these rows of each global batch."""
+    loss_fn = case.loss_fn()
+    losses, gradients = [], []
+    for step in range(case.steps):
+        features, *rest = (
+            None if field is None else field[rows] for field in case.global_batch(step)
+        )
+        model.zero_grad()
+        loss = loss_of(model(features), *rest, loss_fn, case.recomputed)
+        loss.backward()
+        losses.append(loss.item())
+        (parameter,) = model.parameters()
+        assert parameter.grad is not None
+        gradients.append(parameter.grad.clone())
+        with torch.no_grad():
+            parameter -= 0.5 * parameter.grad
+    return Outcome(losses, gradients, loss_fn.state_dict())
+
+
+def train_rank(rank: int, case: Case) -> Outcome:
+    start = sum(case.sizes[:rank])
+    model = DistributedDataParallel(case.model())
+    return trained(case, model, slice(start, start + case.sizes[rank]))
+
+
+def train_alone(case: Case) -> Outcome:
+    return trained(case, case.model(), slice(None))
+
+
+def assert_same_queue(one: Outcome, other: Outcome, exact: bool) -> None:
+    """Equal bits, or equal but for the rounding of a model that saw fewer rows at once."""
+    assert list(one.state) == list(other.state)
+    for name, value in one.state.items():
+        tolerance = 0 if exact else 1e-12
+        torch.testing.assert_close(
+            value, other.state[name], rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+SPLITS = {
+    "equal": Case((6, 6)),
+    "unequal": Case((9, 3)),
+    "one-row": Case((1, 11)),
+    "first-without-rows": Case((0, 12)),
+    "second-without-rows": Case((12, 0)),
+    "first-ignored": Case((4, 8), ignored=(0, 1, 2, 3)),
+    "some-ignored": Case((6, 6), ignored=(0, 5, 6)),
+    "second-without-positive": Case((6, 6), negative=(6, 7, 8, 9, 10, 11)),
+    "no-positive": Case((6, 6), negative=tuple(range(12))),
+    "nothing": Case((0, 0)),
+    "weighted": Case((5, 7), weighted=True),
+}
+KINDS = {
+    "binary": {"num_classes": 1},
+    "classes": {"num_classes": 3},
+    "labels": {"num_classes": 3, "multilabel": True},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "queue": {"queue_size": 20},
+    "wide-queue": {"queue_size": 100},
+    "capped": {"max_pool_size": 8},
+    "capped-queue": {"queue_size": 20, "max_pool_size": 8},
+    "sum": {"reduction": "sum"},
+    "spread": {"queue_size": 20, "temperature_unit": "spread"},
+    "follows-shift": {"queue_size": 20, "queue_follows_shift": True},
+    "always": {"gather_distributed": True},
+}
+
+
+def cases() -> list[Any]:
+    splits = [
+        pytest.param(case._replace(**kind), id=f"{kind_name}-{name}")
+        for kind_name, kind in KINDS.items()
+        for name, case in SPLITS.items()
+    ]
+    options = [
+        pytest.param(
+            Case((9, 4), steps=3, options=option, **kind), id=f"{kind_name}-{name}-3-steps"
+        )
+        for kind_name, kind in KINDS.items()
+        for name, option in OPTIONS.items()
+    ]
+    recomputed = Case((9, 4), steps=3, recomputed=True, options={"queue_size": 20})
+    return [*splits, *options, pytest.param(recomputed, id="recomputed-3-steps")]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_two_ranks_train_as_one_process_with_all_rows(ranks: Ranks, case: Case) -> None:
+    alone = train_alone(case)
+    outcomes: list[Outcome] = ranks.run(train_rank, case)
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(alone.losses, rel=1e-12, abs=1e-15)
+        for found, expected in zip(outcome.gradients, alone.gradients, strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * scale)
+        assert_same_queue(outcome, alone, exact=False)
+    first, second = outcomes
+    assert first.losses == second.losses
+    assert_same_queue(first, second, exact=True)
+
+
+def test_only_cases_without_a_positive_have_no_gradient() -> None:
+    without = {
+        parameter.id
+        for parameter in cases()
+        if not train_alone(*parameter.values).gradients[0].any()
+    }
+    assert without == {
+        "binary-no-positive",
+        "classes-no-positive",
+        "labels-no-positive",
+        *(f"{kind}-nothing" for kind in KINDS),
+    }
+
+
+# --- When not to gather --------------------------------------------------------------------------
+
+
+def loss_of_rank(rank: int, options: dict[str, Any], training: bool) -> float:
+    """Of a batch that every rank has one of its own."""
+    loss_fn = SmoothAPLoss(1, 0, 0.3, **options).train(training)
+    return make_batch(6, seed=rank).through(loss_fn).item()
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "gathers"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"gather_distributed": None}, False, False),
+        ({"gather_distributed": True}, True, True),
+        ({"gather_distributed": True}, False, True),
+        ({"gather_distributed": False}, True, False),
+        ({"gather_distributed": False}, False, False),
+    ],
+)
+def test_when_ranks_gather(
+    ranks: Ranks, options: dict[str, Any], training: bool, gathers: bool
+) -> None:
+    found = ranks.run(loss_of_rank, options, training)
+    own = [loss_of_rank(rank, {}, True) for rank in range(WORLD_SIZE)]
+    assert own[0] != own[1]
+    assert (found == own) is not gathers
+    assert (found[0] == found[1]) is gathers
+
+
+def eval_on_first_rank(rank: int) -> bool:
+    loss_fn = SmoothAPLoss(1, 4)
+    if rank == 0:
+        return bool(make_batch(4).through(loss_fn.eval()).isfinite())
+    return True
+
+
+def test_one_rank_may_evaluate_by_itself(ranks: Ranks) -> None:
+    assert ranks.run(eval_on_first_rank) == [True, True]
+
+
+def test_without_a_process_group_nothing_is_gathered() -> None:
+    batch = make_batch(6)
+    loss_fn = SmoothAPLoss(1, 0, 0.3, gather_distributed=True)
+    assert batch.through(loss_fn) == batch.through(SmoothAPLoss(1, 0, 0.3))
+
+
+# --- Ranks that disagree -------------------------------------------------------------------------
+
+
+def disagree(rank: int, what: str) -> dict[str, Tensor]:
+    """A second step in which the last rank does something else; the state if that goes well."""
+    other = rank == WORLD_SIZE - 1
+    num_classes = 4 if other and what == "classes" else 3
+    multilabel = other and what == "multilabel"
+    loss_fn = SmoothAPLoss(num_classes, 8, multilabel=multilabel)
+    batch = make_batch(4, num_classes, multilabel=multilabel)
+    if other and what == "dtype":
+        batch = batch._replace(logits=batch.logits.double())
+    if other and what == "bad-target":
+        batch = batch._replace(targets=batch.targets + 9)
+    before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
+    try:
+        batch.through(loss_fn)
+    except Exception:
+        for name, value in loss_fn.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+        raise
+    return loss_fn.state_dict()
+
+
+@pytest.mark.parametrize("what", ["dtype", "classes", "multilabel"])
+def test_ranks_that_disagree_raise_the_same_error(ranks: Ranks, what: str) -> None:
+    first, second = ranks.run(disagree, what)
+    assert isinstance(first, Failure)
+    assert first == second
+    assert first.error == "RuntimeError"
+    assert first.message.startswith("ranks disagree on")
+    assert all(isinstance(state, dict) for state in ranks.run(disagree, "nothing"))
+
+
+def test_bad_input_on_one_rank_is_an_error_on_every_rank() -> None:
+    """In processes of its own: a rank left alone in a collective breaks it for what comes after."""
+    pool = Ranks(timeout_s=5)
+    try:
+        first, second = pool.run(disagree, "bad-target")
+    finally:
+        pool.close()
+    assert isinstance(first, Failure)
+    assert isinstance(second, Failure)
+    assert first.error == second.error == "ValueError"
+    assert "targets must be integers in 0..2" in first.message

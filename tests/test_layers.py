@@ -1,0 +1,137 @@
+"""The house rules: who may import whom, and what `import imbalanced_losses` brings along."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import imbalanced_losses
+
+PACKAGE = Path(imbalanced_losses.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
+EACH_FILE = pytest.mark.parametrize("path", FILES, ids=NAMES)
+
+# A layer imports from the layers before it; a file that is not listed is a loss.
+LAYERS = (
+    ("_reduce", "_checks"),
+    ("_engine", "_pool"),
+    ("functional", "_queue", "_gather", "_subsample"),
+    ("_base",),
+)
+LOSSES, TOP = len(LAYERS), len(LAYERS) + 1
+
+
+def layer(module: str) -> int:
+    """Of a first-level module of the package; "" is the package itself."""
+    if module == "":
+        return TOP
+    return next((level for level, names in enumerate(LAYERS) if module in names), LOSSES)
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, at any depth; `from a import b` gives a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def first_level(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
+
+
+@EACH_FILE
+def test_imports_point_down(path: Path) -> None:
+    own = first_level(path)
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        imported = rest.partition(".")[0]
+        if package != "imbalanced_losses" or imported == own:
+            continue
+        assert layer(imported) < layer(own), f"{own or '__init__'} imports {imported}"
+
+
+def test_every_layer_exists() -> None:
+    found = {first_level(path) for path in FILES}
+    assert {name for names in LAYERS for name in names} <= found
+
+
+def test_only_gather_knows_torch_distributed() -> None:
+    known = {name for path, name in zip(FILES, NAMES, strict=True) if "distributed" in code(path)}
+    assert known == {"_gather.py"}
+
+
+def code(path: Path) -> set[str]:
+    """Attributes, imported names and bare names, without strings and comments."""
+    words = {part for name in imports(path) for part in name.split(".")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, ast.Name):
+            words.add(node.id)
+    return words
+
+
+def literals(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    return {str(node.value).lower() for node in tree if isinstance(node, ast.Constant)}
+
+
+def test_only_reduce_writes_nan() -> None:
+    writers = {
+        name
+        for path, name in zip(FILES, NAMES, strict=True)
+        if "nan" in code(path) or "nan" in literals(path)
+    }
+    assert writers == {"_reduce.py"}
+
+
+WITH_ALL = [path for path in FILES if "__all__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_ALL, ids=lambda path: path.stem)
+def test_all_is_what_there_is(path: Path) -> None:
+    parts = ("imbalanced_losses", *path.relative_to(PACKAGE).with_suffix("").parts)
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    exported = module.__all__
+    assert [name for name in exported if not hasattr(module, name)] == []
+    assert len(exported) == len(set(exported))
+    nodes = ast.parse(path.read_text()).body
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert {name for name in defined if not name.startswith("_")} <= set(exported)
+
+
+def test_the_public_names() -> None:
+    modules = {name for name, value in vars(imbalanced_losses).items() if inspect.ismodule(value)}
+    names = {name for name in vars(imbalanced_losses) if not name.startswith("_")}
+    assert set(imbalanced_losses.__all__) == names - modules | {"functional"}
+    assert imbalanced_losses.SmoothAPLoss.__module__ == "imbalanced_losses.ap_loss"
+
+
+def test_importing_the_package_imports_nothing_optional() -> None:
+    """Whatever importing torch alone does not."""
+    script = (
+        "import sys, json, torch; before = set(sys.modules); import imbalanced_losses;"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
+    )
+    brought = set(json.loads(run.stdout)) - set(sys.stdlib_module_names)
+    assert brought == {"imbalanced_losses"}
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()

@@ -1,0 +1,69 @@
+"""Rows that travel together, and the problems that they pose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from imbalanced_losses._pool import Pool
+from tests.rows import IGNORED
+
+LABELS = torch.tensor([2, 0, IGNORED, 1, 0])
+MATRIX = torch.tensor([[1, 0], [IGNORED, 1], [IGNORED, IGNORED], [0, 0], [0, IGNORED]])
+WEIGHTS = torch.tensor([1.0, 0, 2, 3, 0.5])
+
+
+def pool(targets: Tensor, num_classes: int) -> Pool:
+    logits = torch.arange(5.0 * num_classes).reshape(5, num_classes)
+    return Pool(logits, targets, WEIGHTS)
+
+
+@pytest.mark.parametrize("targets", [LABELS, MATRIX], ids=["classes", "labels"])
+def test_select_takes_the_same_rows_of_every_field(targets: Tensor) -> None:
+    rows, index = pool(targets, 2), torch.tensor([3, 0, 3])
+    for field, selected in zip(rows, rows.select(index), strict=True):
+        assert selected.equal(field[index])
+
+
+@pytest.mark.parametrize("targets", [LABELS, MATRIX], ids=["classes", "labels"])
+def test_extend_puts_the_live_rows_first(targets: Tensor) -> None:
+    rows = pool(targets, 2)
+    live, rest = rows.select(torch.tensor([4, 1])), rows.select(torch.tensor([0, 2, 3]))
+    for field, extended in zip(rows, live.extend(rest), strict=True):
+        assert extended.equal(field[[4, 1, 0, 2, 3]])
+
+
+def test_rows_that_are_present() -> None:
+    assert pool(LABELS, 3).is_present(IGNORED).tolist() == [True, False, False, True, True]
+    assert pool(MATRIX, 2).is_present(IGNORED).tolist() == [True, False, False, True, True]
+
+
+def test_another_ignore_index() -> None:
+    assert pool(LABELS, 3).is_present(0).tolist() == [True, False, True, True, False]
+    assert pool(LABELS, 3).problems(0).weights[0].tolist() == [1, 0, 2, 3, 0]
+
+
+def test_one_class_is_the_positive_one() -> None:
+    problems = pool(torch.tensor([1, 0, IGNORED, 1, 0]), 1).problems(IGNORED)
+    assert problems.scores.tolist() == [[0, 1, 2, 3, 4]]
+    assert problems.is_positive.tolist() == [[True, False, False, True, False]]
+    assert problems.weights.tolist() == [[1, 0, 0, 3, 0.5]]
+
+
+def test_classes_are_ranked_one_against_the_rest() -> None:
+    problems = pool(LABELS, 3).problems(IGNORED)
+    assert problems.scores.tolist() == [[c, c + 3, c + 6, c + 9, c + 12] for c in range(3)]
+    assert problems.is_positive.int().tolist() == [
+        [0, 1, 0, 0, 1],
+        [0, 0, 0, 1, 0],
+        [1, 0, 0, 0, 0],
+    ]
+    assert problems.weights.tolist() == [[1, 0, 0, 3, 0.5]] * 3
+
+
+def test_each_label_ignores_rows_of_its_own() -> None:
+    problems = pool(MATRIX, 2).problems(IGNORED)
+    assert problems.scores.tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    assert problems.is_positive.int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+    assert problems.weights.tolist() == [[1, 0, 0, 3, 0.5], [1, 0, 0, 3, 0]]
