@@ -23,6 +23,9 @@ def _same_random_numbers() -> Iterator[None]:
 
 @pytest.fixture
 def _restored_matmul_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
     yield
-    torch.set_float32_matmul_precision(before)
+    # In this order: the setters by backend (torch ≥ 2.9) leave the older one undefined.
+    for backend in (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        if hasattr(backend, "fp32_precision"):
+            backend.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")

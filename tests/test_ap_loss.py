@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._base import TemperatureUnit
-from imbalanced_losses.functional import smooth_ap
+from imbalanced_losses.functional import Backend, smooth_ap
 from tests.cases import IGNORED, Batch, Case, cases, random_batch, seeded
 from tests.oracle import OracleLoss, Result
 
@@ -80,8 +80,9 @@ def _assert_same(
 # The oracle ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["dense", "panel"])
 @pytest.mark.parametrize(("config", "weights"), _configurations())
-def test_float64_is_the_oracle(config: dict[str, Any], weights: str) -> None:
+def test_float64_is_the_oracle(config: dict[str, Any], weights: str, backend: Backend) -> None:
     """Four batches through the queue: loss, per-class losses, validity and gradient, 72 × 6 runs
     over all reductions, queue sizes and temperatures.
     """
@@ -93,6 +94,7 @@ def test_float64_is_the_oracle(config: dict[str, Any], weights: str) -> None:
             "reduction": REDUCTIONS[(seed + len(weights)) % 3],
         }
         loss_fn, oracle = SmoothAPLoss(**arguments), OracleLoss(**arguments)
+        loss_fn.backend = backend
         for logits, targets, sample_weight in _batches(seed, config, weights):
             logits.requires_grad_()
             loss, per_class, valid = loss_fn(logits, targets, True, sample_weight=sample_weight)
@@ -186,6 +188,14 @@ def test_compute_smooth_ap() -> None:
     assert torch.equal(several.valid, expected.valid)
     one = loss_fn._compute_smooth_ap(scores[0], is_pos[0], 0.3)
     assert torch.equal(one.ap, smooth_ap(scores[0], is_pos[0], 0.3).ap)
+
+
+def test_backend_reaches_the_engine() -> None:
+    """The class attribute `backend` is what ranks: a name that does not exist is refused."""
+    loss_fn = SmoothAPLoss(num_classes=1)
+    loss_fn.backend = "nothing"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"backend must be one of .*'dense'.*got 'nothing'"):
+        loss_fn(torch.zeros(2, 1), torch.tensor([0, 1]))
 
 
 def test_binary_is_one_of_two_classes() -> None:

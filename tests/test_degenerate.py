@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._reduce import Reduction
-from imbalanced_losses.functional import smooth_ap
+from imbalanced_losses.functional import Backend, smooth_ap
 from tests.cases import IGNORED, random_batch, seeded
 from tests.oracle import OracleLoss
 
@@ -125,11 +125,12 @@ def test_weight_zero_can_leave_nothing(weights: list[float]) -> None:
     _assert_exactly_nothing(output, logits, "mean")
 
 
+@pytest.mark.parametrize("backend", ["dense", "panel"])
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("unit", ["score", "spread"])
 def test_an_undefined_class_leaves_the_others_alone(
-    unit: Any, reduction: Reduction, junk: float
+    unit: Any, reduction: Reduction, junk: float, backend: Backend
 ) -> None:
     """Class 2 has no positive and a non-finite logit: the loss is that of classes 0 and 1, and
     column 2 has a gradient of exactly 0.
@@ -139,7 +140,9 @@ def test_an_undefined_class_leaves_the_others_alone(
     logits[3, 2] = junk
     logits.requires_grad_()
     arguments = {"temperature": 0.3, "temperature_unit": unit, "reduction": reduction}
-    loss = SmoothAPLoss(3, 0, **arguments)(logits, targets)
+    loss_fn = SmoothAPLoss(3, 0, **arguments)
+    loss_fn.backend = backend
+    loss = loss_fn(logits, targets)
     (gradient,) = torch.autograd.grad(loss.nansum(), logits)
 
     clean = logits.detach().clone()

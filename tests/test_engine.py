@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from imbalanced_losses._engine import _dense, rank_plan, sigmoid_sums
+from imbalanced_losses._engine import Backend, _dense, rank_plan, sigmoid_sums
 from imbalanced_losses.functional import smooth_ap
 from tests import oracle
 from tests.cases import seeded
@@ -191,12 +192,18 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, t
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_named_backend_is_the_same_function() -> None:
-    """The names "auto" and "dense" give the same sums."""
-    given = _problem(20, 30, 2, 2)
-    torch.testing.assert_close(
-        sigmoid_sums(*given, backend="auto"), sigmoid_sums(*given, backend="dense")
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_every_named_backend_is_the_same_function(dtype: torch.dtype) -> None:
+    """Whatever "auto" takes, it is what "dense" defines, and so is "panel": to the dtype's rounding
+    in the value and the first derivative.
+    """
+    given = _problem(20, 30, 2, 2, dtype=dtype)
+    expected = _derivatives(sigmoid_sums, given, 1)
+    for backend in ("auto", "dense", "panel"):
+        got = _derivatives(partial(sigmoid_sums, backend=backend), given, 1)
+        for a, b in zip(got, expected, strict=True):
+            bound = (1e-11 if dtype == torch.float64 else 2e-6) * b.abs().max().item()
+            torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
 def test_the_same_twice() -> None:
@@ -222,8 +229,8 @@ def test_rank_plan_is_the_same_sums(
     tensor_temperature: bool,
     tile: int | None,
 ) -> None:
-    """`rank_plan` gives the sums of the formula for rows of the pool, and their gradient as source
-    and as query at once, however it is cut into tiles.
+    """`rank_plan` gives ½ω and the sums of the formula for rows of the pool, and τ times their
+    gradient as source and as query at once, however it is cut into tiles.
     """
     if tile is not None:
         monkeypatch.setattr(_dense, "TILE", tile)
@@ -242,14 +249,22 @@ def test_rank_plan_is_the_same_sums(
     plan = rank_plan(
         scores, problem, row, weights if weighted else None, positive_weights, tau, backend="dense"
     )
-    sums = plan.sums()
-    gradient = plan.gradient(cotangent)
+
+    def slopes_of(_: Tensor, __: Tensor, queries: slice | None) -> tuple[Tensor, Tensor]:
+        by_all, by_positives = cotangent[slice(None) if queries is None else queries].unbind(1)
+        return by_all, by_positives
+
+    half = 0.5 * row_weights[problem, row, None]
+    *ranks, gradient = plan.ranks_and_gradient(slopes_of)
+    torch.testing.assert_close(torch.stack(plan.ranks()), torch.stack(ranks), rtol=0, atol=0)
+    sums = torch.stack(ranks, dim=1) - half
 
     leaf = scores.clone().requires_grad_()
     columns = torch.stack((row_weights, positive_weights), dim=-1)
     expected = _formula(leaf[problem, row], problem, leaf, columns, tau)
     (expected_gradient,) = torch.autograd.grad(expected, leaf, cotangent)
     torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
+    expected_gradient *= tau[:, None] if isinstance(tau, Tensor) else tau
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-13)
 
 
@@ -331,6 +346,20 @@ def test_temperature_gradient_far_from_zero() -> None:
     gradients = [torch.autograd.grad(_as_columns(sigmoid_sums(*p)), tau)[0] for p in (given, moved)]
     # Scores of 10⁶ are rounded by 10⁻¹⁰.
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("num_problems", [1, 3])
+@pytest.mark.parametrize("backend", ["dense", "panel"])
+def test_batch_of_cotangents(backend: Backend, num_problems: int) -> None:
+    """`is_grads_batched=True` gives the gradients that one cotangent after the other gives."""
+    given = _problem(7, 9, num_problems, 2)
+    leaves = _leaves(given)
+    out = sigmoid_sums(*given, backend=backend)
+    cotangents = torch.randn(4, *out.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(out, leaves, cotangents, retain_graph=True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(out, leaves, c, retain_graph=True) for c in cotangents]
+    for got, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own import

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._engine import sigmoid_sums
-from imbalanced_losses.functional import score_spread, smooth_ap
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests import oracle
 from tests.cases import Batch, random_batch, seeded
 
@@ -163,9 +163,17 @@ def _second_order(loss_fn: SmoothAPLoss, logits: Tensor, targets: Tensor) -> tup
     return loss.detach(), gradient.detach(), curvature
 
 
+def _assert_within_rounding(got: Tensor, expected: Tensor) -> None:
+    """Equal but for the order in which float32 sums some 400 terms."""
+    atol = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("config", CONFIGURATIONS)
 def test_autocast_changes_nothing(config: dict[str, Any]) -> None:
-    """Forward, backward and double backward inside of autocast give the bits of those outside."""
+    """Forward, backward and double backward inside of autocast are as good as outside: nothing is
+    rounded to the dtype of autocast, which would be seen in the third digit.
+    """
     logits, targets, _ = random_batch(
         seeded(0), 300, config["num_classes"], multilabel=config.get("multilabel", False)
     )
@@ -173,9 +181,9 @@ def test_autocast_changes_nothing(config: dict[str, Any]) -> None:
     for dtype in LOW.values():
         with torch.autocast("cpu", dtype=dtype):
             inside = _second_order(SmoothAPLoss(**config, temperature=0.1), logits.float(), targets)
-        assert inside[0].dtype == torch.float32
         for got, expected in zip(inside, outside, strict=True):
-            assert torch.equal(got, expected)
+            assert got.dtype == torch.float32
+            _assert_within_rounding(got, expected)
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS)
@@ -195,26 +203,71 @@ def test_autocast_model(dtype: torch.dtype, config: dict[str, Any]) -> None:
     loss.backward()
     assert logits.dtype == dtype
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, outside(logits.detach().float(), targets))
+    _assert_within_rounding(loss.detach(), outside(logits.detach().float(), targets))
     assert layer.weight.grad is not None
     assert layer.weight.grad.abs().max() > 0
 
 
+class _Products(TorchDispatchMode):
+    """Remembers the matrix products and convolutions of float32 operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in {"mm", "bmm", "addmm", "baddbmm", "convolution"} and any(
+            isinstance(arg, Tensor) and arg.dtype == torch.float32 for arg in args
+        ):
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("_restored_matmul_precision")
 @pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("backend", ["dense", "panel"])
 @pytest.mark.parametrize("config", CONFIGURATIONS)
-def test_matmul_precision_changes_nothing(config: dict[str, Any], precision: str) -> None:
+def test_matmul_precision_changes_nothing(
+    config: dict[str, Any], backend: Backend, precision: str
+) -> None:
     """`torch.set_float32_matmul_precision` trades digits for speed in the caller's model, not in
-    ranks: value and two derivatives stay at float32's rounding.
+    ranks: value and two derivatives stay at float32's rounding. Whether a CPU makes use of the
+    licence depends on its instructions, so none may be given: no float32 product at all.
     """
     logits, targets, _ = random_batch(
         seeded(0), 400, config["num_classes"], multilabel=config.get("multilabel", False)
     )
-    expected = _second_order(SmoothAPLoss(**config, temperature=0.3), logits.float(), targets)
+    loss_fn, coarse = (SmoothAPLoss(**config, temperature=0.3) for _ in range(2))
+    loss_fn.backend = coarse.backend = backend
+    expected = _second_order(loss_fn, logits.float(), targets)
     torch.set_float32_matmul_precision(precision)
-    got = _second_order(SmoothAPLoss(**config, temperature=0.3), logits.float(), targets)
+    with _Products() as products:
+        got = _second_order(coarse, logits.float(), targets)
     for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+        _assert_within_rounding(a, b)
+    assert products.names == set()
+
+
+@pytest.mark.usefixtures("_restored_matmul_precision")
+@pytest.mark.parametrize("scope", ["all backends", "mkldnn", "cuda"])
+def test_precision_set_for_a_backend(scope: str) -> None:
+    """The newer way to set it, `torch.backends.….fp32_precision`, changes nothing either, and does
+    not make the loss fail (torch refuses to tell the older setting from then on).
+    """
+    module = {
+        "all backends": torch.backends,
+        "mkldnn": torch.backends.mkldnn.matmul,
+        "cuda": torch.backends.cuda.matmul,
+    }[scope]
+    if not hasattr(module, "fp32_precision"):
+        pytest.skip("this torch has the older setting only")
+    logits, targets, _ = random_batch(seeded(0), 400, 1)
+    expected = _second_order(SmoothAPLoss(1, temperature=0.3), logits.float(), targets)
+    module.fp32_precision = "tf32"
+    got = _second_order(SmoothAPLoss(1, temperature=0.3), logits.float(), targets)
+    for a, b in zip(got, expected, strict=True):
+        _assert_within_rounding(a, b)
 
 
 @pytest.mark.usefixtures("_restored_matmul_precision")
@@ -226,10 +279,13 @@ def test_sigmoid_sums_at_medium_precision(num_problems: int) -> None:
     problem = torch.randint(num_problems, (300,), generator=generator)
     weights = torch.rand(num_problems, 400, 2, requires_grad=True)
     cotangent = torch.randn(300, 2, generator=generator)
-    outputs = []
+    outputs, products = [], _Products()
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
-        out = sigmoid_sums(queries, problem, sources, weights, 0.3)
-        outputs.append((out.detach(), *torch.autograd.grad(out, weights, cotangent)))
+        products.names.clear()
+        with products:
+            out = sigmoid_sums(queries, problem, sources, weights, 0.3)
+            outputs.append((out.detach(), *torch.autograd.grad(out, weights, cotangent)))
     for got, expected in zip(*outputs, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        _assert_within_rounding(got, expected)
+    assert products.names == set()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._base import TemperatureUnit
-from imbalanced_losses.functional import score_spread, smooth_ap
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import IGNORED, random_batch, seeded
 from tests.oracle import OracleLoss, Result
 
@@ -289,10 +289,11 @@ def test_a_live_infinity_with_a_following_queue(follows: bool, unit: Temperature
         _assert_near(loss, gradient, oracle.step(bad, targets), torch.float64)
 
 
+@pytest.mark.parametrize("backend", ["dense", "panel"])
 @pytest.mark.parametrize("unit", ["score", "spread"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_never_a_finite_loss_with_a_non_finite_gradient(
-    dtype: torch.dtype, unit: TemperatureUnit
+    dtype: torch.dtype, unit: TemperatureUnit, backend: Backend
 ) -> None:
     """200 batches strewn with special values, labels, several classes and a queue: where the loss
     is finite so is the gradient, where it is not there is a live NaN.
@@ -300,6 +301,7 @@ def test_never_a_finite_loss_with_a_non_finite_gradient(
     generator = seeded(0)
     specials = torch.tensor([_value(name, dtype) for name in VALUES], dtype=torch.float64)
     loss_fn = SmoothAPLoss(3, 16, 0.3, temperature_unit=unit, queue_follows_shift=True)
+    loss_fn.backend = backend
     outcomes = set()
     for trial in range(200):
         logits, targets, _ = random_batch(generator, 10, 3)

@@ -77,10 +77,12 @@ def smooth_ap(
     """
     _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     _checks.choice("backend", backend, BACKENDS)
-    arguments = (scores, is_positive, temperature, sample_weight, backend)
     if torch._C._are_functorch_transforms_active():
-        return _differentiable_smooth_ap(*arguments)
-    return SmoothAP(*_SmoothAP.apply(*arguments))
+        return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
+    constants = (is_positive, sample_weight, backend)
+    of = _problems(scores.detach(), is_positive, _detached(temperature), sample_weight)
+    ap: Tensor = _SmoothAP.apply(scores, temperature, of, constants)
+    return SmoothAP(ap, of.valid.view(ap.shape))
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -127,14 +129,14 @@ class _Problems(NamedTuple):
     """The arguments of `smooth_ap` as [C, M] problems that sums can be taken of."""
 
     scores: Tensor  # [C, M] float32 or float64, finite or NaN
+    has_extremes: bool  # whether some stand for infinities, which have no gradient
     temperature: float | Tensor  # or [C]
     weights: Tensor | None  # [C, M]
     positive_weights: Tensor  # [C, M], 0 at negatives
     valid: Tensor  # [C]
     problem: Tensor  # [Q] class of each positive of a valid class, ascending
     row: Tensor  # [Q]
-    half: float | Tensor  # ½ω of each positive, to go with sums [Q, 2]
-    share: Tensor  # [Q] ω over the class's sum: precisions are averaged with these
+    share: float | Tensor  # [Q] ω over the class's sum: precisions are averaged with these
 
 
 def _problems(
@@ -146,18 +148,18 @@ def _problems(
     dtype = _compute_dtype(scores)
     limits = torch.finfo(dtype)
     if scores.dim() == 1:
-        scores, is_positive = scores[None], is_positive[None]
-    scores = scores.to(dtype)
-    if sample_weight is None:
-        weights = None
-        positive_weights = is_positive.to(dtype)
-    else:
+        scores, is_positive = scores.unsqueeze(0), is_positive.unsqueeze(0)
+    if scores.dtype != dtype:
+        scores = scores.to(dtype)
+    weights = None
+    if sample_weight is not None:
         weights = _unit_weights(sample_weight.detach().expand(scores.shape), dtype)
         scores = torch.where(weights > 0, scores, 0.0)  # a row left out may hold NaN
-        positive_weights = weights * is_positive
-    # Two infinities tie instead of differing by NaN, and no difference overflows.
-    largest = _largest(dtype)
-    scores = scores.clamp(-largest, largest)
+    largest = limits.max / 2
+    has_extremes = _may_exceed(scores, largest)
+    if has_extremes:
+        # Two infinities tie instead of differing by NaN, and no difference overflows.
+        scores = scores.clamp(-largest, largest)
     # Below this a gradient, which goes with 1/τ, could overflow.
     smallest = limits.tiny**0.5
     if isinstance(temperature, Tensor):
@@ -165,22 +167,41 @@ def _problems(
     else:
         temperature = max(temperature, smallest)
 
+    positive_weights = is_positive.to(dtype) if weights is None else weights * is_positive
+    positives = _positives(positive_weights, weights)
+    return _Problems(scores, has_extremes, temperature, weights, positive_weights, *positives)
+
+
+def _may_exceed(scores: Tensor, limit: float) -> bool:
+    """Whether a score may be beyond ±limit, or NaN: known on the CPU, else assumed."""
+    if scores.device.type != "cpu" or scores.requires_grad or scores.numel() == 0:
+        return True
+    low, high = torch.aminmax(scores)
+    return not (float(low) >= -limit and float(high) <= limit)
+
+
+def _positives(
+    positive_weights: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+    """valid, problem, row and share of `_Problems`."""
+    num_problems, num_rows = positive_weights.shape
+    if weights is None and num_problems == 1:
+        problem, row = positive_weights.nonzero().unbind(1)
+        is_valid = 0 < len(row) < num_rows
+        valid = torch.full((1,), is_valid, device=row.device)
+        if not is_valid:
+            problem, row = problem[:0], row[:0]
+        return valid, problem, row, 1 / max(1, len(row))
+
     mass = positive_weights.sum(1)  # [C]
     if weights is None:
-        valid = (mass > 0) & (mass < scores.shape[1])
+        valid = (mass > 0) & (mass < num_rows)
     else:
         valid = (mass > 0) & (weights > positive_weights).any(1)
     problem, row = (positive_weights * valid[:, None]).nonzero().unbind(1)
     if weights is None:
-        half: float | Tensor = 0.5
-        share = mass.reciprocal()[problem]
-    else:
-        query_weights = weights[problem, row]
-        half = 0.5 * query_weights[:, None]
-        share = query_weights / mass[problem]
-    return _Problems(
-        scores, temperature, weights, positive_weights, valid, problem, row, half, share
-    )
+        return valid, problem, row, mass.reciprocal()[problem]
+    return valid, problem, row, weights[problem, row] / mass[problem]
 
 
 def _differentiable_smooth_ap(
@@ -196,7 +217,8 @@ def _differentiable_smooth_ap(
     columns = torch.stack((weights, of.positive_weights), dim=-1)
     queries = of.scores[of.problem, of.row]
     sums = sigmoid_sums(queries, of.problem, of.scores, columns, of.temperature, backend=backend)
-    among_all, among_positives = (sums + of.half).unbind(1)
+    half = 0.5 if of.weights is None else 0.5 * of.weights[of.problem, of.row, None]
+    among_all, among_positives = (sums + half).unbind(1)
     precision = among_positives / among_all
     ap = precision.new_zeros(len(of.scores)).index_add(0, of.problem, of.share * precision)
     return SmoothAP(ap.view(scores.shape[:-1]), of.valid.view(scores.shape[:-1]))
@@ -211,9 +233,13 @@ class _SmoothAP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        scores, is_positive, temperature, sample_weight, backend = inputs
-        of = _problems(scores, is_positive, temperature, sample_weight)
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        temperature: float | Tensor,
+        of: _Problems,
+        constants: tuple[Tensor, Tensor | None, Backend],
+    ) -> Tensor:
         plan = rank_plan(
             of.scores,
             of.problem,
@@ -221,27 +247,27 @@ class _SmoothAP(torch.autograd.Function):
             of.weights,
             of.positive_weights,
             of.temperature,
-            backend=backend,
+            backend=constants[-1],
         )
-        among_all, among_positives = plan.sums().add_(of.half).unbind(1)  # [Q]
-        precision = among_positives / among_all
-        ap = of.scores.new_zeros(len(of.scores))
-        ap.index_add_(0, of.problem, of.share * precision)
-        valid = of.valid.view(scores.shape[:-1])
-        ctx.mark_non_differentiable(valid)
-        if any(ctx.needs_input_grad):
-            per_rank = of.share / among_all
-            slopes = plan.gradient(torch.stack((-per_rank * precision, per_rank), dim=1))  # [C, M]
-            # Nothing moves an infinity; where several tie, their slopes would be finite.
-            slopes.masked_fill_(of.scores.abs() == _largest(slopes.dtype), 0)
-            ctx.constants = (is_positive, sample_weight, backend)
+        if not any(ctx.needs_input_grad):
+            among_all, among_positives = plan.ranks()
+        else:
+            among_all, among_positives, slopes = plan.ranks_and_gradient(_SlopesOfPrecision(of))
+            if of.has_extremes:
+                # Nothing moves an infinity; where several tie, their slopes would be finite.
+                slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
+            ctx.constants = constants
             ctx.fixed_temperature = temperature
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
                 ctx.fixed_temperature = None
                 tensors += [temperature, _slopes_in_temperature(of, slopes)]
             ctx.save_for_backward(*tensors)
-        return ap.view(scores.shape[:-1]), valid
+        precision = among_positives.div_(among_all)
+        weighted = precision.mul_(of.share)
+        if len(of.scores) == 1:
+            return weighted.sum() if scores.dim() == 1 else weighted.sum(0, keepdim=True)
+        return of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -249,13 +275,32 @@ class _SmoothAP(torch.autograd.Function):
         temperature = rest[0] if ctx.fixed_temperature is None else ctx.fixed_temperature
         if torch.is_grad_enabled():
             found = _twice_differentiable_gradient(ctx, scores, temperature, grads[0])
-            return found[0], None, found[1], None, None
-        grad = grads[0].unsqueeze(-1)  # [1] or [C, 1]
+            return *found, None, None
         by_temperature = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1]:
             by_temperature = (grads[0] * rest[1].view_as(grads[0])).sum_to_size(temperature.shape)
             by_temperature = by_temperature.to(temperature.dtype)
-        return (grad * slopes).to(scores.dtype), None, by_temperature, None, None
+        by_scores = (grads[0] if scores.dim() == 1 else grads[0][:, None]) * slopes
+        return by_scores.to(scores.dtype), by_temperature, None, None
+
+
+class _SlopesOfPrecision:
+    """∂(share · R⁺ / R) / ∂(R, R⁺) of each positive, over τ."""
+
+    def __init__(self, of: _Problems) -> None:
+        temperature = of.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[of.problem]
+        self.share = of.share / temperature  # float, or [Q]
+
+    def __call__(
+        self, among_all: Tensor, among_positives: Tensor, queries: slice | None
+    ) -> tuple[Tensor, Tensor]:
+        share = self.share
+        if isinstance(share, Tensor) and queries is not None:
+            share = share[queries]
+        by_positives = share / among_all
+        return (among_positives * by_positives).div_(among_all).neg_(), by_positives
 
 
 def _slopes_in_temperature(of: _Problems, slopes: Tensor) -> Tensor:
@@ -284,7 +329,7 @@ def _twice_differentiable_gradient(
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
         (by_scores,) = torch.autograd.grad(ap, scores, grad, create_graph=True)
-    if isinstance(temperature, Tensor) and ctx.needs_input_grad[2]:
+    if isinstance(temperature, Tensor) and ctx.needs_input_grad[1]:
         (by_temperature,) = torch.autograd.grad(ap, temperature, grad, create_graph=True)
     return by_scores, by_temperature
 
@@ -297,9 +342,8 @@ def _unit_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return (weights / torch.where(largest > 0, largest, 1)).to(dtype)
 
 
-def _largest(dtype: torch.dtype) -> float:
-    """What an infinity is computed as: its differences do not overflow."""
-    return torch.finfo(dtype).max / 2
+def _detached(temperature: float | Tensor) -> float | Tensor:
+    return temperature.detach() if isinstance(temperature, Tensor) else temperature
 
 
 def _compute_dtype(scores: Tensor) -> torch.dtype:

@@ -89,9 +89,9 @@ def rank_plan(
     *,
     backend: Backend = "auto",
 ) -> RankPlan:
-    """Soft counts of the rows above each positive, with their first derivative in one go.
+    """Soft ranks of the positives, with their first derivative in one go.
 
-    The sums of `sigmoid_sums` for queries scores[problem, row] and the two weight columns
+    The sums of `sigmoid_sums`, plus ½ω, for queries scores[problem, row] and the two weight columns
     `weights` and `positive_weights`; what training asks for at every step, without the overhead of
     derivatives of every order.
 
@@ -115,7 +115,9 @@ def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:
     if backend != "auto":
         return backend
     num_pairs = num_queries * sources.shape[1]
-    return choose(sources.device.type, sources.dtype, num_pairs, num_rows + num_queries)
+    return choose(
+        sources.device.type, sources.dtype, num_pairs, len(sources), num_rows + num_queries
+    )
 
 
 def _detached(temperature: float | Tensor) -> float | Tensor:

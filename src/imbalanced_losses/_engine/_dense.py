@@ -8,15 +8,16 @@ difference of two numbers near one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from imbalanced_losses._engine._derivatives import sigmoid_derivative_
+from imbalanced_losses._engine._plan import SlopesOf
 
-# Elements of one tile: 1 MiB of float32, which stays in a core's second-level cache.
-TILE = 1 << 18
+# Elements of one tile: half a MiB of float32, which stays in a core's second-level cache.
+TILE = 1 << 17
 
 
 class DensePlan:
@@ -67,10 +68,10 @@ class DensePlan:
 
 
 class DenseRanks:
-    """Soft counts above each positive by the definition: see `_plan.RankPlan` for the contract.
+    """Soft ranks by the definition: see `_plan.RankPlan` for the contract.
 
-    σ is made from z = σ(−|x|), whose z − z² is σ′ to full relative precision. Where all pairs fit
-    one tile, z is kept from the sums to the gradient, which follows at once.
+    A tile holds all pairs of its queries, so that ranks, slopes and gradient are taken from it in
+    one go. σ′ is taken as σ(x)·σ(−x), which has full relative precision on both sides.
     """
 
     def __init__(
@@ -86,78 +87,106 @@ class DenseRanks:
         self.problem, self.row = problem, row  # [Q]
         self.weights, self.positive_weights = weights, positive_weights  # [C, M]
         self.temperature = temperature  # float or [C]
-        step = max(1, TILE // max(1, scores.shape[1]))
-        self._tiles = [slice(start, start + step) for start in range(0, len(row), step)]
-        self._kept: Tensor | None = None
+        self._product = _exact_matmul_for(scores)
+        num_queries, num_sources = len(row), scores.shape[1]
+        step = max(1, TILE // max(1, num_sources))
+        self._tiles: list[slice] = []  # none: all pairs at once
+        self._buffers: list[Tensor] = []
+        if num_queries > step:
+            self._tiles = [slice(start, start + step) for start in range(0, num_queries, step)]
+            self._buffers = [scores.new_empty(step, num_sources) for _ in range(3)]
+
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        if not self._tiles:
+            return self._tile_ranks(self.problem, self.row)[2:]
+        among_all, among_positives = self.scores.new_empty(2, len(self.row))
+        for tile in self._tiles:
+            *_, among_all[tile], among_positives[tile] = self._tile_ranks(
+                self.problem[tile], self.row[tile]
+            )
+        return among_all, among_positives
+
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._tiles:
+            return self._tile_ranks_and_gradient(slopes_of, self.problem, self.row, None)
+        gradient = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
+        # Into whole tensors: small results kept between large tiles would fragment the heap.
+        among_all, among_positives = self.scores.new_empty(2, len(self.row))
+        for tile in self._tiles:
+            among_all[tile], among_positives[tile], part = self._tile_ranks_and_gradient(
+                slopes_of, self.problem[tile], self.row[tile], tile
+            )
+            gradient += part
+        return among_all, among_positives, gradient
+
+    def _tile_ranks_and_gradient(
+        self, slopes_of: SlopesOf, problem: Tensor, row: Tensor, tile: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, sigmoid, among_all, among_positives = self._tile_ranks(problem, row)
+        by_ranks = slopes_of(among_all, among_positives, tile)
+        slope = x.neg_().sigmoid_().mul_(sigmoid)  # σ′
+        gradient_of = self._gradient_of_one if len(self.scores) == 1 else self._gradient_of_many
+        return among_all, among_positives, gradient_of(slope, problem, row, *by_ranks)
+
+    def _tile_ranks(self, problem: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x and σ(x) [q, M] of the pairs of some queries, and their ranks [q]."""
+        scores, temperature, weights = self.scores, self.temperature, self.weights
         if len(scores) == 1:
-            ones = torch.ones_like(scores) if weights is None else weights
-            self._columns = torch.cat((ones, positive_weights))  # [2, M]
-
-    def sums(self) -> Tensor:
-        if len(self._tiles) == 1:
-            return self._tile_sums(self._tiles[0])
-        # Into one tensor: small results kept between large tiles would fragment the heap.
-        out = self.scores.new_empty(len(self.row), 2)
-        for tile in self._tiles:
-            out[tile] = self._tile_sums(tile)
-        return out
-
-    def gradient(self, cotangent: Tensor) -> Tensor:
-        out = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
-        for tile in self._tiles:
-            z = self._far_side(self._differences(tile), tile) if self._kept is None else self._kept
-            self._add_gradient(out, z.addcmul_(z, z, value=-1), cotangent[tile], tile)
-        self._kept = None
-        temperature = self.temperature
-        return out.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-
-    def _tile_sums(self, tile: slice) -> Tensor:
-        x = self._differences(tile)
-        is_above = (x * torch.finfo(x.dtype).max).clamp_(0, 1)  # a third of the time of x > 0
-        z = self._far_side(x, tile)
-        if len(self._tiles) == 1:
-            self._kept = z
-        sigmoid = is_above.sub_(z).abs_()  # [q, M]
-        if len(self.scores) == 1:
-            return _matmul(sigmoid, self._columns.T)
-        problem = self.problem[tile]
-        among_positives = (sigmoid * self.positive_weights[problem]).sum(1)
-        if self.weights is not None:
-            sigmoid *= self.weights[problem]
-        return torch.stack((sigmoid.sum(1), among_positives), dim=1)
-
-    def _add_gradient(self, out: Tensor, slope: Tensor, cotangent: Tensor, tile: slice) -> None:
-        """Add to out [C, M] what the queries of a tile give, from σ′ of their pairs [q, M]."""
-        row = self.row[tile]
-        if len(out) == 1:
-            at_queries = (_matmul(slope, self._columns.T) * cotangent).sum(1)  # [q]
-            out += (_matmul(cotangent.T, slope) * self._columns).sum(0)
-            out[0].index_add_(0, row, at_queries, alpha=-1)
-            return
-        problem = self.problem[tile]
-        # The pair (q, m) counts cotangent[q, 0]·ω[m] + cotangent[q, 1]·ω⁺[m] times.
-        counts = self.positive_weights[problem].mul_(cotangent[:, 1:])
-        if self.weights is None:
-            counts += cotangent[:, :1]
+            queries = scores.squeeze(0).index_select(0, row)
+            x = torch.sub(scores, queries.unsqueeze(1), out=self._buffer(0, row))
         else:
-            counts.addcmul_(self.weights[problem], cotangent[:, :1])
-        pairs = slope.mul_(counts)  # [q, M]
-        out.index_add_(0, problem, pairs)
-        out.index_put_((problem, row), pairs.sum(1).neg_(), accumulate=True)
-
-    def _differences(self, tile: slice) -> Tensor:
-        """Score of every row minus score of the query, [q, M]."""
-        problem, row = self.problem[tile], self.row[tile]
-        if len(self.scores) == 1:
-            return self.scores - self.scores[0].index_select(0, row)[:, None]
-        return self.scores[problem].sub_(self.scores[problem, row][:, None])
-
-    def _far_side(self, x: Tensor, tile: slice) -> Tensor:
-        """σ(−|x| / τ), overwriting x."""
-        temperature = self.temperature
+            x = torch.index_select(scores, 0, problem, out=self._buffer(0, row))
+            x.sub_(scores[problem, row].unsqueeze(1))
         if isinstance(temperature, Tensor):
-            return x.abs_().div_(-temperature[self.problem[tile], None]).sigmoid_()
-        return x.abs_().div_(-temperature).sigmoid_()
+            temperature = temperature[problem].unsqueeze(1)
+        sigmoid = torch.sigmoid(x.div_(temperature), out=self._buffer(1, row))
+        half: float | Tensor = 0.5 if weights is None else weights[problem, row].mul_(0.5)
+        among_all = sigmoid.sum(1) if weights is None else self._sums(sigmoid, weights, problem)
+        among_positives = self._sums(sigmoid, self.positive_weights, problem)
+        return x, sigmoid, among_all.add_(half), among_positives.add_(half)
+
+    def _sums(self, pairs: Tensor, weights: Tensor, problem: Tensor) -> Tensor:
+        """Σ_m pairs[q, m] · weights[c, m]: [q]."""
+        if len(weights) == 1:
+            return self._product(pairs, weights.squeeze(0))
+        own = torch.index_select(weights, 0, problem, out=self._buffer(2, problem))
+        return own.mul_(pairs).sum(1)
+
+    def _gradient_of_one(
+        self, slope: Tensor, problem: Tensor, row: Tensor, by_all: Tensor, by_positives: Tensor
+    ) -> Tensor:
+        """What some queries of the one problem give to the gradient [1, M], from σ′ [q, M]."""
+        weights, positive_weights = self.weights, self.positive_weights.squeeze(0)
+        at_all = slope.sum(1) if weights is None else self._product(slope, weights.squeeze(0))
+        at_positives = self._product(slope, positive_weights)
+        as_query = at_all.mul_(by_all).addcmul_(at_positives, by_positives)  # [q]
+        gradient = self._product(by_all, slope)  # [M]
+        if weights is not None:
+            gradient.mul_(weights.squeeze(0))
+        gradient.addcmul_(self._product(by_positives, slope), positive_weights)
+        return gradient.index_add_(0, row, as_query, alpha=-1).unsqueeze(0)
+
+    def _gradient_of_many(
+        self, slope: Tensor, problem: Tensor, row: Tensor, by_all: Tensor, by_positives: Tensor
+    ) -> Tensor:
+        """What some queries of several problems give to the gradient [C, M], from σ′ [q, M]."""
+        # The pair (q, m) counts by_all[q]·ω[m] + by_positives[q]·ω⁺[m] times.
+        counts = torch.index_select(
+            self.positive_weights, 0, problem, out=self._buffer(1, row)
+        ).mul_(by_positives.unsqueeze(1))
+        if self.weights is None:
+            counts += by_all.unsqueeze(1)
+        else:
+            own = torch.index_select(self.weights, 0, problem, out=self._buffer(2, row))
+            counts.addcmul_(own, by_all.unsqueeze(1))
+        pairs = slope.mul_(counts)
+        gradient = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
+        gradient.index_add_(0, problem, pairs)
+        return gradient.index_put_((problem, row), pairs.sum(1).neg_(), accumulate=True)
+
+    def _buffer(self, index: int, queries: Tensor) -> Tensor | None:
+        """Memory for a tile [q, M]: many tiles share it; one takes what the allocator has."""
+        return self._buffers[index][: len(queries)] if self._buffers else None
 
 
 def _times_weights(kernel: Tensor, weights: Tensor, problem: Tensor) -> Tensor:
@@ -176,14 +205,32 @@ def _add_transposed(out: Tensor, kernel: Tensor, cotangent: Tensor, problem: Ten
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return _exact_matmul_for(a)(a, b)
+
+
+def _exact_matmul_for(tensor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """A matrix product that no global setting makes coarser: ranks need every digit.
 
-    Autocast and `torch.set_float32_matmul_precision("high" | "medium")` would round the operands
-    to bfloat16 or TF32.
+    Autocast and settings of float32 products such as `torch.set_float32_matmul_precision("high")`
+    would round the operands to bfloat16 or TF32.
     """
-    if torch.get_float32_matmul_precision() != "highest" and a.dtype == torch.float32:
-        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
-    if torch.is_autocast_enabled(a.device.type):
-        with torch.autocast(a.device.type, enabled=False):
-            return a @ b
-    return a @ b
+    if torch.is_autocast_enabled(tensor.device.type):
+        return _matmul_by_sums
+    if tensor.dtype == torch.float32 and not _float32_products_are_exact():
+        return _matmul_by_sums
+    return torch.matmul
+
+
+def _float32_products_are_exact() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch refuses to answer once a backend was set by itself
+        return False
+
+
+def _matmul_by_sums(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == 1:
+        return (a[:, None] * b).sum(0)
+    if b.dim() == 1:
+        return (a * b).sum(-1)
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)

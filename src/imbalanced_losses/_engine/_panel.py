@@ -39,6 +39,7 @@ from torch import Tensor
 
 from imbalanced_losses._engine._panel_line import Line, lay_line
 from imbalanced_losses._engine._panel_table import translation_table
+from imbalanced_losses._engine._plan import SlopesOf
 
 # Sources that pass through moments and evaluation at a time: their powers stay in the cache.
 BLOCK = 1 << 16
@@ -74,14 +75,14 @@ class _Cloud:
         self.line, self.degree = line, degree
         self._kept: _Points | None = None
 
-    def blocks(self) -> Iterator[tuple[slice, _Points]]:
-        """Yield (columns of the scores, where they lie)."""
+    def blocks(self) -> Iterator[tuple[slice | None, _Points]]:
+        """Yield (columns of the scores, where they lie); one block of all columns is of None."""
         num_columns = self.scores.shape[-1]
         step = max(1, BLOCK * num_columns // max(1, self.scores.numel()))
         if num_columns <= step:
             if self._kept is None:
                 self._kept = self._located(slice(None))
-            yield slice(None), self._kept
+            yield None, self._kept
             return
         for start in range(0, num_columns, step):
             columns = slice(start, start + step)
@@ -118,20 +119,20 @@ class Panels:
         self.line = lay_line(sources, queries[strangers], problem[strangers], panel, reach)
         self.sources = _Cloud(sources, None, self.line, degree)
         self.queries = _Cloud(queries, problem, self.line, degree)
+        self.problem = problem
 
     def moments(self, cloud: _Cloud, weights: Tensor | None) -> Tensor:
         """Σ weight · placeᵇ of each panel: weights [K, *cloud], None = 1 -> [K, p, S]."""
         degree = self.precision.degree
         num_columns = 1 if weights is None else len(weights)
-        out = cloud.scores.new_zeros(
-            num_columns * degree, self.line.num_panels, dtype=torch.float64
-        )
+        like = cloud.scores if weights is None else weights  # which vmap may have batched
+        out = like.new_zeros(num_columns * degree, self.line.num_panels, dtype=torch.float64)
         for columns, (slot, powers) in cloud.blocks():
             weighted = powers
             if weights is not None:
-                weighted = (powers * weights[..., columns].reshape(num_columns, 1, -1)).flatten(
-                    0, 1
-                )
+                own = weights if columns is None else weights[..., columns]
+                weighted = powers * own.reshape(num_columns, 1, -1)
+                weighted = weighted.reshape(num_columns * degree, -1)
             out.scatter_add_(1, slot.expand(len(out), -1), weighted)
         return out.view(num_columns, degree, -1)
 
@@ -155,16 +156,25 @@ class Panels:
     def evaluated(self, field: Tensor, cloud: _Cloud) -> Tensor:
         """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, *cloud] float64."""
         num_fields, degree, _ = field.shape
-        out = field.new_empty(num_fields, *cloud.scores.shape)
-        flat = field.flatten(0, 1)
+        shape = (num_fields, *cloud.scores.shape)
+        flat = field.reshape(num_fields * degree, -1)
+        out: Tensor | None = None
         for columns, (slot, powers) in cloud.blocks():
             at_points = flat.gather(1, slot.expand(len(flat), -1))
-            values = at_points.unflatten(0, (num_fields, degree)).mul_(powers).sum(1)
-            target = out[..., columns]
-            target.copy_(values.view(target.shape))
+            values = at_points.view(num_fields, degree, -1).mul_(powers).sum(1)
+            if columns is None:
+                out = values.view(shape)
+            else:
+                out = field.new_empty(shape) if out is None else out
+                target = out[..., columns]
+                target.copy_(values.view(target.shape))
+        assert out is not None
         poison = self.line.poison
         if poison is not None:
-            out += poison[:, None] if cloud.problem is None else poison[cloud.problem]
+            # As by the definition, a problem without queries gives nothing to its sources.
+            problem = self.problem
+            per_problem = torch.zeros_like(poison).index_copy(0, problem, poison[problem])
+            out += per_problem[:, None] if cloud.problem is None else per_problem[problem]
         return out
 
 
@@ -211,7 +221,7 @@ class PanelPlan:
 
 
 class PanelRanks:
-    """Soft counts above each positive in linear time: see `_plan.RankPlan` for the contract."""
+    """Soft ranks in linear time: see `_plan.RankPlan` for the contract."""
 
     def __init__(
         self,
@@ -224,22 +234,28 @@ class PanelRanks:
     ) -> None:
         self.scores, self.weights = scores, weights
         self.problem, self.row = problem, row
-        self.temperature = temperature
         self.panels = Panels(scores[problem, row], problem, scores, temperature, True)
         self._query_weights = None if weights is None else weights[problem, row][None]  # [1, Q]
 
-    def sums(self) -> Tensor:
-        panels = self.panels
-        weights = None if self.weights is None else self.weights[None]
-        of_all = panels.moments(panels.sources, weights)
-        of_positives = panels.moments(panels.queries, self._query_weights)
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        panels, weights = self.panels, self._query_weights
+        of_all = panels.moments(
+            panels.sources, None if self.weights is None else self.weights[None]
+        )
+        of_positives = panels.moments(panels.queries, weights)
         self._moments = torch.cat((of_all, of_positives))  # [2, p, S]
-        values = panels.evaluated(panels.field(self._moments, 0), panels.queries)
-        return values.T.to(self.scores.dtype)
+        sums = panels.evaluated(panels.field(self._moments, 0), panels.queries)  # [2, Q]
+        ranks = sums.add_(0.5 if weights is None else 0.5 * weights).to(self.scores.dtype)
+        return ranks[0], ranks[1]
 
-    def gradient(self, cotangent: Tensor) -> Tensor:
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
+        ranks = self.ranks()
+        slopes = slopes_of(*ranks, None)
+        return *ranks, self._gradient(torch.stack(slopes).double())
+
+    def _gradient(self, cotangent: Tensor) -> Tensor:
+        """[2, Q], the slopes by both sums, -> [C, M]."""
         panels, queries = self.panels, self.panels.queries
-        cotangent = cotangent.T.double()  # [2, Q]
         for_queries = panels.field(self._moments, 1)  # [2, p, S]
         for_sources = panels.field(panels.moments(queries, cotangent), 1, transposed=True)
         out = panels.evaluated(for_sources[:1], panels.sources)[0]  # [C, M]
@@ -253,6 +269,4 @@ class PanelRanks:
             as_source = as_source * self._query_weights
         change = as_source[0] - (as_query * cotangent).sum(0)
         out.index_put_((self.problem, self.row), change, accumulate=True)
-        temperature = self.temperature
-        out.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
         return out.to(self.scores.dtype)

@@ -75,7 +75,7 @@ class Line(NamedTuple):
         """The mass [K, S] in panels more than `reach` above (or below) each panel, [K, S]."""
         if self.occupied is not None:
             return self._whole_counts_of_occupied(mass, self.occupied, reach, below)
-        mass = mass.unflatten(1, (len(self.origin), self.length))  # [K, C, length]
+        mass = mass.reshape(len(mass), len(self.origin), self.length)  # [K, C, length]
         skipped = reach + 1
         counts = torch.zeros_like(mass)
         if below:
@@ -83,7 +83,7 @@ class Line(NamedTuple):
         else:
             # Summed from the top, where ranks are small, so that small ranks keep every digit.
             counts[..., :-skipped] = mass.flip(2).cumsum(2).flip(2)[..., skipped:]
-        return counts.flatten(1)
+        return counts.reshape(len(mass), -1)
 
     def _of(self, problem: Tensor | None) -> tuple[Tensor, Tensor]:
         """Origin and panels per unit, to go with scores [C, m] or [n]."""

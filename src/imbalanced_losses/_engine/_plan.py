@@ -27,14 +27,26 @@ class Plan(Protocol):
 
 
 class RankPlan(Protocol):
-    """Soft counts of the rows above each positive, and their first derivative.
+    """Soft ranks of the positives, and their first derivative.
 
     The case of a plan that trains models: the queries are rows of the pool themselves (`row` of
-    `problem`), and two sums are asked for, over all rows and over the positives.
+    `problem`), and are ranked among all rows and among the positives.
     """
 
-    def sums(self) -> Tensor:
-        """[Q, 2]: Σ_m ω[m] σ(x) over all rows, and over the positives."""
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        """½ω[q] + Σ_m ω[m] σ(x), m over all rows [Q], and over the positives [Q]."""
 
-    def gradient(self, cotangent: Tensor) -> Tensor:
-        """∂⟨cotangent [Q, 2], sums⟩/∂scores, [C, M]: of every score as source and as query."""
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
+        """The ranks, and τ·∂/∂scores [C, M] of a function of the ranks with the given slopes.
+
+        A score moves the ranks of others, and its own.
+        """
+
+
+class SlopesOf(Protocol):
+    """The derivatives of what is made of the ranks, by the ranks."""
+
+    def __call__(
+        self, among_all: Tensor, among_positives: Tensor, queries: slice | None
+    ) -> tuple[Tensor, Tensor]:
+        """From both ranks [q] of some queries (None = of all) to the derivatives [q] by them."""

@@ -1,0 +1,347 @@
+"""`_engine._panel`: the sums in linear time against their definition in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from imbalanced_losses._engine import _panel, sigmoid_sums
+from imbalanced_losses._engine._dense import DensePlan
+from imbalanced_losses._engine._derivatives import sigmoid_derivative
+from imbalanced_losses._engine._panel import PanelPlan
+from imbalanced_losses._engine._panel_table import translation_table
+from imbalanced_losses.functional import score_spread, smooth_ap
+from tests import oracle
+from tests.cases import seeded
+from tests.score_families import FAMILIES, labels
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+INF = math.inf
+
+
+class Answer(NamedTuple):
+    ap: Tensor  # [] or [C]
+    gradient: Tensor  # of the sum of ap, float64
+
+
+def _solved(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor,
+    weights: Tensor | None,
+    backend: str,
+) -> Answer:
+    leaf = scores.clone().requires_grad_()
+    ap, _ = smooth_ap(leaf, is_positive, temperature, sample_weight=weights, backend=backend)
+    (gradient,) = torch.autograd.grad(ap.sum(), leaf)
+    return Answer(ap.detach().double(), gradient.double())
+
+
+def _assert_exact(
+    scores: Tensor, is_positive: Tensor, temperature: float, weights: Tensor | None = None
+) -> None:
+    """The panels' AP and gradient of scores [M] are those of the definition in float64."""
+    got = _solved(scores, is_positive, temperature, weights, "panel")
+    wide = None if weights is None else weights.double()
+    exact = _solved(scores.double(), is_positive, temperature, wide, "dense")
+    # Positives that are all e^-36 sure of their place have a gradient that is 0 to rounding: each
+    # entry is a mean of σ′/τ, and panels out of reach count as 0. 1e-15 is five roundings.
+    floor = 1e-15 / temperature * math.sqrt(scores.numel())
+    size = exact.gradient.norm().item()
+    error = (got.gradient - exact.gradient).norm().item()
+    if scores.dtype == torch.float64:
+        assert (got.ap - exact.ap).abs().max() <= 1e-12
+        assert error <= 1e-9 * size + floor
+        return
+    dense = _solved(scores, is_positive, temperature, weights, "dense")
+    dense_error = (dense.gradient - exact.gradient).norm().item()
+    assert (got.ap - exact.ap).abs().max() <= 1e-6
+    assert error <= max(2 * dense_error, 1e-6 * size) + floor
+
+
+# The shape of the scores --------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_scores_at_any_sharpness(family: str, dtype: torch.dtype) -> None:
+    """Range over temperature from 1e-6 to far beyond 1e9: value and gradient are the exact ones."""
+    for seed, tau in enumerate([1e-6, 1e-3, 0.01, 0.1, 1.0, 100.0, 1e6]):
+        scores = FAMILIES[family](600, seed).to(dtype)
+        is_positive = labels(600, seed)
+        weights = 3 * torch.rand(600, generator=seeded(seed), dtype=torch.float64).to(dtype)
+        _assert_exact(scores, is_positive, tau)
+        _assert_exact(scores, is_positive, tau, weights)
+
+
+@DTYPES
+@pytest.mark.parametrize("gap", [2.0, 5.0, 10.0, -10.0])
+def test_positives_apart_from_negatives(gap: float, dtype: torch.dtype) -> None:
+    """A solved problem, whose gradient is what is left after near pairs cancel."""
+    is_positive = labels(600, 0)
+    scores = (0.1 * FAMILIES["normal"](600, 0) + gap * is_positive).to(dtype)
+    _assert_exact(scores, is_positive, 1.0)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "extremes", [(INF,), (-INF,), (INF, -INF), (INF, INF, -INF, 1e30)], ids=str
+)
+def test_infinite_scores(extremes: tuple[float, ...], dtype: torch.dtype) -> None:
+    """Infinities rank as the extremes they are, tied among themselves, with gradient 0."""
+    for is_positive in (labels(300, 1), ~labels(300, 1)):
+        scores = FAMILIES["normal"](300, 0).to(dtype)
+        scores[: len(extremes)] = torch.tensor(extremes, dtype=dtype)
+        _assert_exact(scores, is_positive, 0.1)
+        assert (
+            _solved(scores, is_positive, 0.1, None, "panel").gradient[scores.isinf()] == 0
+        ).all()
+
+
+@settings(max_examples=150)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    count=st.integers(2, 60),
+    seed=st.integers(0, 999),
+    scale=st.floats(-8, 8),
+    offset=st.sampled_from([0.0, 1.0, -1e3, 1e6]),
+    sharpness=st.floats(-6, 4),
+    weighted=st.booleans(),
+    single=st.booleans(),
+)
+def test_random_problems(
+    family: str,
+    count: int,
+    seed: int,
+    scale: float,
+    offset: float,
+    sharpness: float,
+    weighted: bool,
+    single: bool,
+) -> None:
+    """Small pools over many decades of scale, offset and temperature."""
+    dtype = torch.float32 if single else torch.float64
+    largest = torch.finfo(torch.float32).max / 4
+    scores = (FAMILIES[family](count, seed) * 10**scale + offset).clamp(-largest, largest)
+    weights = torch.randint(4, (count,), generator=seeded(seed)).to(dtype) if weighted else None
+    _assert_exact(scores.to(dtype), labels(count, seed, 0.4), 10**sharpness, weights)
+
+
+@pytest.mark.parametrize("tau", [1e-6, 0.05, 1.0])
+@pytest.mark.parametrize("family", ["normal", "ties", "Cauchy", "outliers 1e38"])
+def test_against_loops(family: str, tau: float) -> None:
+    """The oracle's double loop, which shares no line with the package."""
+    scores, is_positive = FAMILIES[family](40, 5), labels(40, 5, 0.3)
+    weights = torch.rand(40, generator=seeded(5), dtype=torch.float64)
+    lists = (scores.tolist(), is_positive.tolist(), tau, weights.tolist())
+    got = _solved(scores, is_positive, tau, weights, "panel")
+    expected = torch.tensor(oracle.smooth_ap_gradient(*lists).scores, dtype=torch.float64)
+    assert got.ap.item() == pytest.approx(oracle.smooth_ap(*lists), rel=0, abs=1e-12)
+    error = (got.gradient - expected).norm()
+    assert error <= 1e-9 * expected.norm() + 1e-14 / tau
+
+
+@DTYPES
+@pytest.mark.parametrize("family", ["normal", "Cauchy"])
+def test_large_pool(family: str, dtype: torch.dtype) -> None:
+    """100 000 rows, several blocks: ranks and their transposed sums at sampled rows."""
+    count, tau = 100_000, 0.01
+    scores, is_positive = FAMILIES[family](count, 0).to(dtype), labels(count, 0, 0.01)
+    problem, queries = torch.zeros(int(is_positive.sum()), dtype=torch.int64), scores[is_positive]
+    weights = torch.stack((torch.ones_like(scores), is_positive.to(dtype)), dim=-1)[None]
+    cotangent = torch.randn(len(queries), 2, generator=seeded(1), dtype=torch.float64)
+    plan = PanelPlan(queries, problem, scores[None], tau)
+    some = slice(None, None, 23)
+
+    wide = DensePlan(queries[some].double(), problem[some], scores[None].double(), tau)
+    exact = wide.sums(0, weights.double())
+    error = (plan.sums(0, weights)[some] - exact).abs() / (1 + exact)
+    assert error.max() <= (2e-7 if dtype == torch.float32 else 1e-12)
+
+    rows = slice(None, None, 2311)
+    wide = DensePlan(queries.double(), problem, scores[None, rows].double(), tau)
+    exact = wide.transposed_sums(1, cotangent)
+    got = plan.transposed_sums(1, cotangent.to(dtype))[:, rows]
+    assert (got - exact).norm() <= (1e-6 if dtype == torch.float32 else 1e-11) * exact.norm()
+
+
+# The plan -----------------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """Arguments of a plan."""
+
+    queries: Tensor  # [Q]
+    problem: Tensor  # [Q]
+    sources: Tensor  # [C, M]
+    temperature: float | Tensor
+
+    def wide(self) -> Geometry:
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.double()
+        return Geometry(self.queries.double(), self.problem, self.sources.double(), temperature)
+
+
+def _several_problems(num_problems: int, dtype: torch.dtype, tau: float, *, wild: bool) -> Geometry:
+    """Problems of other ranges, scattered queries that are no sources, one problem without any."""
+    names = ("normal", "ties", "outlier 1e12", "Cauchy", "far clusters", "constant", "24 decades")
+    names = names if wild else ("normal", "ties", "constant", "uniform grid") * 2
+    sources = torch.stack([FAMILIES[names[c]](90, c) for c in range(num_problems)]).to(dtype)
+    generator = seeded(0)
+    problem = torch.randint(num_problems, (70,), generator=generator)
+    problem[problem == 1] = 0
+    queries = sources[problem, torch.randint(90, (70,), generator=generator)]
+    queries[::3] += tau * torch.randn(24, generator=generator, dtype=torch.float64).to(dtype)
+    temperature = tau * torch.linspace(0.5, 2, num_problems, dtype=torch.float64).to(dtype)
+    return Geometry(queries, problem, sources, temperature)
+
+
+def _assert_plan_exact(given: Geometry, num_columns: int) -> None:
+    """Sums of orders 0…3 in both directions, as far as the interpolation goes."""
+    dtype = given.sources.dtype
+    generator = seeded(7)
+    shape = (*given.sources.shape, num_columns)
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    weights[:, ::4] = 0
+    cotangent = torch.randn(len(given.queries), num_columns, generator=generator).to(dtype)
+    plan, dense = PanelPlan(*given), DensePlan(*given.wide())
+    # Interpolation of φₙ, see test_interpolation; each sum adds up to 90 of such errors, and is
+    # rounded to the dtype.
+    bounds = {torch.float32: (3e-8, 8e-8, 3e-7, 2e-6), torch.float64: (4e-13, 2e-12, 1e-11, 6e-11)}
+    for order, bound in enumerate(bounds[dtype]):
+        exact = dense.both_sums(order, weights.double(), cotangent.double())
+        together = plan.both_sums(order, weights, cotangent)
+        apart = plan.sums(order, weights), plan.transposed_sums(order, cotangent)
+        masses = weights.sum(1).max(), cotangent.abs().sum(0).max()
+        for got, alone, expected, mass in zip(together, apart, exact, masses, strict=True):
+            assert got.dtype == dtype
+            assert got.shape == expected.shape
+            torch.testing.assert_close(got, alone)
+            rounding = torch.finfo(dtype).eps * expected.abs()
+            assert ((got - expected).abs() <= bound * mass + rounding).all()
+        # ⟨G, Φ·W⟩ = ⟨Φᵀ·G, W⟩
+        sides = (cotangent * together[0]).sum().item(), (together[1] * weights).sum().item()
+        assert sides[0] == pytest.approx(sides[1], rel=0, abs=5e3 * torch.finfo(dtype).eps)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_columns", [1, 2, 3])
+@pytest.mark.parametrize("tau", [1e-4, 0.05, 2.0])
+@pytest.mark.parametrize("num_problems", [1, 3, 7])
+def test_sums_of_every_order(
+    num_problems: int, tau: float, num_columns: int, dtype: torch.dtype
+) -> None:
+    """Several problems of very different ranges in one plan, each with a temperature."""
+    for wild in (False, True):
+        _assert_plan_exact(_several_problems(num_problems, dtype, tau, wild=wild), num_columns)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 200])
+@pytest.mark.parametrize("num_problems", [1, 3])
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, block: int) -> None:
+    """However points are cut into blocks, ranks, sums and gradients stay the same."""
+    scores = torch.stack([FAMILIES["normal"](90, seed) for seed in range(num_problems)])
+    is_positive = torch.stack([labels(90, seed, 0.4) for seed in range(num_problems)])
+    weights = torch.rand(scores.shape, generator=seeded(0), dtype=torch.float64)
+    whole = _solved(scores, is_positive, 0.1, weights, "panel")
+    monkeypatch.setattr(_panel, "BLOCK", block)
+    for got, expected in zip(
+        _solved(scores, is_positive, 0.1, weights, "panel"), whole, strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    _assert_plan_exact(_several_problems(num_problems, torch.float64, 0.05, wild=True), 2)
+
+
+# Derivatives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.7])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+def test_derivatives_of_smooth_ap(weighted: bool, tau: float) -> None:
+    """AP, its gradient in scores and in a spread temperature, and the derivative of both again."""
+    scores = torch.stack([FAMILIES[name](50, 0) for name in ("normal", "ties", "Cauchy")])
+    is_positive = torch.stack([labels(50, seed, 0.3) for seed in range(3)])
+    weights = torch.rand(scores.shape, generator=seeded(0), dtype=torch.float64)
+    found = []
+    for backend in ("panel", "dense"):
+        leaf = scores.clone().requires_grad_()
+        temperature = (tau * score_spread(leaf)).detach().requires_grad_()
+        ap, _ = smooth_ap(
+            leaf,
+            is_positive,
+            temperature,
+            sample_weight=weights if weighted else None,
+            backend=backend,
+        )
+        first = torch.autograd.grad(ap.sum(), (leaf, temperature), create_graph=True)
+        functional = sum((part * part.detach().cos()).sum() for part in first)
+        second = torch.autograd.grad(functional, (leaf, temperature))
+        by_func = torch.func.grad(
+            lambda s, t=temperature, b=backend: smooth_ap(
+                s, is_positive, t, sample_weight=weights if weighted else None, backend=b
+            ).ap.sum()
+        )(scores)
+        found.append((ap, *first, *second, by_func))
+    for got, expected in zip(*found, strict=True):
+        size = expected.abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-8 * size + 1e-13 / tau)
+
+
+@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("num_problems", [1, 2])
+def test_gradcheck(num_problems: int, tensor_temperature: bool) -> None:
+    """First and second derivatives of the loss and of the sums against finite differences."""
+    scores = torch.randn(num_problems, 6, dtype=torch.float64, requires_grad=True)
+    is_positive = torch.tensor([[True, False, True, False, False, True]] * num_problems)
+    queries = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    problem = torch.arange(4) % num_problems
+    weights = torch.rand(num_problems, 6, 2, dtype=torch.float64, requires_grad=True)
+    tau = torch.linspace(0.6, 1, num_problems, dtype=torch.float64, requires_grad=True)
+    temperature = (tau,) if tensor_temperature else ()
+
+    def ap(scores: Tensor, *temperature: Tensor) -> Tensor:
+        return smooth_ap(scores, is_positive, *(temperature or (0.7,)), backend="panel").ap
+
+    def sums(queries: Tensor, sources: Tensor, weights: Tensor, *temperature: Tensor) -> Tensor:
+        arguments = (queries, problem, sources, weights, *(temperature or (0.7,)))
+        return sigmoid_sums(*arguments, backend="panel")
+
+    for function, inputs in ((ap, (scores,)), (sums, (queries, scores, weights))):
+        assert torch.autograd.gradcheck(function, (*inputs, *temperature))
+        assert torch.autograd.gradgradcheck(function, (*inputs, *temperature))
+
+
+# The table ----------------------------------------------------------------------------------------
+
+# (absolute, relative to the largest |φₙ| of the panel pair) for orders 0, 1, 2.
+INTERPOLATION = {
+    torch.float32: ((2e-8, 2.1e-8), (8e-8, 3e-7), (3e-7, 3e-6)),
+    torch.float64: ((4e-13, 4e-13), (2e-12, 7e-12), (1e-11, 9e-11)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_interpolation(order: int, dtype: torch.dtype) -> None:
+    """The polynomials of the table are φₙ between any two panels within reach, to the errors that
+    the module states: absolute, and relative in each pair, so that the tails come out right too.
+    """
+    degree, width, reach = _panel._PRECISIONS[dtype]
+    table = translation_table(order, degree, width, reach, torch.device("cpu"))
+    place = torch.linspace(-1, 1, 81, dtype=torch.float64)
+    powers = place[:, None] ** torch.arange(degree)
+    values = torch.einsum("ta,sb,abd->dts", powers, powers, table)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64)[:, None, None]
+    exact = sigmoid_derivative(order, (distance + (place - place[:, None]) / 2) * width)
+    error, size = (values - exact).abs().amax((1, 2)), exact.abs().amax((1, 2))
+    absolute, relative = INTERPOLATION[dtype][order]
+    assert error.max() <= absolute
+    assert (error / size).max() <= relative
+    assert math.exp(-width * reach) < torch.finfo(torch.float64).eps * 1.1  # what is dropped
