@@ -38,7 +38,7 @@ format: $(VENV)/.installed  ## put the formatting right
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.installed  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 $(PEERS)/.installed:
 	@echo "-- fetching the peers into $(PEERS)"
@@ -49,8 +49,11 @@ $(PEERS)/.installed:
 
 peers: $(VENV)/.installed $(PEERS)/.installed  ## fetch the peers that benchmarks compare with
 
-bench: peers  ## measure memory beside the peers, into benchmarks/results/
+bench: peers  ## measure speed, memory and accuracy beside the peers (some 20 minutes)
+	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.plots
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) $(CACHE) site dist demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis

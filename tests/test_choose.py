@@ -22,8 +22,8 @@ SIZES = [0, 1, 10, 1000, 10**5, 10**6, 10**7, 10**9, 10**12]
 
 def test_choice_is_pure() -> None:
     """The same answer twice, from arguments and constants alone: nothing is read or stored."""
-    for device, dtype, pairs, rows in itertools.product(("cpu", "cuda"), FLOATS, SIZES, SIZES):
-        first, second = (choose(device, dtype, pairs, rows) for _ in range(2))
+    for arguments in itertools.product(("cpu", "cuda"), FLOATS, SIZES, (1, 100), SIZES):
+        first, second = (choose(*arguments) for _ in range(2))
         assert first == second
         assert first in {"dense", "panel"}
     names = {
@@ -40,7 +40,7 @@ def test_choice_is_pure() -> None:
 @pytest.mark.parametrize("num_rows", [1, 1000, 10**6])
 def test_monotone_in_pairs(num_rows: int, dtype: torch.dtype) -> None:
     """Dense for few pairs, panels from some number on, with a single change between."""
-    chosen = [choose("cpu", dtype, pairs, num_rows) for pairs in (0, *(2**k for k in range(50)))]
+    chosen = [choose("cpu", dtype, pairs, 1, num_rows) for pairs in (0, *(2**k for k in range(50)))]
     changes = [a != b for a, b in itertools.pairwise(chosen)]
     assert chosen[0] == "dense"
     assert chosen[-1] == "panel"
@@ -48,16 +48,34 @@ def test_monotone_in_pairs(num_rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "float64"])
-def test_more_rows_never_favour_the_panels(dtype: torch.dtype) -> None:
-    """At a fixed number of pairs, rows only add to what panels cost."""
+def test_more_rows_or_problems_never_favour_the_panels(dtype: torch.dtype) -> None:
+    """At a fixed number of pairs, rows and problems only add to what panels cost."""
     for pairs in SIZES:
-        chosen = [choose("cpu", dtype, pairs, rows) for rows in SIZES]
+        chosen = [choose("cpu", dtype, pairs, 1, rows) for rows in SIZES]
         assert chosen == sorted(chosen, reverse=True)  # panel … panel dense … dense
+        chosen = [choose("cpu", dtype, pairs, problems, 1000) for problems in SIZES[1:]]
+        assert chosen == sorted(chosen, reverse=True)
+
+
+def test_float64_takes_longer_to_pay() -> None:
+    """Panels of a higher degree: twice the pairs before they are faster."""
+    for rows in SIZES:
+        single, double = (
+            next(k for k in range(60) if choose("cpu", dtype, 2**k, 1, rows) == "panel")
+            for dtype in FLOATS
+        )
+        assert double == single + 1
+
+
+def test_many_small_problems_are_dense() -> None:
+    """Each problem has convolutions of its own: pairs enough for one are too few for a thousand."""
+    assert choose("cpu", torch.float32, 10**8, 1, 10**5) == "panel"
+    assert choose("cpu", torch.float32, 10**8, 1000, 10**5) == "dense"
 
 
 def test_no_panels_without_float64() -> None:
     """A device that has no float64 gets the definition at every size."""
-    assert {choose("mps", torch.float32, pairs, 1) for pairs in SIZES} == {"dense"}
+    assert {choose("mps", torch.float32, pairs, 1, 1) for pairs in SIZES} == {"dense"}
 
 
 @pytest.fixture
@@ -85,7 +103,7 @@ def test_auto_takes_the_chosen_one(made: list[str]) -> None:
     for num_rows, backend, expected in (
         (50, "auto", "DenseRanks"),
         (50, "panel", "PanelRanks"),
-        (5000, "auto", "PanelRanks"),
+        (9000, "auto", "PanelRanks"),
         (5000, "dense", "DenseRanks"),
     ):
         made.clear()
@@ -96,7 +114,7 @@ def test_auto_takes_the_chosen_one(made: list[str]) -> None:
 def test_choice_counts_the_pairs_of_positives(
     made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is chosen from is Q·M and C·M + Q of this call."""
+    """What is chosen from is Q·M, C and C·M + Q of this call."""
     asked: list[tuple[object, ...]] = []
 
     def note(*arguments: object) -> str:
@@ -109,8 +127,8 @@ def test_choice_counts_the_pairs_of_positives(
     problem = torch.zeros(7, dtype=torch.int64)
     sigmoid_sums(torch.randn(7), problem, scores, torch.ones(3, 40, 1), 0.1)
     assert asked == [
-        ("cpu", torch.float32, 30 * 40, 120 + 30),
-        ("cpu", torch.float32, 7 * 40, 120 + 7),
+        ("cpu", torch.float32, 30 * 40, 3, 120 + 30),
+        ("cpu", torch.float32, 7 * 40, 3, 120 + 7),
     ]
     assert made == ["DenseRanks", "DensePlan"]
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from imbalanced_losses._engine._dense import DensePlan
-from imbalanced_losses._engine._panel import _PRECISIONS, PanelPlan, Panels
+from imbalanced_losses._engine._panel import PanelPlan, Panels, _precision
 from imbalanced_losses._engine._panel_line import Line
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
@@ -38,7 +38,7 @@ def _kind(line: Line) -> str:
 
 KINDS = [
     ("normal", 1.0, "plain"),
-    ("normal", 1e-3, "segments"),
+    ("normal", 2e-3, "occupied"),
     ("normal", 1e-6, "occupied"),
     ("constant", 1e-6, "plain"),
     ("far clusters", 1e6, "plain"),
@@ -74,7 +74,7 @@ def test_two_values_are_two_segments(share_below: float, count: int, dtype: torc
         is_above = torch.rand(count, generator=seeded(seed)) >= share_below
         line = _line((1e30 * is_above.to(dtype))[None], 0.01)
         assert _kind(line) == "segments"
-        assert line.num_panels <= 100
+        assert 40 <= line.num_panels <= 100
 
 
 # Places -------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_two_values_are_two_segments(share_below: float, count: int, dtype: torc
 @pytest.mark.parametrize(("family", "tau", "_kind_of_line"), KINDS)
 def test_places(family: str, tau: float, _kind_of_line: str, dtype: torch.dtype) -> None:
     """Scores within reach keep their distance, those out of reach stay so, and in order."""
-    _, width, reach = _PRECISIONS[dtype]
+    _, width, reach = _precision(dtype, 600)
     scores = FAMILIES[family](600, 0).to(dtype).sort().values
     line = _line(scores[None], tau)
     panel, place = (part[0] for part in line.locate(scores[None], None))
@@ -106,7 +106,7 @@ def test_queries_anywhere(tau: float, dtype: torch.dtype) -> None:
     """Queries that are no sources: beyond both ends, amid a gap that is cut, and at its edges just
     within and just out of reach.
     """
-    _, width, reach = _PRECISIONS[dtype]
+    _, width, reach = _precision(dtype, 300)
     sources = torch.stack([0.1 * FAMILIES["normal"](300, c) for c in range(2)]).to(dtype)
     sources[:, 150:] += 1000
     low, high = sources[0, :150].max(), sources[0, 150:].min()
@@ -175,14 +175,15 @@ def test_no_tensor_of_all_pairs(family: str, dtype: torch.dtype) -> None:
     count = 4000
     scores = FAMILIES[family](count, 0).to(dtype).requires_grad_()
     is_positive = labels(count, 0, 0.5)
-    degree = _PRECISIONS[dtype].degree
+    degree = _precision(dtype, count).degree
     for tau in (1e-6, 0.01):
         with _Largest() as largest:
             ap, _ = smooth_ap(scores, is_positive, tau, backend="panel")
             (gradient,) = torch.autograd.grad(ap, scores, create_graph=True)
             torch.autograd.grad(gradient.sum(), scores)
-        # Two weight columns and twice for the copies, 4 panels a row.
-        assert 0 < largest.elements <= 2 * degree * (4 * count + 1024)
+        # Coefficients of two sums, at most 4 panels a source or query.
+        rows = count + int(is_positive.sum())
+        assert 0 < largest.elements <= 2 * degree * (4 * rows + 1024)
         assert largest.elements * 4 < int(is_positive.sum()) * count
 
 
@@ -237,48 +238,64 @@ def test_nan_stays_in_its_problem(dtype: torch.dtype) -> None:
                 assert error <= 2e-6 * gradient[c].norm() + 1e-14 / tau
 
 
-def test_nan_cotangent_stays_in_its_problem() -> None:
-    """So does a NaN that comes in from behind, in every order."""
-    for (scores, _, kind), tau in _several(torch.float64):
-        problem = torch.arange(3).repeat_interleave(200)
-        plan = PanelPlan(scores.flatten(), problem, scores, tau)
-        assert _kind(plan.panels.line) == kind
-        cotangent = torch.ones(600, 1, dtype=torch.float64)
-        cotangent[problem == 1] = math.nan
-        weights = cotangent.view(3, 200, 1)
-        for order in range(3):
-            at_queries, at_sources = plan.both_sums(order, weights, cotangent)
-            assert at_queries[problem != 1].isfinite().all()
-            assert at_sources[[0, 2]].isfinite().all()
-            assert at_queries[problem == 1].isnan().any()
+def test_nan_that_nobody_asks_for() -> None:
+    """A NaN in a problem without queries is in no sum, as by the definition."""
+    scores = torch.randn(2, 40, generator=seeded(0), dtype=torch.float64)
+    scores[1, 5] = math.nan
+    problem = torch.zeros(6, dtype=torch.int64)
+    at_queries, at_sources = PanelPlan(scores[0, :6], problem, scores, 0.1).both_sums(
+        1, torch.ones(2, 40, 1, dtype=torch.float64), torch.ones(6, 1, dtype=torch.float64)
+    )
+    assert at_queries.isfinite().all()
+    assert at_sources.isfinite().all()
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("case", range(3), ids=["plain", "segments", "occupied"])
+def test_nan_weights_stay_in_their_problem(case: int, order: int) -> None:
+    """So does a NaN among weights or cotangents."""
+    (scores, _, kind), tau = _several(torch.float64)[case]
+    problem = torch.arange(3).repeat_interleave(200)
+    plan = PanelPlan(scores.flatten(), problem, scores, tau)
+    assert _kind(plan.panels.line) == kind
+    cotangent = torch.ones(600, 1, dtype=torch.float64)
+    cotangent[problem == 1] = math.nan
+    at_queries, at_sources = plan.both_sums(order, cotangent.view(3, 200, 1), cotangent)
+    assert at_queries[problem != 1].isfinite().all()
+    assert at_sources[[0, 2]].isfinite().all()
+    assert at_queries[problem == 1].isnan().any()
+
+
+@DTYPES
 @pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
-def test_neighbours_do_not_meet(tensor_temperature: bool) -> None:
+def test_neighbours_do_not_meet(tensor_temperature: bool, dtype: torch.dtype) -> None:
     """Problems one behind the other on the line give what each gives alone."""
-    for (scores, is_positive, _), tau in _several(torch.float64):
-        spread = torch.tensor([0.3, 1.0, 40.0]).double() * tau
+    value_bound, bound = (1e-6, 2e-6) if dtype == torch.float32 else (1e-12, 1e-9)
+    for (scores, is_positive, _), tau in _several(dtype):
+        spread = torch.tensor([0.3, 1.0, 40.0], dtype=dtype) * tau
         together = _solved(scores, is_positive, spread if tensor_temperature else tau)
         for c in range(3):
             alone = _solved(
                 scores[c], is_positive[c], spread[c].item() if tensor_temperature else tau
             )
-            assert together[0][c].item() == pytest.approx(alone[0].item(), rel=0, abs=1e-12)
+            assert together[0][c].item() == pytest.approx(alone[0].item(), rel=0, abs=value_bound)
             error = (together[1][c] - alone[1]).norm()
-            assert error <= 1e-9 * alone[1].norm() + 1e-14 / tau
+            assert error <= bound * alone[1].norm() + 1e-14 / tau
 
 
 @DTYPES
 def test_small_ranks_keep_their_digits(dtype: torch.dtype) -> None:
     """The rank of a row of little weight above rows of much weight is not lost in their sum."""
-    scores = torch.arange(400, dtype=dtype).mul_(100)
-    is_positive = torch.arange(400) >= 396
+    top = torch.tensor([100.0, 101.0, 200.0, 201.0])
+    scores = torch.cat((FAMILIES["normal"](396, 0), top)).to(dtype)
     weights = torch.ones(400, dtype=dtype)
-    weights[398:] = torch.tensor([1e-9, 3e-9], dtype=dtype)
-    problem, queries = torch.zeros(4, dtype=torch.int64), scores[is_positive]
-    for tau in (100.0, 1e-3):
-        sums = PanelPlan(queries, problem, scores[None], tau).sums(0, weights[None, :, None])
-        wide = DensePlan(queries.double(), problem, scores[None].double(), tau)
-        exact = wide.sums(0, weights[None, :, None].double())
-        bound = 1e-6 if dtype == torch.float32 else 1e-10
-        assert ((sums - exact).abs() <= bound * exact + 1e-16).all()
+    # Transforms, for float32, are exact to 1e-16 of the mass nearby; convolutions at any weight.
+    smallest = 1e-6 if dtype == torch.float32 else 1e-12
+    weights[396:] = smallest * torch.tensor([1, 3, 2, 5], dtype=dtype)
+    problem = torch.zeros(4, dtype=torch.int64)
+    plan = PanelPlan(scores[396:], problem, scores[None], 1.0)
+    assert _kind(plan.panels.line) == "plain"
+    sums = plan.sums(0, weights[None, :, None]).double()
+    wide = DensePlan(scores[396:].double(), problem, scores[None].double(), 1.0)
+    exact = wide.sums(0, weights[None, :, None].double())
+    assert ((sums - exact) / exact).abs().max() <= (2e-7 if dtype == torch.float32 else 1e-12)

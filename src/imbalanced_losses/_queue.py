@@ -57,6 +57,9 @@ class MemoryQueue(nn.Module):
         self.is_weighted = False  # whether rows with weights were ever pushed
         self._undo: _Undo | None = None
 
+    def extra_repr(self) -> str:
+        return f"{self.size} rows"
+
     def rows(self) -> Pool:
         """All slots [size], free ones included, as they stand."""
         return self._slots(self._stored())

@@ -64,9 +64,13 @@ class SmoothAPLoss(_QueuedRankingLoss):
         (torch.Size([4]), torch.Size([4]))
 
     Note:
-        Ranking the pool costs O(|P| × M) time, with |P| positives and M = batch + queue rows, and
-        O(M) memory. Outputs trained this way rank; they are not probabilities: calibrate them, or
-        keep a cross-entropy term beside this loss.
+        Ranking the pool of M = batch + queue rows takes O(M) memory and, from a few thousand rows
+        on, O(M) time; below, O(|P| × M) with |P| positives is faster and is done. max_pool_size
+        and small queues are therefore no longer needed to fit a pool: a million rows are ranked in
+        less time than they are sorted.
+
+        Outputs trained this way rank; they are not probabilities: calibrate them, or keep a
+        cross-entropy term beside this loss.
 
     Source: Brown et al., "Smooth-AP", ECCV 2020, arXiv 2007.12163; definition in
     `imbalanced_losses.functional.smooth_ap`.
@@ -90,5 +94,5 @@ class SmoothAPLoss(_QueuedRankingLoss):
         tau: float | Tensor,
         sample_weight: Tensor | None = None,
     ) -> SmoothAP:
-        """Smooth-AP of scores [M] or [C, M] by this loss's backend: O(|P| × M)."""
+        """Smooth-AP of scores [M] or [C, M] by this loss's backend."""
         return smooth_ap(scores, is_pos, tau, sample_weight=sample_weight, backend=self.backend)

@@ -53,7 +53,8 @@ def smooth_ap(
             sparser gradient. A float, or a tensor [] or [C] with one τ a class.
         sample_weight: [M] or the shape of scores, finite and ≥ 0: how many rows each row stands
             for. Weight 0 is the same as leaving the row out.
-        backend: "auto", or "dense" for the definition in O(|P|·M) time and O(M) memory.
+        backend: "dense" is the definition, O(|P|·M) time; "panel" is exact to rounding in O(M)
+            time; "auto" takes the faster one. All need O(M) memory.
 
     Returns:
         SmoothAP(ap, valid), [] for scores [M] and [C] for [C, M]; ap is float32, float64 for
@@ -168,7 +169,7 @@ def _problems(
         temperature = max(temperature, smallest)
 
     positive_weights = is_positive.to(dtype) if weights is None else weights * is_positive
-    positives = _positives(positive_weights, weights)
+    positives = _positives(is_positive, positive_weights, weights)
     return _Problems(scores, has_extremes, temperature, weights, positive_weights, *positives)
 
 
@@ -181,12 +182,12 @@ def _may_exceed(scores: Tensor, limit: float) -> bool:
 
 
 def _positives(
-    positive_weights: Tensor, weights: Tensor | None
+    is_positive: Tensor, positive_weights: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
     """valid, problem, row and share of `_Problems`."""
     num_problems, num_rows = positive_weights.shape
     if weights is None and num_problems == 1:
-        problem, row = positive_weights.nonzero().unbind(1)
+        problem, row = is_positive.nonzero().unbind(1)
         is_valid = 0 < len(row) < num_rows
         valid = torch.full((1,), is_valid, device=row.device)
         if not is_valid:
@@ -198,7 +199,10 @@ def _positives(
         valid = (mass > 0) & (mass < num_rows)
     else:
         valid = (mass > 0) & (weights > positive_weights).any(1)
-    problem, row = (positive_weights * valid[:, None]).nonzero().unbind(1)
+    is_query = is_positive & valid[:, None]
+    if weights is not None:
+        is_query &= weights > 0
+    problem, row = is_query.nonzero().unbind(1)
     if weights is None:
         return valid, problem, row, mass.reciprocal()[problem]
     return valid, problem, row, weights[problem, row] / mass[problem]

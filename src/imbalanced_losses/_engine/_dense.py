@@ -107,26 +107,35 @@ class DenseRanks:
         return among_all, among_positives
 
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._tiles:
-            return self._tile_ranks_and_gradient(slopes_of, self.problem, self.row, None)
         gradient = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
+        if not self._tiles:
+            ranks = self._tile_ranks_and_gradient(gradient, slopes_of, self.problem, self.row, None)
+            return *ranks, gradient
         # Into whole tensors: small results kept between large tiles would fragment the heap.
         among_all, among_positives = self.scores.new_empty(2, len(self.row))
         for tile in self._tiles:
-            among_all[tile], among_positives[tile], part = self._tile_ranks_and_gradient(
-                slopes_of, self.problem[tile], self.row[tile], tile
+            among_all[tile], among_positives[tile] = self._tile_ranks_and_gradient(
+                gradient, slopes_of, self.problem[tile], self.row[tile], tile
             )
-            gradient += part
         return among_all, among_positives, gradient
 
     def _tile_ranks_and_gradient(
-        self, slopes_of: SlopesOf, problem: Tensor, row: Tensor, tile: slice | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        gradient: Tensor,
+        slopes_of: SlopesOf,
+        problem: Tensor,
+        row: Tensor,
+        tile: slice | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The ranks [q] of some queries; what they give to the gradient [C, M] is added there."""
         x, sigmoid, among_all, among_positives = self._tile_ranks(problem, row)
         by_ranks = slopes_of(among_all, among_positives, tile)
-        slope = x.neg_().sigmoid_().mul_(sigmoid)  # σ′
-        gradient_of = self._gradient_of_one if len(self.scores) == 1 else self._gradient_of_many
-        return among_all, among_positives, gradient_of(slope, problem, row, *by_ranks)
+        slope = x.neg_().sigmoid_().mul_(sigmoid)  # σ′ [q, M]
+        if len(self.scores) == 1:
+            self._add_gradient_of_one(gradient.squeeze(0), slope, row, *by_ranks)
+        else:
+            self._add_gradient_of_many(gradient, slope, problem, row, *by_ranks)
+        return among_all, among_positives
 
     def _tile_ranks(self, problem: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x and σ(x) [q, M] of the pairs of some queries, and their ranks [q]."""
@@ -152,24 +161,31 @@ class DenseRanks:
         own = torch.index_select(weights, 0, problem, out=self._buffer(2, problem))
         return own.mul_(pairs).sum(1)
 
-    def _gradient_of_one(
-        self, slope: Tensor, problem: Tensor, row: Tensor, by_all: Tensor, by_positives: Tensor
-    ) -> Tensor:
-        """What some queries of the one problem give to the gradient [1, M], from σ′ [q, M]."""
+    def _add_gradient_of_one(
+        self, gradient: Tensor, slope: Tensor, row: Tensor, by_all: Tensor, by_positives: Tensor
+    ) -> None:
         weights, positive_weights = self.weights, self.positive_weights.squeeze(0)
-        at_all = slope.sum(1) if weights is None else self._product(slope, weights.squeeze(0))
+        as_source = self._product(by_all, slope)  # [M]
+        if weights is None:
+            gradient += as_source
+            at_all = slope.sum(1)
+        else:
+            gradient.addcmul_(as_source, weights.squeeze(0))
+            at_all = self._product(slope, weights.squeeze(0))
+        gradient.addcmul_(self._product(by_positives, slope), positive_weights)
         at_positives = self._product(slope, positive_weights)
         as_query = at_all.mul_(by_all).addcmul_(at_positives, by_positives)  # [q]
-        gradient = self._product(by_all, slope)  # [M]
-        if weights is not None:
-            gradient.mul_(weights.squeeze(0))
-        gradient.addcmul_(self._product(by_positives, slope), positive_weights)
-        return gradient.index_add_(0, row, as_query, alpha=-1).unsqueeze(0)
+        gradient.index_add_(0, row, as_query, alpha=-1)
 
-    def _gradient_of_many(
-        self, slope: Tensor, problem: Tensor, row: Tensor, by_all: Tensor, by_positives: Tensor
-    ) -> Tensor:
-        """What some queries of several problems give to the gradient [C, M], from σ′ [q, M]."""
+    def _add_gradient_of_many(
+        self,
+        gradient: Tensor,
+        slope: Tensor,
+        problem: Tensor,
+        row: Tensor,
+        by_all: Tensor,
+        by_positives: Tensor,
+    ) -> None:
         # The pair (q, m) counts by_all[q]·ω[m] + by_positives[q]·ω⁺[m] times.
         counts = torch.index_select(
             self.positive_weights, 0, problem, out=self._buffer(1, row)
@@ -180,9 +196,8 @@ class DenseRanks:
             own = torch.index_select(self.weights, 0, problem, out=self._buffer(2, row))
             counts.addcmul_(own, by_all.unsqueeze(1))
         pairs = slope.mul_(counts)
-        gradient = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
         gradient.index_add_(0, problem, pairs)
-        return gradient.index_put_((problem, row), pairs.sum(1).neg_(), accumulate=True)
+        gradient.index_put_((problem, row), pairs.sum(1).neg_(), accumulate=True)
 
     def _buffer(self, index: int, queries: Tensor) -> Tensor | None:
         """Memory for a tile [q, M]: many tiles share it; one takes what the allocator has."""

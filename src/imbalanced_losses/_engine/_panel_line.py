@@ -9,6 +9,7 @@ panels are kept.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -110,13 +111,20 @@ class Line(NamedTuple):
     def _whole_counts_of_occupied(
         self, mass: Tensor, occupied: Tensor, reach: int, below: bool
     ) -> Tensor:
-        padded = torch.nn.functional.pad(mass.cumsum(1), (1, 0))  # [K, S + 1]: mass before a panel
-        problem = occupied.div(self.length, rounding_mode="floor")
-        if below:
-            first = torch.searchsorted(occupied, problem * self.length)
-            return padded[:, torch.searchsorted(occupied, occupied - reach)] - padded[:, first]
-        behind = torch.searchsorted(occupied, (problem + 1) * self.length)
-        return padded[:, behind] - padded[:, torch.searchsorted(occupied, occupied + reach + 1)]
+        starts = torch.arange(len(self.origin) + 1, device=occupied.device) * self.length
+        bounds = torch.searchsorted(occupied, starts).tolist()
+        counts = []
+        for start, end in itertools.pairwise(bounds):
+            own, position = mass[:, start:end], occupied[start:end]
+            if below:
+                total = torch.nn.functional.pad(own.cumsum(1), (1, 0))  # before each panel
+                counts.append(total[:, torch.searchsorted(position, position - reach)])
+            else:
+                total = torch.nn.functional.pad(
+                    own.flip(1).cumsum(1).flip(1), (0, 1)
+                )  # from each on
+                counts.append(total[:, torch.searchsorted(position, position + reach + 1)])
+        return torch.cat(counts, dim=1)
 
 
 def lay_line(sources: Tensor, queries: Tensor, problem: Tensor, panel: Tensor, reach: int) -> Line:
@@ -134,15 +142,17 @@ def lay_line(sources: Tensor, queries: Tensor, problem: Tensor, panel: Tensor, r
     if math.isnan(needed):
         line = lay_line(sources.nan_to_num(), queries.nan_to_num(), problem, panel, reach)
         return line._replace(poison=low[:, 0] * 0)
-    num_rows = sources.shape[1] + len(queries)
-    if needed < max(1024, num_rows):
+    num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
+    # A panel costs as much as several rows.
+    longest = max(1024 // num_problems, num_rows // 4)
+    if needed < longest:
         return Line(low, per_panel, int(needed) + 1 + reach)
 
     parts = [torch.cat((own, queries[problem == c])) for c, own in enumerate(sources)]
     cut = [_segments(own, 1 / float(p), reach) for own, p in zip(parts, panel, strict=True)]
     length = max(length for _, length in cut) + reach
     line = Line(low, per_panel, length, tuple(segments for segments, _ in cut))
-    if length <= max(1024, 4 * num_rows):
+    if length <= longest:
         return line
     slots = [line.locate(sources, None)[0].flatten(), line.locate(queries, problem)[0]]
     return line._replace(occupied=torch.cat(slots).unique())
@@ -158,7 +168,7 @@ def _segments(scores: Tensor, per_panel: float, reach: int) -> tuple[Segments, i
     is_inside = (scores - sample.median()).abs_() < half_window
     inside, outside = scores[is_inside], scores[~is_inside]
     core = torch.stack(inside.aminmax())
-    values, order = torch.cat((outside, core)).sort()
+    values, order = torch.cat((outside, core)).sort(stable=True)
 
     gaps = values.double().diff().mul_(per_panel)  # in panels
     is_cut = gaps > reach + 2

@@ -32,6 +32,28 @@ def translation_table(
     return torch.einsum("ak,bl,kld->abd", powers, powers, coefficients).to(device)
 
 
+@lru_cache(maxsize=64)
+def table_spectrum(
+    order: int,
+    degree: int,
+    width: float,
+    reach: int,
+    transposed: bool,
+    device: torch.device,
+    size: int,
+) -> Tensor:
+    """[size // 2 + 1, a, b]: the translation table as the factor of a Fourier transform.
+
+    Multiplied to the transform of `size` panels of moments it gives the field of all but the last
+    2·reach of them, the first being that of panel `reach`.
+    """
+    table = translation_table(order, degree, width, reach, device)
+    if transposed:
+        table = table.transpose(0, 1).flip(2)
+    spectrum: Tensor = torch.fft.rfft(table, n=size)
+    return spectrum.conj().movedim(2, 0).resolve_conj().contiguous()
+
+
 def _chebyshev_transform(degree: int) -> Tensor:
     """[k, n]: values at the Chebyshev nodes to coefficients of the polynomials T_k."""
     k = torch.arange(degree, dtype=torch.float64)
@@ -45,6 +67,5 @@ def _powers_of_chebyshev(degree: int) -> Tensor:
     powers = torch.eye(degree, dtype=torch.float64)
     for k in range(2, degree):
         powers[1:, k] = 2 * powers[:-1, k - 1]
-        powers[0, k] = 0
         powers[:, k] -= powers[:, k - 2]
     return powers
