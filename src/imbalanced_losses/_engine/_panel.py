@@ -207,11 +207,14 @@ class Panels:
 def _convolved(moments: Tensor, table: Tensor) -> Tensor:
     """The convolution of moments [K, p, S] with a table [p, p, 2W + 1], a stretch at a time."""
     reach = table.shape[2] // 2
+    num_panels = moments.shape[2]
+    if num_panels <= _STRETCH:
+        return torch.nn.functional.conv1d(moments, table, padding=reach)
     padded = torch.nn.functional.pad(moments, (reach, reach))
-    stretches = [
-        torch.nn.functional.conv1d(padded[..., start : start + _STRETCH + 2 * reach], table)
-        for start in range(0, moments.shape[2], _STRETCH)
-    ]
+    stretches = []
+    for start in range(0, num_panels, _STRETCH):
+        length = min(_STRETCH, num_panels - start) + 2 * reach
+        stretches.append(torch.nn.functional.conv1d(padded.narrow(2, start, length), table))
     return torch.cat(stretches, dim=2)
 
 
