@@ -196,6 +196,10 @@ class _QueuedRankingLoss(nn.Module):
     def _updates_queue(self) -> bool:
         return self.training or self.update_queue_in_eval
 
+    def _depends_on_state(self) -> bool:
+        """Whether a forward pass has another outcome after others."""
+        return self.queue_size > 0 or self.max_pool_size is not None
+
     def _is_recomputed(self, batch: Pool) -> bool:
         """Whether the last forward pass is being computed again, by activation checkpointing.
 
@@ -204,8 +208,7 @@ class _QueuedRankingLoss(nn.Module):
         """
         if torch._C._current_graph_task_id() == -1 or not self._updates_queue():
             return False
-        depends_on_state = self.queue_size > 0 or self.max_pool_size is not None
-        if depends_on_state and not _is_same(self._last_batch, batch):
+        if self._depends_on_state() and not _is_same(self._last_batch, batch):
             raise RuntimeError(
                 "a forward pass of the loss is being recomputed (activation checkpointing) after "
                 "another one: call backward before the next forward, or keep the loss outside "
@@ -253,7 +256,8 @@ class _QueuedRankingLoss(nn.Module):
             return
         self._queue.push(batch)
         self._num_steps += self.training
-        self._last_batch = batch._replace(logits=batch.logits.detach())
+        if self._depends_on_state():
+            self._last_batch = batch._replace(logits=batch.logits.detach())
 
     def extra_repr(self) -> str:
         named = ("num_classes", "queue_size", "temperature", "reduction", "multilabel")
