@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from imbalanced_losses._engine import Backend, _dense, rank_plan, sigmoid_sums
 from imbalanced_losses.functional import smooth_ap
 from tests import oracle
 from tests.cases import seeded
+from tests.memory import LargestTensor
 
 
 class Problem(NamedTuple):
@@ -393,22 +392,6 @@ def test_vmap_over_the_geometry_is_refused(batched: str) -> None:
 # Memory -------------------------------------------------------------------------------------------
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the storage, in elements, behind the largest tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.elements = max(self.elements, elements)
-        return out
-
-
 @pytest.fixture
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(_dense, "TILE", 1024)
@@ -421,7 +404,7 @@ def test_no_tensor_of_all_pairs(small_tile: int, num_problems: int) -> None:
     num_queries, num_sources, num_columns = 256, 128, 2
     given = _problem(num_queries, num_sources, num_problems, num_columns)
     leaves = _leaves(given)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         out = sigmoid_sums(*given)
         gradients = torch.autograd.grad(_as_columns(out), leaves, create_graph=True)
         torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
@@ -467,7 +450,7 @@ def test_memory_of_smooth_ap(
         saved.append(tensor.numel())
         return tensor
 
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             ap, _ = smooth_ap(scores, is_positive, 0.3, sample_weight=weights)
         kept = sum(saved)

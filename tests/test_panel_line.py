@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from imbalanced_losses._engine._dense import DensePlan
 from imbalanced_losses._engine._panel import PanelPlan, Panels, _precision
 from imbalanced_losses._engine._panel_line import Line
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
+from tests.memory import LargestTensor
 from tests.score_families import FAMILIES, labels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -130,22 +129,6 @@ def test_queries_anywhere(tau: float, dtype: torch.dtype) -> None:
 # Memory -------------------------------------------------------------------------------------------
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.elements = max(self.elements, elements)
-        return out
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_panels_are_bounded(family: str) -> None:
     """However far scores are apart, there are no more panels than a few a row."""
@@ -177,7 +160,7 @@ def test_no_tensor_of_all_pairs(family: str, dtype: torch.dtype) -> None:
     is_positive = labels(count, 0, 0.5)
     degree = _precision(dtype, count).degree
     for tau in (1e-6, 0.01):
-        with _Largest() as largest:
+        with LargestTensor() as largest:
             ap, _ = smooth_ap(scores, is_positive, tau, backend="panel")
             (gradient,) = torch.autograd.grad(ap, scores, create_graph=True)
             torch.autograd.grad(gradient.sum(), scores)

@@ -55,9 +55,7 @@ class DensePlan:
     def _tiles(self, order: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (rows of the query axis [q], their problems [q], φₙ [q, M])."""
         num_problems, num_sources = self.sources.shape
-        step = max(1, TILE // max(1, num_sources))
-        for start in range(0, len(self.queries), step):
-            tile = slice(start, start + step)
+        for tile in _tile_slices(len(self.queries), num_sources):
             problem = self.problem[tile]
             sources = self.sources if num_problems == 1 else self.sources[problem]
             x = sources - self.queries[tile, None]  # [q, M]
@@ -88,13 +86,14 @@ class DenseRanks:
         self.weights, self.positive_weights = weights, positive_weights  # [C, M]
         self.temperature = temperature  # float or [C]
         self._product = _exact_matmul_for(scores)
-        num_queries, num_sources = len(row), scores.shape[1]
-        step = max(1, TILE // max(1, num_sources))
-        self._tiles: list[slice] = []  # none: all pairs at once
+        num_sources = scores.shape[1]
+        self._tiles = _tile_slices(len(row), num_sources)
         self._buffers: list[Tensor] = []
-        if num_queries > step:
-            self._tiles = [slice(start, start + step) for start in range(0, num_queries, step)]
+        if len(self._tiles) > 1:
+            step = self._tiles[0].stop
             self._buffers = [scores.new_empty(step, num_sources) for _ in range(3)]
+        else:
+            self._tiles = []  # all pairs at once
 
     def ranks(self) -> tuple[Tensor, Tensor]:
         if not self._tiles:
@@ -202,6 +201,12 @@ class DenseRanks:
     def _buffer(self, index: int, queries: Tensor) -> Tensor | None:
         """Memory for a tile [q, M]: many tiles share it; one takes what the allocator has."""
         return self._buffers[index][: len(queries)] if self._buffers else None
+
+
+def _tile_slices(num_queries: int, num_sources: int) -> list[slice]:
+    """Stretches of the queries whose pairs with all sources fit a tile."""
+    step = max(1, TILE // max(1, num_sources))
+    return [slice(start, start + step) for start in range(0, num_queries, step)]
 
 
 def _times_weights(kernel: Tensor, weights: Tensor, problem: Tensor) -> Tensor:

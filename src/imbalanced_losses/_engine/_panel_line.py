@@ -120,9 +120,8 @@ class Line(NamedTuple):
                 total = torch.nn.functional.pad(own.cumsum(1), (1, 0))  # before each panel
                 counts.append(total[:, torch.searchsorted(position, position - reach)])
             else:
-                total = torch.nn.functional.pad(
-                    own.flip(1).cumsum(1).flip(1), (0, 1)
-                )  # from each on
+                from_each_on = own.flip(1).cumsum(1).flip(1)
+                total = torch.nn.functional.pad(from_each_on, (0, 1))
                 counts.append(total[:, torch.searchsorted(position, position + reach + 1)])
         return torch.cat(counts, dim=1)
 
