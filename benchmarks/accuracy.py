@@ -106,9 +106,8 @@ def reference(problem: Problem) -> Reference:
     row = wide.is_positive.nonzero().squeeze(1)  # [Q]
     scores, problem_of = wide.scores[None], torch.zeros_like(row)
     positive = wide.is_positive.double()
-    plan = rank_plan(
-        scores, problem_of, row, None, positive[None], wide.temperature, backend="panel"
-    )
+    is_positive = wide.is_positive[None]
+    plan = rank_plan(scores, is_positive, problem_of, row, None, wide.temperature, backend="panel")
     ranks = torch.stack(plan.ranks(), dim=1)  # [Q, 2]
     precision = ranks[:, 1] / ranks[:, 0]
 

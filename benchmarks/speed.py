@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,7 +36,10 @@ KERNEL_SIZES = (
     (16384, 0.1),
 )
 LARGE_SIZES = (65_536, 262_144, 1_048_576, 10_000_000)
-SUITES = ("kernel", "loss", "large", "peers")
+CHOICE_SIZES = (256, 1024, 4096, 16_384)
+CHOICE_RATES = (0.01, 0.1, 0.5)
+CHOICE_CLASSES = (3, 10, 100)
+SUITES = ("kernel", "loss", "large", "peers", "choice")
 BLOCK_MS = 10.0  # calls too short to time alone are timed in blocks of about so much
 MOST_ROUNDS, FEWEST_ROUNDS = 41, 3
 
@@ -68,6 +72,12 @@ def duels(quick: bool, device: str) -> Iterator[Duel]:
     for other in ("torch.sort", "sklearn AP"):
         for size in LARGE_SIZES[: 1 if quick else None]:
             yield Duel("large", "ours, kernel", other, Case(size, device=device))
+    for size in CHOICE_SIZES[: 2 if quick else None]:
+        for rate in CHOICE_RATES:
+            yield Duel("choice", "ours, auto", "ours, dense", Case(size, rate, device=device))
+        for num_classes in CHOICE_CLASSES[: 2 if size == CHOICE_SIZES[-1] else None]:
+            case = Case(size, 0.1, num_classes, device=device)
+            yield Duel("choice", "ours, auto", "ours, dense", case)
     for size in (256, 1024) if quick else (256, 1024, 4096):
         yield Duel("peers", "ours", "libauc APLoss", Case(size, device=device))
     for size in (64, 128) if quick else (64, 128, 256):
@@ -200,7 +210,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each process"
+    )
     parser.add_argument("--longest", type=float, default=20.0, help="seconds a pass may take")
     return parser.parse_args()
 

@@ -8,12 +8,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from imbalanced_losses._engine import _scratch
+
 
 class LargestTensor(TorchDispatchMode):
     """Remembers the storage, in elements, behind the largest tensor that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
+        vars(_scratch._kept).clear()  # what larger problems of the past have left
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -246,11 +246,11 @@ def test_rank_plan_is_the_same_sums(
     cotangent = torch.randn(len(row), 2, generator=generator, dtype=torch.float64)
 
     plan = rank_plan(
-        scores, problem, row, weights if weighted else None, positive_weights, tau, backend="dense"
+        scores, is_positive, problem, row, weights if weighted else None, tau, backend="dense"
     )
 
-    def slopes_of(_: Tensor, __: Tensor, queries: slice | None) -> tuple[Tensor, Tensor]:
-        by_all, by_positives = cotangent[slice(None) if queries is None else queries].unbind(1)
+    def slopes_of(_: Tensor, __: Tensor, queries: slice | Tensor) -> tuple[Tensor, Tensor]:
+        by_all, by_positives = cotangent[queries].unbind(-1)
         return by_all, by_positives
 
     half = 0.5 * row_weights[problem, row, None]
@@ -265,6 +265,33 @@ def test_rank_plan_is_the_same_sums(
     torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
     expected_gradient *= tau[:, None] if isinstance(tau, Tensor) else tau
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("tile", [None, 1, 100, 700])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+def test_problems_of_unequal_size(
+    monkeypatch: pytest.MonkeyPatch, weighted: bool, tile: int | None
+) -> None:
+    """Problems that share tiles, with any number of positives each, are what they are alone."""
+    if tile is not None:
+        monkeypatch.setattr(_dense, "TILE", tile)
+    sizes = torch.tensor([9, 2, 0, 13, 8, 1, 7, 12])
+    generator = seeded(0)
+    scores = torch.randn(8, 30, generator=generator, dtype=torch.float64)
+    is_positive = torch.rand(8, 30, generator=generator).argsort(1) < sizes[:, None]
+    weights = torch.rand(8, 30, generator=generator, dtype=torch.float64) if weighted else None
+
+    def answer(c: slice) -> tuple[Tensor, Tensor]:
+        leaf = scores[c].clone().requires_grad_()
+        own = None if weights is None else weights[c]
+        ap, _ = smooth_ap(leaf, is_positive[c], 0.3, sample_weight=own, backend="dense")
+        return ap.detach(), torch.autograd.grad(ap.sum(), leaf)[0]
+
+    together = answer(slice(None))
+    singles = [answer(slice(c, c + 1)) for c in range(8)]
+    alone = (torch.cat(parts) for parts in zip(*singles, strict=True))
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
 
 
 # Derivatives --------------------------------------------------------------------------------------

@@ -20,17 +20,20 @@ from tests.cases import seeded
 from tests.score_families import FAMILIES, labels
 
 DTYPES = pytest.mark.parametrize(
-    "dtype", ["float32", "float32, many rows", "float64"], indirect=True
+    "dtype", ["float32", "float32, fine", "float32, finest", "float64"], indirect=True
 )
 INF = math.inf
 
 
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of scores; panels of either degree for float32, without the rows they are for."""
-    if "many rows" in request.param:
-        monkeypatch.setattr(_panel, "_MANY_ROWS", 1)
-    return torch.float64 if request.param == "float64" else torch.float32
+    """The dtype of scores; panels of each degree for float32, without the rows they are for."""
+    if request.param == "float64":
+        return torch.float64
+    finest, fine, coarse = _panel.PRECISIONS[torch.float32]
+    only = {"float32": coarse, "float32, fine": fine, "float32, finest": finest}[request.param]
+    monkeypatch.setitem(_panel.PRECISIONS, torch.float32, (only,))
+    return torch.float32
 
 
 class Answer(NamedTuple):

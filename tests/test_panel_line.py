@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._engine._dense import DensePlan
-from imbalanced_losses._engine._panel import PanelPlan, Panels, _precision
+from imbalanced_losses._engine._panel import PRECISIONS, PanelPlan, Panels
 from imbalanced_losses._engine._panel_line import Line
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
@@ -20,10 +20,15 @@ from tests.score_families import FAMILIES, labels
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
+def _panels(scores: Tensor, temperature: float) -> Panels:
+    """What the panel backend makes of scores [C, M]."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Panels(scores.new_empty(0), nothing, scores, temperature)
+
+
 def _line(scores: Tensor, temperature: float) -> Line:
     """The line that the panel backend lays for scores [C, M]."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Panels(scores.new_empty(0), nothing, scores, temperature).line
+    return _panels(scores, temperature).line
 
 
 def _kind(line: Line) -> str:
@@ -83,9 +88,9 @@ def test_two_values_are_two_segments(share_below: float, count: int, dtype: torc
 @pytest.mark.parametrize(("family", "tau", "_kind_of_line"), KINDS)
 def test_places(family: str, tau: float, _kind_of_line: str, dtype: torch.dtype) -> None:
     """Scores within reach keep their distance, those out of reach stay so, and in order."""
-    _, width, reach = _precision(dtype, 600)
     scores = FAMILIES[family](600, 0).to(dtype).sort().values
-    line = _line(scores[None], tau)
+    panels = _panels(scores[None], tau)
+    line, (_, width, reach) = panels.line, panels.precision
     panel, place = (part[0] for part in line.locate(scores[None], None))
     assert place.abs().max() <= 1 + 1e-9
     if line.occupied is not None:
@@ -105,7 +110,7 @@ def test_queries_anywhere(tau: float, dtype: torch.dtype) -> None:
     """Queries that are no sources: beyond both ends, amid a gap that is cut, and at its edges just
     within and just out of reach.
     """
-    _, width, reach = _precision(dtype, 300)
+    _, width, reach = PRECISIONS[dtype][-1]
     sources = torch.stack([0.1 * FAMILIES["normal"](300, c) for c in range(2)]).to(dtype)
     sources[:, 150:] += 1000
     low, high = sources[0, :150].max(), sources[0, 150:].min()
@@ -158,7 +163,7 @@ def test_no_tensor_of_all_pairs(family: str, dtype: torch.dtype) -> None:
     count = 4000
     scores = FAMILIES[family](count, 0).to(dtype).requires_grad_()
     is_positive = labels(count, 0, 0.5)
-    degree = _precision(dtype, count).degree
+    degree = PRECISIONS[dtype][-1].degree
     for tau in (1e-6, 0.01):
         with LargestTensor() as largest:
             ap, _ = smooth_ap(scores, is_positive, tau, backend="panel")
@@ -282,3 +287,21 @@ def test_small_ranks_keep_their_digits(dtype: torch.dtype) -> None:
     wide = DensePlan(scores[396:].double(), problem, scores[None].double(), 1.0)
     exact = wide.sums(0, weights[None, :, None].double())
     assert ((sums - exact) / exact).abs().max() <= (2e-7 if dtype == torch.float32 else 1e-12)
+
+
+# Precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "degree"), [(4000, 10), (40_000, 7), (400_000, 4)])
+@pytest.mark.parametrize("outlier", [False, True], ids=["compact", "outlier"])
+def test_more_rows_take_finer_panels(count: int, degree: int, outlier: bool) -> None:
+    """The lower the degree the cheaper a row, where panels are few beside the rows: whatever a
+    single outlier makes of the range, from the size on where cutting the line pays.
+    """
+    scores = FAMILIES["normal"](count, 0).float()
+    if outlier:
+        scores[7] = 1e12
+    panels = _panels(scores[None], 0.01)
+    expected = 10 if outlier and count < 65_536 else degree
+    assert panels.precision.degree == expected
+    assert panels.line.num_panels <= count / 32 or degree == 10

@@ -18,16 +18,19 @@ from tests.cases import seeded
 from tests.score_families import FAMILIES
 
 DTYPES = pytest.mark.parametrize(
-    "dtype", ["float32", "float32, many rows", "float64"], indirect=True
+    "dtype", ["float32", "float32, fine", "float32, finest", "float64"], indirect=True
 )
 
 
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of scores; panels of either degree for float32, without the rows they are for."""
-    if "many rows" in request.param:
-        monkeypatch.setattr(_panel, "_MANY_ROWS", 1)
-    return torch.float64 if request.param == "float64" else torch.float32
+    """The dtype of scores; panels of each degree for float32, without the rows they are for."""
+    if request.param == "float64":
+        return torch.float64
+    finest, fine, coarse = _panel.PRECISIONS[torch.float32]
+    only = {"float32": coarse, "float32, fine": fine, "float32, finest": finest}[request.param]
+    monkeypatch.setitem(_panel.PRECISIONS, torch.float32, (only,))
+    return torch.float32
 
 
 class Geometry(NamedTuple):
@@ -113,16 +116,18 @@ def test_sums_block_by_block(
 # The table ----------------------------------------------------------------------------------------
 
 # (absolute, relative to the largest |φₙ| of the panel pair) for orders 0, 1, 2.
+(_FINEST, _FINE, _COARSE), (_FLOAT64,) = _panel.PRECISIONS.values()
 INTERPOLATION = {
-    _panel._FLOAT32: ((2e-8, 2.1e-8), (8e-8, 3e-7), (3e-7, 3e-6)),
-    _panel._FLOAT32_MANY_ROWS: ((5e-8, 9e-8), (1.2e-7, 5e-7), (4e-7, 4e-6)),
-    _panel._FLOAT64: ((4e-13, 4e-13), (2e-12, 7e-12), (1e-11, 9e-11)),
+    _FINEST: ((6e-8, 4.1e-7), (1.2e-7, 4.5e-7), (1.8e-7, 2.9e-6)),
+    _FINE: ((5e-8, 9e-8), (1.2e-7, 5e-7), (4e-7, 4e-6)),
+    _COARSE: ((2e-8, 2.1e-8), (8e-8, 3e-7), (3e-7, 3e-6)),
+    _FLOAT64: ((4e-13, 4e-13), (2e-12, 7e-12), (1e-11, 9e-11)),
 }
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("precision", INTERPOLATION, ids=str)
-def test_interpolation(precision: _panel._Precision, order: int) -> None:
+def test_interpolation(precision: _panel.Precision, order: int) -> None:
     """The polynomials of the table are φₙ between any two panels within reach, to the errors that
     the module states: absolute, and relative in each pair, so that the tails come out right too.
     """

@@ -35,9 +35,9 @@ class Pool(NamedTuple):
         weights = None
         if self.weights is not None or rows.weights is not None:
             weights = torch.cat((self.row_weights(), rows.row_weights()))
-        return Pool(
-            torch.cat((self.logits, rows.logits)), torch.cat((self.targets, rows.targets)), weights
-        )
+        # Class by class in memory, as they will be ranked.
+        logits = torch.cat((self.logits.T, rows.logits.T), dim=1).T
+        return Pool(logits, torch.cat((self.targets, rows.targets)), weights)
 
     def row_weights(self) -> Tensor:
         """[M], ones where the pool has none."""

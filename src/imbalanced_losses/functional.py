@@ -133,7 +133,7 @@ class _Problems(NamedTuple):
     has_extremes: bool  # whether some stand for infinities, which have no gradient
     temperature: float | Tensor  # or [C]
     weights: Tensor | None  # [C, M]
-    positive_weights: Tensor  # [C, M], 0 at negatives
+    is_positive: Tensor  # [C, M]
     valid: Tensor  # [C]
     problem: Tensor  # [Q] class of each positive of a valid class, ascending
     row: Tensor  # [Q]
@@ -152,6 +152,7 @@ def _problems(
         scores, is_positive = scores.unsqueeze(0), is_positive.unsqueeze(0)
     if scores.dtype != dtype:
         scores = scores.to(dtype)
+    scores = scores.contiguous()
     weights = None
     if sample_weight is not None:
         weights = _unit_weights(sample_weight.detach().expand(scores.shape), dtype)
@@ -168,44 +169,43 @@ def _problems(
     else:
         temperature = max(temperature, smallest)
 
-    positive_weights = is_positive.to(dtype) if weights is None else weights * is_positive
-    positives = _positives(is_positive, positive_weights, weights)
-    return _Problems(scores, has_extremes, temperature, weights, positive_weights, *positives)
+    positives = _positives(is_positive, weights, dtype)
+    return _Problems(scores, has_extremes, temperature, weights, is_positive, *positives)
 
 
 def _may_exceed(scores: Tensor, limit: float) -> bool:
     """Whether a score may be beyond ±limit, or NaN: known on the CPU, else assumed."""
     if scores.device.type != "cpu" or scores.requires_grad or scores.numel() == 0:
         return True
-    low, high = torch.aminmax(scores)
-    return not (float(low) >= -limit and float(high) <= limit)
+    return not (float(scores.amin()) >= -limit and float(scores.amax()) <= limit)
 
 
 def _positives(
-    is_positive: Tensor, positive_weights: Tensor, weights: Tensor | None
+    is_positive: Tensor, weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
     """valid, problem, row and share of `_Problems`."""
-    num_problems, num_rows = positive_weights.shape
+    num_problems, num_rows = is_positive.shape
+    is_query = is_positive if weights is None else is_positive & (weights > 0)
+    problem, row = is_query.nonzero().unbind(1)
     if weights is None and num_problems == 1:
-        problem, row = is_positive.nonzero().unbind(1)
-        is_valid = 0 < len(row) < num_rows
+        num_positives = len(row)
+        is_valid = 0 < num_positives < num_rows
         valid = torch.full((1,), is_valid, device=row.device)
         if not is_valid:
             problem, row = problem[:0], row[:0]
-        return valid, problem, row, 1 / max(1, len(row))
+        return valid, problem, row, 1 / max(1, num_positives)
 
-    mass = positive_weights.sum(1)  # [C]
+    counts = problem.bincount(minlength=num_problems)  # [C]
+    num_present = num_rows if weights is None else (weights > 0).sum(1)
+    valid = (counts > 0) & (counts < num_present)
+    if not bool(valid.all()):
+        kept = valid[problem].nonzero().squeeze(1)
+        problem, row = problem[kept], row[kept]
     if weights is None:
-        valid = (mass > 0) & (mass < num_rows)
-    else:
-        valid = (mass > 0) & (weights > positive_weights).any(1)
-    is_query = is_positive & valid[:, None]
-    if weights is not None:
-        is_query &= weights > 0
-    problem, row = is_query.nonzero().unbind(1)
-    if weights is None:
-        return valid, problem, row, mass.reciprocal()[problem]
-    return valid, problem, row, weights[problem, row] / mass[problem]
+        return valid, problem, row, counts.to(dtype).reciprocal()[problem]
+    own = weights[problem, row]
+    mass = own.new_zeros(num_problems).index_add(0, problem, own)
+    return valid, problem, row, own / mass[problem]
 
 
 def _differentiable_smooth_ap(
@@ -217,8 +217,8 @@ def _differentiable_smooth_ap(
 ) -> SmoothAP:
     """`smooth_ap` by `sigmoid_sums`: slower than `_SmoothAP`, with derivatives of every order."""
     of = _problems(scores, is_positive, temperature, sample_weight)
-    weights = torch.ones_like(of.positive_weights) if of.weights is None else of.weights
-    columns = torch.stack((weights, of.positive_weights), dim=-1)
+    weights = of.scores.new_ones(of.scores.shape) if of.weights is None else of.weights
+    columns = torch.stack((weights, weights * of.is_positive), dim=-1)
     queries = of.scores[of.problem, of.row]
     sums = sigmoid_sums(queries, of.problem, of.scores, columns, of.temperature, backend=backend)
     half = 0.5 if of.weights is None else 0.5 * of.weights[of.problem, of.row, None]
@@ -246,10 +246,10 @@ class _SmoothAP(torch.autograd.Function):
     ) -> Tensor:
         plan = rank_plan(
             of.scores,
+            of.is_positive,
             of.problem,
             of.row,
             of.weights,
-            of.positive_weights,
             of.temperature,
             backend=constants[-1],
         )
@@ -298,12 +298,10 @@ class _SlopesOfPrecision:
         self.share = of.share / temperature  # float, or [Q]
 
     def __call__(
-        self, among_all: Tensor, among_positives: Tensor, queries: slice | None
+        self, among_all: Tensor, among_positives: Tensor, queries: slice | Tensor
     ) -> tuple[Tensor, Tensor]:
-        share = self.share
-        if isinstance(share, Tensor) and queries is not None:
-            share = share[queries]
-        by_positives = share / among_all
+        share = self.share[queries] if isinstance(self.share, Tensor) else self.share
+        by_positives = among_all.reciprocal().mul_(share)
         return (among_positives * by_positives).div_(among_all).neg_(), by_positives
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from imbalanced_losses._engine._autograd import differentiable_sums
 from imbalanced_losses._engine._choose import choose
-from imbalanced_losses._engine._dense import DensePlan, DenseRanks
+from imbalanced_losses._engine._dense import DensePlan
+from imbalanced_losses._engine._dense_ranks import DenseRanks, DenseRanksOfMany
 from imbalanced_losses._engine._panel import PanelPlan, PanelRanks
 from imbalanced_losses._engine._plan import Plan, RankPlan
 
@@ -81,31 +82,33 @@ def sigmoid_sums(
 
 def rank_plan(
     scores: Tensor,
+    is_positive: Tensor,
     problem: Tensor,
     row: Tensor,
     weights: Tensor | None,
-    positive_weights: Tensor,
     temperature: float | Tensor,
     *,
     backend: Backend = "auto",
 ) -> RankPlan:
     """Soft ranks of the positives, with their first derivative in one go.
 
-    The sums of `sigmoid_sums`, plus ½ω, for queries scores[problem, row] and the two weight columns
-    `weights` and `positive_weights`; what training asks for at every step, without the overhead of
+    The sums of `sigmoid_sums`, plus ½ω, for queries scores[problem, row] and two weight columns: of
+    all rows, and of the positives; what training asks for at every step, without the overhead of
     derivatives of every order.
 
     Args:
         scores: [C, M] float32 or float64, detached.
-        problem, row: [Q] int64, the positives, in the order of problems.
+        is_positive: [C, M] bool; more than the queries only in problems without any.
+        problem, row: [Q] int64, the positives to rank, in the order of problems.
         weights: [C, M] ≥ 0, None for 1 everywhere.
-        positive_weights: [C, M], the weights of positives and 0 elsewhere.
         temperature: τ > 0, or [C].
         backend: see `sigmoid_sums`.
     """
-    chosen = _chosen(backend, len(row), scores)
-    make: type[DenseRanks] | type[PanelRanks] = PanelRanks if chosen == "panel" else DenseRanks
-    return make(scores, problem, row, weights, positive_weights, temperature)
+    if _chosen(backend, len(row), scores) == "panel":
+        return PanelRanks(scores, problem, row, weights, temperature)
+    if len(scores) == 1:
+        return DenseRanks(scores, is_positive, row, weights, temperature)
+    return DenseRanksOfMany(scores, problem, row, weights, temperature)
 
 
 def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 # What the panels cost, in pairs of the dense backend: a fixed sum for the calls, then for the
-# convolutions of each problem (some 500 panels at scores of unit spread and τ = 0.01), then for
-# each row. Measured with benchmarks/speed.py on two CPU cores.
-_PAIRS_OF_A_CALL = 300_000
-_PAIRS_OF_A_PROBLEM = 500_000
-_PAIRS_OF_A_ROW = 25
+# convolutions of each problem (some 400 panels at scores of unit spread and τ = 0.01), then for
+# each row. Measured on two CPU cores; `python -m benchmarks.speed --only choice` checks it.
+_PAIRS_OF = {
+    torch.float32: {"call": 600_000, "problem": 150_000, "row": 25},
+    torch.float64: {"call": 500_000, "problem": 700_000, "row": 25},
+}
 
 
 def choose(
@@ -26,7 +27,6 @@ def choose(
     """
     if device_type == "mps":
         return "dense"
-    panels = _PAIRS_OF_A_CALL + _PAIRS_OF_A_PROBLEM * num_problems + _PAIRS_OF_A_ROW * num_rows
-    if dtype == torch.float64:
-        panels *= 2
+    pairs_of = _PAIRS_OF[dtype]
+    panels = pairs_of["call"] + pairs_of["problem"] * num_problems + pairs_of["row"] * num_rows
     return "panel" if num_pairs > panels else "dense"

@@ -17,14 +17,16 @@ a cumulative sum; the derivatives of σ vanish. The transposed sums are the same
 queries and sources exchanged.
 
 Error. φₙ is analytic but for its poles at x = ±iπ, so Chebyshev interpolation in a panel converges
-like ρ^(−p) with ρ = 2π/h + √((2π/h)² + 1): 6.4 at h = 2, 12.6 at h = 1. Far panels lose nothing by
-that: φₙ decays there like e^(−|x|), and its interpolation error with it. Measured, as the largest
-error over all places and panels, in brackets that of σ′ relative to the largest σ′ of its panel:
+like ρ^(−p) with ρ = 2π/h + √((2π/h)² + 1): 6.4 at h = 2, 12.6 at h = 1, 79 at h = 0.16. Far panels
+lose nothing by that: φₙ decays there like e^(−|x|), and its interpolation error with it. Measured,
+as the largest error over all places and panels, in brackets that of σ′ relative to the largest σ′
+of its panel:
 
-    p    h    W     used for                         σ         σ′
-    10   2    18    float32                          2e-8      7e-8    (3e-7)
-    7    1    36    float32, from 2¹⁷ rows           5e-8      1e-7    (4e-7)
-    16   2    20    float64                          2e-13     2e-12   (6e-12)
+    p    h     W     used for                            σ        σ′
+    10   2     18    float32, few rows                   2e-8     7e-8    (3e-7)
+    7    1     36    float32, 32 rows a panel            5e-8     1e-7    (4e-7)
+    4    0.16  225   float32, 32 rows a panel            5e-8     1e-7    (4e-7)
+    16   2     20    float64                             2e-13    2e-12   (6e-12)
 
 Errors of different pairs have different signs, so that sums over many are better than this. The
 tail that is dropped is e^(−W·h): 2e-16 of each source for float32, 4e-18 for float64. Places,
@@ -45,62 +47,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._panel_line import Line, lay_line
+from imbalanced_losses._engine._panel_line import Line, Precision, lay_line
 from imbalanced_losses._engine._panel_table import table_spectrum, translation_table
 from imbalanced_losses._engine._plan import SlopesOf
+from imbalanced_losses._engine._scratch import scratch
 
 # Sources that pass through moments and evaluation at a time: their powers stay in the cache.
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 # Panels that one call convolves: it copies 2W + 1 of them for each.
 _STRETCH = 1 << 10
 
 
-class _Precision(NamedTuple):
-    """What decides the error: see the module docstring."""
-
-    degree: int  # p, coefficients a panel
-    width: float  # h, panel width in units of the temperature
-    reach: int  # W, panels to either side that are summed by polynomials
-
-
-# Many rows are worth more panels, of a lower degree: convolutions cost by the panel, the rest by
-# the row.
-_MANY_ROWS = 1 << 17
-_FLOAT32 = _Precision(degree=10, width=2.0, reach=18)
-_FLOAT32_MANY_ROWS = _Precision(degree=7, width=1.0, reach=36)
-_FLOAT64 = _Precision(degree=16, width=2.0, reach=20)
-
-
-def _precision(dtype: torch.dtype, num_rows: int) -> _Precision:
-    if dtype == torch.float64:
-        return _FLOAT64
-    return _FLOAT32_MANY_ROWS if num_rows >= _MANY_ROWS else _FLOAT32
+# Convolutions cost by the panel, the rest by the row and coefficient: the first whose panels are
+# few beside the rows is taken, else the last.
+PRECISIONS = {
+    torch.float32: (
+        Precision(degree=4, width=0.16, reach=225),
+        Precision(degree=7, width=1.0, reach=36),
+        Precision(degree=10, width=2.0, reach=18),
+    ),
+    torch.float64: (Precision(degree=16, width=2.0, reach=20),),
+}
 
 
 class _Points(NamedTuple):
     """Scores as the panels see them."""
 
     slot: Tensor  # [n] int64, the panel on the line
-    powers: Tensor  # [p, n] float64, place⁰ … placeᵖ⁻¹ with the place in [−1, 1]
+    place: Tensor  # [n] float64 in [−1, 1], within the panel
+
+    def powers(self, degree: int) -> Tensor:
+        """place⁰ … placeᵖ⁻¹: [p, n]."""
+        shape = (degree, len(self.place))
+        powers = scratch(1, shape, self.place, torch.float64)
+        if powers is None:
+            powers = self.place.new_empty(shape)
+        first, last, *rest = powers.unbind()
+        first.fill_(1)
+        last.copy_(self.place)
+        for power in rest:
+            last = torch.mul(last, self.place, out=power)
+        return powers
 
 
 class _Cloud:
     """Scores located on the line, a block at a time; one block is located once and kept."""
 
-    def __init__(self, scores: Tensor, problem: Tensor | None, line: Line, degree: int) -> None:
+    def __init__(self, scores: Tensor, problem: Tensor | None, line: Line) -> None:
         self.scores = scores  # [C, M] sources, or [Q] queries
         self.problem = problem  # [Q] for queries, else None
-        self.line, self.degree = line, degree
+        self.line = line
         self._kept: _Points | None = None
 
-    def blocks(self) -> Iterator[tuple[slice | None, _Points]]:
-        """Yield (columns of the scores, where they lie); one block of all columns is of None."""
+    def blocks(self) -> Iterator[tuple[slice, _Points]]:
+        """Yield (columns of the scores, where they lie): valid until the next block."""
         num_columns = self.scores.shape[-1]
         step = max(1, BLOCK * num_columns // max(1, self.scores.numel()))
         if num_columns <= step:
             if self._kept is None:
-                self._kept = self._located(slice(None))
-            yield None, self._kept
+                slot, place = self._located(slice(None))
+                self._kept = _Points(slot.clone(), place.clone())
+            yield slice(None), self._kept
             return
         for start in range(0, num_columns, step):
             columns = slice(start, start + step)
@@ -109,12 +116,7 @@ class _Cloud:
     def _located(self, columns: slice) -> _Points:
         problem = None if self.problem is None else self.problem[columns]
         slot, place = self.line.locate(self.scores[..., columns], problem)
-        powers = place.new_empty(self.degree, place.numel())
-        powers[0].fill_(1)
-        powers[1].copy_(place.reshape(-1))
-        for a in range(2, self.degree):
-            torch.mul(powers[a - 1], powers[1], out=powers[a])
-        return _Points(slot.flatten(), powers)
+        return _Points(slot.flatten(), place.flatten())
 
 
 class Panels:
@@ -126,19 +128,27 @@ class Panels:
         problem: Tensor,
         sources: Tensor,
         temperature: float | Tensor,
-        queries_are_sources: bool = False,
+        for_ranks: bool = False,
     ) -> None:
-        self.precision = _precision(sources.dtype, sources.shape[1])
+        # Ranks: queries are sources, and vmap, which cannot write to given memory, stays outside.
+        self._is_plain = for_ranks
         self.is_single = sources.dtype == torch.float32
-        degree, width, reach = self.precision
         if not isinstance(temperature, Tensor):
             temperature = sources.new_full((len(sources),), temperature, dtype=torch.float64)
-        panel = width * temperature.double()[:, None]  # [C, 1]
-        strangers = slice(0, 0) if queries_are_sources else slice(None)
-        self.line = lay_line(sources, queries[strangers], problem[strangers], panel, reach)
-        self.sources = _Cloud(sources, None, self.line, degree)
-        self.queries = _Cloud(queries, problem, self.line, degree)
+        strangers = slice(0, 0) if for_ranks else slice(None)
+        self.precision, self.line = lay_line(
+            sources,
+            queries[strangers],
+            problem[strangers],
+            temperature.double()[:, None],
+            PRECISIONS[sources.dtype],
+        )
+        self.sources = _Cloud(sources, None, self.line)
+        self.queries = _Cloud(queries, problem, self.line)
         self.problem = problem
+
+    def _scratch(self, place: int, shape: tuple[int, ...]) -> Tensor | None:
+        return scratch(place, shape, self.sources.scores, torch.float64) if self._is_plain else None
 
     def moments(self, cloud: _Cloud, weights: Tensor | None) -> Tensor:
         """Σ weight · placeᵇ of each panel: weights [K, *cloud], None = 1 -> [K, p, S]."""
@@ -148,13 +158,15 @@ class Panels:
         num_columns = 1 if weights is None else len(weights)
         like = cloud.scores if weights is None else weights  # which vmap may have batched
         out = like.new_zeros(num_columns * degree, self.line.num_panels, dtype=torch.float64)
-        for columns, (slot, powers) in cloud.blocks():
-            weighted = powers
+        for columns, points in cloud.blocks():
+            weighted = points.powers(degree)
             if weights is not None:
-                own = weights if columns is None else weights[..., columns]
-                weighted = powers * own.reshape(num_columns, 1, -1)
+                own = weights if columns == slice(None) else weights[..., columns]
+                own = own.reshape(num_columns, 1, -1)
+                shape = (num_columns, *weighted.shape)
+                weighted = torch.mul(weighted, own, out=self._scratch(2, shape))
                 weighted = weighted.reshape(num_columns * degree, -1)
-            out.scatter_add_(1, slot.expand(len(out), -1), weighted)
+            out.scatter_add_(1, points.slot.expand(len(out), -1), weighted)
         return out.view(num_columns, degree, -1)
 
     def field(self, moments: Tensor, order: int, transposed: bool = False) -> Tensor:
@@ -179,22 +191,21 @@ class Panels:
             field[:, 0] += self.line.whole_counts(moments[:, 0], reach, transposed)
         return field
 
-    def evaluated(self, field: Tensor, cloud: _Cloud) -> Tensor:
-        """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, *cloud] float64."""
+    def evaluated(self, field: Tensor, cloud: _Cloud, dtype: torch.dtype) -> Tensor:
+        """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, *cloud] of a dtype."""
         num_fields, degree, _ = field.shape
-        shape = (num_fields, *cloud.scores.shape)
+        out = field.new_empty((num_fields, *cloud.scores.shape), dtype=dtype)
         flat = field.reshape(num_fields * degree, -1)
-        out: Tensor | None = None
-        for columns, (slot, powers) in cloud.blocks():
-            at_points = flat.gather(1, slot.expand(len(flat), -1))
-            values = at_points.view(num_fields, degree, -1).mul_(powers).sum(1)
-            if columns is None:
-                out = values.view(shape)
-            else:
-                out = field.new_empty(shape) if out is None else out
-                target = out[..., columns]
-                target.copy_(values.view(target.shape))
-        assert out is not None
+        for columns, (slot, place) in cloud.blocks():
+            shape = (len(flat), len(slot))
+            coefficients = torch.gather(
+                flat, 1, slot.expand(shape), out=self._scratch(1, shape)
+            ).view(num_fields, degree, -1)
+            *rest, values = coefficients.unbind(1)
+            for coefficient in reversed(rest):
+                values = coefficient.addcmul_(values, place)
+            target = out if columns == slice(None) else out[..., columns]
+            target.copy_(values.view(target.shape))
         poison = self.line.poison
         if poison is not None:
             # As by the definition, a problem without queries gives nothing to its sources.
@@ -227,7 +238,7 @@ def _convolved_by_transform(
     unless weights differ by more than a millionfold.
     """
     num_columns, degree, num_panels = moments.shape
-    size = 128 if num_panels <= 128 - 2 * reach else 512
+    size = 128 if num_panels <= 128 - 2 * reach else 512 if reach < 128 else 2048
     step = size - 2 * reach  # panels that a stretch gives the field of
     num_stretches = -(-num_panels // step)
     padding = (reach, num_stretches * step + reach - num_panels)
@@ -268,14 +279,14 @@ class PanelPlan:
     def sums(self, order: int, weights: Tensor) -> Tensor:
         panels = self.panels
         moments = panels.moments(panels.sources, weights.movedim(-1, 0).double())
-        values = panels.evaluated(panels.field(moments, order), panels.queries)  # [K, Q]
-        return values.movedim(0, -1).to(weights.dtype)
+        field = panels.field(moments, order)
+        return panels.evaluated(field, panels.queries, weights.dtype).movedim(0, -1)  # [Q, K]
 
     def transposed_sums(self, order: int, cotangent: Tensor) -> Tensor:
         panels = self.panels
         moments = panels.moments(panels.queries, cotangent.movedim(-1, 0).double())
-        values = panels.evaluated(panels.field(moments, order, transposed=True), panels.sources)
-        return values.movedim(0, -1).to(cotangent.dtype)
+        field = panels.field(moments, order, transposed=True)
+        return panels.evaluated(field, panels.sources, cotangent.dtype).movedim(0, -1)
 
     def both_sums(self, order: int, weights: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         return self.sums(order, weights), self.transposed_sums(order, cotangent)
@@ -290,7 +301,6 @@ class PanelRanks:
         problem: Tensor,
         row: Tensor,
         weights: Tensor | None,
-        positive_weights: Tensor,
         temperature: float | Tensor,
     ) -> None:
         self.scores, self.weights = scores, weights
@@ -305,13 +315,14 @@ class PanelRanks:
         )
         of_positives = panels.moments(panels.queries, weights)
         self._moments = torch.cat((of_all, of_positives))  # [2, p, S]
-        sums = panels.evaluated(panels.field(self._moments, 0), panels.queries)  # [2, Q]
+        field = panels.field(self._moments, 0)
+        sums = panels.evaluated(field, panels.queries, torch.float64)  # [2, Q]
         ranks = sums.add_(0.5 if weights is None else 0.5 * weights).to(self.scores.dtype)
         return ranks[0], ranks[1]
 
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
         ranks = self.ranks()
-        slopes = slopes_of(*ranks, None)
+        slopes = slopes_of(*ranks, slice(None))
         return *ranks, self._gradient(torch.stack(slopes).double())
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
@@ -319,17 +330,17 @@ class PanelRanks:
         panels, queries = self.panels, self.panels.queries
         for_queries = panels.field(self._moments, 1)  # [2, p, S]
         for_sources = panels.field(panels.moments(queries, cotangent), 1, transposed=True)
-        out = panels.evaluated(for_sources[:1], panels.sources)[0]  # [C, M]
+        out = panels.evaluated(for_sources[:1], panels.sources, self.scores.dtype)[0]  # [C, M]
         if self.weights is not None:
             out *= self.weights
         if len(out) > 1:  # a problem without queries has a gradient of exactly zero
             out *= torch.zeros_like(out[:, :1]).index_fill_(0, self.problem, 1)
-        # A positive is a query, and a source of both sums.
-        as_query, as_source = panels.evaluated(
-            torch.cat((for_queries, for_sources[1:])), queries
-        ).split((2, 1))
+        # A positive is a query, and a source of both sums. These cancel: summed in float64.
+        fields = torch.cat((for_queries, for_sources))
+        as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(2)
         if self._query_weights is not None:
-            as_source = as_source * self._query_weights
-        change = as_source[0] - (as_query * cotangent).sum(0)
-        out.index_put_((self.problem, self.row), change, accumulate=True)
-        return out.to(self.scores.dtype)
+            as_source *= self._query_weights
+        change = as_source.sum(0) - (as_query * cotangent).sum(0)
+        place = self.row + self.problem * out.shape[1]
+        out.view(-1).index_copy_(0, place, change.to(out.dtype))
+        return out

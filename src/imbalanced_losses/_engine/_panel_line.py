@@ -11,13 +11,26 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from imbalanced_losses._engine._scratch import scratch
+
 # Rows that tell where the bulk of the scores lies.
 _SAMPLE = 1024
+# Rows from which finer panels are worth a line that is cut.
+_WORTH_CUTTING = 1 << 16
+
+
+class Precision(NamedTuple):
+    """What decides the error: see the module docstring."""
+
+    degree: int  # p, coefficients a panel
+    width: float  # h, panel width in units of the temperature
+    reach: int  # W, panels to either side that are summed by polynomials
 
 
 class Segments(NamedTuple):
@@ -54,16 +67,23 @@ class Line(NamedTuple):
         return len(self.origin) * self.length if self.occupied is None else len(self.occupied)
 
     def locate(self, scores: Tensor, problem: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Panel (int64) and place in [−1, 1] (float64) of scores [C, m], or [n] of `problem`."""
+        """Panel (int64) and place in [−1, 1] (float64) of scores [C, m], or [n] of `problem`.
+
+        Both in scratch memory, maybe, which the next call takes.
+        """
         if self.poison is not None:
             scores = scores.nan_to_num()
         if self.segments:
             slot, place = self._locate_in_segments(scores, problem)
         else:
             origin, per_panel = self._of(problem)
-            coordinate = (scores - origin.double()).mul_(per_panel)
-            slot = coordinate.long()
-            place = coordinate.sub_(slot).mul_(2).sub_(1)
+            shape = tuple(scores.shape)
+            coordinate = torch.sub(
+                scores, origin.double(), out=scratch(0, shape, scores, torch.float64)
+            ).mul_(per_panel)
+            memory = scratch(0, shape, scores, torch.int64)
+            slot = coordinate.long() if memory is None else memory.copy_(coordinate)
+            place = coordinate.frac_().mul_(2).sub_(1)
         if len(self.origin) > 1:
             if problem is None:
                 problem = torch.arange(len(scores), device=scores.device)[:, None]
@@ -126,35 +146,60 @@ class Line(NamedTuple):
         return torch.cat(counts, dim=1)
 
 
-def lay_line(sources: Tensor, queries: Tensor, problem: Tensor, panel: Tensor, reach: int) -> Line:
+def lay_line(
+    sources: Tensor,
+    queries: Tensor,
+    problem: Tensor,
+    temperature: Tensor,
+    precisions: Sequence[Precision],
+) -> tuple[Precision, Line]:
     """The line for sources [C, M], M > 0, and queries [Q] of `problem`, finite or NaN.
 
-    Queries that are sources need not be given (Q = 0). Panels are `panel` [C, 1] wide. Reads
-    the number of panels back to the host.
+    Queries that are sources need not be given (Q = 0). Of the precisions, finest panels first, it
+    takes the first that gets by with few panels beside the rows. `temperature` is [C, 1] float64.
+    Reads the range of the scores back to the host.
     """
-    low, high = torch.aminmax(sources, dim=1, keepdim=True)  # [C, 1]
+    low, high = sources.amin(1, keepdim=True), sources.amax(1, keepdim=True)  # [C, 1]
     if len(queries):
         low = low[:, 0].scatter_reduce(0, problem, queries, "amin")[:, None]
         high = high[:, 0].scatter_reduce(0, problem, queries, "amax")[:, None]
-    per_panel = 1 / panel
-    needed = float(((high.double() - low.double()) * per_panel).max())
-    if math.isnan(needed):
-        line = lay_line(sources.nan_to_num(), queries.nan_to_num(), problem, panel, reach)
-        return line._replace(poison=low[:, 0] * 0)
+    extent = float(((high.double() - low.double()) / temperature).max())  # in τ
+    if math.isnan(extent):
+        precision, line = lay_line(
+            sources.nan_to_num(), queries.nan_to_num(), problem, temperature, precisions
+        )
+        return precision, line._replace(poison=low[:, 0] * 0)
     num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
-    # A panel costs as much as several rows.
-    longest = max(1024 // num_problems, num_rows // 4)
-    if needed < longest:
-        return Line(low, per_panel, int(needed) + 1 + reach)
+    for precision in precisions:
+        is_last = precision is precisions[-1]
+        longest = num_rows // 32
+        if is_last:
+            longest = max(1024 // num_problems, min(num_rows, 4096), num_rows // 4)
+        per_panel = 1 / (precision.width * temperature)
+        needed = extent / precision.width
+        if needed < longest:
+            return precision, Line(low, per_panel, int(needed) + 1 + precision.reach)
+        if num_rows < _WORTH_CUTTING and not is_last:
+            continue
+        line = _cut_line(sources, queries, problem, low, per_panel, precision.reach)
+        if line.length <= longest:
+            return precision, line
+    own, strangers = (
+        line.locate(sources, None)[0].flatten().clone(),
+        line.locate(queries, problem)[0],
+    )
+    return precision, line._replace(occupied=torch.cat((own, strangers)).unique())
 
+
+def _cut_line(
+    sources: Tensor, queries: Tensor, problem: Tensor, low: Tensor, per_panel: Tensor, reach: int
+) -> Line:
+    """The line in which long gaps are shortened."""
     parts = [torch.cat((own, queries[problem == c])) for c, own in enumerate(sources)]
-    cut = [_segments(own, 1 / float(p), reach) for own, p in zip(parts, panel, strict=True)]
+    rates = per_panel[:, 0].tolist()
+    cut = [_segments(own, rate, reach) for own, rate in zip(parts, rates, strict=True)]
     length = max(length for _, length in cut) + reach
-    line = Line(low, per_panel, length, tuple(segments for segments, _ in cut))
-    if length <= longest:
-        return line
-    slots = [line.locate(sources, None)[0].flatten(), line.locate(queries, problem)[0]]
-    return line._replace(occupied=torch.cat(slots).unique())
+    return Line(low, per_panel, length, tuple(segments for segments, _ in cut))
 
 
 def _segments(scores: Tensor, per_panel: float, reach: int) -> tuple[Segments, int]:

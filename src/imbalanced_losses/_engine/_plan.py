@@ -47,6 +47,9 @@ class SlopesOf(Protocol):
     """The derivatives of what is made of the ranks, by the ranks."""
 
     def __call__(
-        self, among_all: Tensor, among_positives: Tensor, queries: slice | None
+        self, among_all: Tensor, among_positives: Tensor, queries: slice | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From both ranks [q] of some queries (None = of all) to the derivatives [q] by them."""
+        """From both ranks of some of the Q queries to the derivatives by them, of the same shape.
+
+        `queries` says which: a slice, or indices of any shape.
+        """

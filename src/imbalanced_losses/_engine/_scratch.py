@@ -1,0 +1,39 @@
+"""Memory for intermediate results that every thread keeps.
+
+Fresh memory of more than some kilobytes costs as much as the arithmetic done in it: the operating
+system maps and clears it page by page, and takes it back when it is freed.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements from which memory is kept, and up to which: 16 MiB of float64.
+_FEWEST, _MOST = 1 << 12, 1 << 21
+
+_kept = threading.local()
+
+
+def scratch(place: int, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A tensor with any content, for `out=`, or None where PyTorch shall make one.
+
+    Each place of a dtype is one piece of memory, which the next call for it hands out again: what
+    was written there is lost then, and must not be returned to a caller. Kept on the CPU alone;
+    other devices have an allocator that does this.
+    """
+    size = math.prod(shape)
+    if not _FEWEST <= size <= _MOST or like.device.type != "cpu":
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None  # vmap knows no `out=`
+    kept: dict[Any, Tensor] = vars(_kept)
+    memory = kept.get((place, dtype))
+    if memory is None or len(memory) < size:
+        with torch.inference_mode(False):  # it outlives it
+            memory = kept[place, dtype] = torch.empty(size, dtype=dtype)
+    return memory[:size].view(shape)
