@@ -1,6 +1,6 @@
 """Peak memory over the inputs, and time, of one forward and backward pass.
 
-    python -m benchmarks.memory [--quick] [--device cuda] [--threads 1] [--timeout 60]
+    python -m benchmarks.memory [--quick] [--device cuda] [--threads 2] [--timeout 60]
 
 Each cell has a process of its own. A cell that needs more than 8 GiB over its inputs, or too long,
 has died; larger sizes of the same row are then not tried.
@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,6 +27,8 @@ QUICK_SIZES = (1024, 4096)
 RATES = (0.01, 0.1, 0.5)
 CLASSIFIERS = ("ours", "predecessor", "libauc APLoss")
 RETRIEVERS = ("ours, retrieval", "pml SmoothAPLoss", "pml FastAPLoss")
+LARGE_SIZES = (100_000, 1_000_000, 10_000_000)
+QUEUE_SIZES = (1024, 100_000, 1_000_000)
 RETRIEVAL_SIZES = (128, 512, 1024, 4096)
 
 
@@ -47,6 +50,11 @@ def series(quick: bool, device: str) -> Iterator[Series]:
     for contender in CLASSIFIERS:
         cases = [Case(size, num_classes=10, device=device) for size in sizes]
         yield Series("C = 10, balanced", contender, cases)
+    if not quick:
+        cases = [Case(size, device=device) for size in LARGE_SIZES]
+        yield Series("C = 1, 10% positive, large", "ours, kernel", cases)
+        cases = [Case(256, queue_size=size, device=device) for size in QUEUE_SIZES]
+        yield Series("256 rows beside a full queue", "ours", cases)
     for contender in RETRIEVERS:
         sizes = RETRIEVAL_SIZES[:2] if quick else RETRIEVAL_SIZES
         cases = [Case(size, device=device) for size in sizes]
@@ -71,6 +79,7 @@ def measure(row: Series, num_threads: int, timeout_s: float) -> Iterator[Row]:
             "problem": row.problem,
             "contender": row.contender,
             "num_rows": case.num_rows,
+            "queue_size": case.queue_size,
             "num_classes": case.num_classes,
             "positive_rate": case.positive_rate if row.problem.startswith("C = 1,") else "",
             "peak_bytes": reply.get("peak_bytes", ""),
@@ -85,8 +94,7 @@ def show(results: list[Row]) -> None:
     for problem in dict.fromkeys(row["problem"] for row in results):
         here = [row for row in results if row["problem"] == problem]
         table = Table("peak over the inputs\ntime", title=problem, show_lines=True)
-        sizes = list(dict.fromkeys(row["num_rows"] for row in here))
-        for size in sizes:
+        for size in dict.fromkeys(row["queue_size"] or row["num_rows"] for row in here):
             table.add_column(f"{size:,}", justify="right")
         for contender in dict.fromkeys(row["contender"] for row in here):
             cells = [_cell(row) for row in here if row["contender"] == contender]
@@ -99,7 +107,9 @@ def _cell(row: Row) -> str:
         return "died" if row["outcome"] != "a smaller size did" else "–"
     elapsed_ms = row["elapsed_ms"]
     elapsed = f"{elapsed_ms / 1e3:.1f} s" if elapsed_ms > 1e3 else f"{elapsed_ms:.1f} ms"
-    return f"{row['peak_bytes'] / 2**20:,.0f} MiB\n{elapsed}"
+    size = row["queue_size"] or row["num_rows"]
+    a_row = f"{row['peak_bytes'] / size:,.0f} bytes a row\n" if size >= LARGE_SIZES[0] else ""
+    return f"{row['peak_bytes'] / 2**20:,.0f} MiB\n{a_row}{elapsed}"
 
 
 def main() -> None:
@@ -107,7 +117,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes only, under a minute")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each process"
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a cell may take")
     options = parser.parse_args()
 

@@ -63,8 +63,8 @@ def test_inference_mode_leaves_it_usable() -> None:
 
     def alone() -> Tensor | None:
         with torch.inference_mode():
-            scratch(0, (5000,), torch.zeros(1), torch.float32)
-        memory = scratch(0, (5000,), torch.zeros(1), torch.float32)
+            scratch(0, (20_000,), torch.zeros(1), torch.float32)
+        memory = scratch(0, (20_000,), torch.zeros(1), torch.float32)
         return None if memory is None else memory.fill_(1)
 
     with ThreadPoolExecutor(1) as pool:  # a thread that has none yet
@@ -82,10 +82,10 @@ def test_same_place_same_memory() -> None:
         assert memory is not None
         return memory.data_ptr()
 
-    large = taken(7, 9000)
-    assert taken(7, 5000) == large
-    assert taken(8, 5000) != large
-    assert taken(7, 5000, torch.float64) != large
+    large = taken(7, 40_000)
+    assert taken(7, 20_000) == large
+    assert taken(8, 20_000) != large
+    assert taken(7, 20_000, torch.float64) != large
 
 
 def test_none_where_it_would_not_pay() -> None:
@@ -93,10 +93,10 @@ def test_none_where_it_would_not_pay() -> None:
     like = torch.zeros(1)
     assert scratch(0, (10,), like, torch.float32) is None
     assert scratch(0, (1 << 22,), like, torch.float32) is None
-    assert scratch(0, (5000,), like.to("meta"), torch.float32) is None
+    assert scratch(0, (20_000,), like.to("meta"), torch.float32) is None
 
     def under_vmap(tensor: Tensor) -> Tensor:
-        assert scratch(0, (5000,), like, torch.float32) is None
+        assert scratch(0, (20_000,), like, torch.float32) is None
         return tensor
 
     torch.func.vmap(under_vmap)(torch.zeros(2))

@@ -22,7 +22,7 @@ from imbalanced_losses._engine._plan import SlopesOf
 from imbalanced_losses._engine._scratch import scratch
 
 # So many pairs, or fewer, take less time than the calls that would spare them something.
-_FEW_PAIRS = 1 << 12
+_FEW_PAIRS = 1 << 13
 # The difference in τ that stands for all larger ones: as far as any sum can tell σ is 0 or 1 there,
 # and σ′ is taken for 0. Exponentials further out are subnormal, which take several times as long.
 _FARTHEST = {torch.float32: 64.0, torch.float64: 600.0}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Elements from which memory is kept, and up to which: 16 MiB of float64.
-_FEWEST, _MOST = 1 << 12, 1 << 21
+_FEWEST, _MOST = 1 << 14, 1 << 21
 
 _kept = threading.local()
 
