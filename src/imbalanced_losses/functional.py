@@ -177,7 +177,8 @@ def _may_exceed(scores: Tensor, limit: float) -> bool:
     """Whether a score may be beyond ±limit, or NaN: known on the CPU, else assumed."""
     if scores.device.type != "cpu" or scores.requires_grad or scores.numel() == 0:
         return True
-    return not (float(scores.amin()) >= -limit and float(scores.amax()) <= limit)
+    low, high = torch.aminmax(scores)
+    return not (float(low) >= -limit and float(high) <= limit)
 
 
 def _positives(
@@ -188,7 +189,7 @@ def _positives(
     is_query = is_positive if weights is None else is_positive & (weights > 0)
     problem, row = is_query.nonzero().unbind(1)
     if weights is None and num_problems == 1:
-        num_positives = len(row)
+        num_positives = row.shape[0]
         is_valid = 0 < num_positives < num_rows
         valid = torch.full((1,), is_valid, device=row.device)
         if not is_valid:

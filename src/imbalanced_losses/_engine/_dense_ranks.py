@@ -65,9 +65,7 @@ class DenseRanks:
             by_all, by_positives = slopes_of(among_all, among_positives, tile)
             # A pair counts by_all · ω[source] + by_positives · ω⁺[source] times.
             counts = torch.mul(
-                self.positive_weights,
-                by_positives.unsqueeze(1),
-                out=scratch(2, x.shape, x, x.dtype),
+                self.positive_weights, by_positives.unsqueeze(1), out=_memory(2, x.shape, x)
             )
             if self.weights is None:
                 counts += by_all.unsqueeze(1)
@@ -88,7 +86,7 @@ class DenseRanks:
         half = self._half[tile] if isinstance(self._half, Tensor) else self._half
         queries = self._queries if len(self._tiles) == 1 else self._queries[tile]
         x, sigmoid = _compared(scores, queries, self.temperature, 0)
-        spare = scratch(2, x.shape, x, x.dtype)
+        spare = _memory(2, x.shape, x)
         of_all = sigmoid if weights is None else torch.mul(sigmoid, weights, out=spare)
         among_all = of_all.sum(1).add_(half)
         of_positives = torch.mul(sigmoid, self.positive_weights, out=spare)
@@ -264,12 +262,18 @@ def _compared(
 ) -> tuple[Tensor, Tensor]:
     """x and σ(x) [..., q, m] of sources [..., 1, m] and queries [..., q, 1], at two places."""
     shape = (*queries.shape[:-1], sources.shape[-1])
-    x = torch.sub(sources, queries, out=scratch(place, shape, sources, sources.dtype))
-    x.div_(temperature)
+    x = torch.sub(sources, queries, out=_memory(place, shape, sources)).div_(temperature)
     if x.numel() > _FEW_PAIRS:
         limit = _FARTHEST[x.dtype]
         x.clamp_(-limit, limit)
-    return x, torch.sigmoid(x, out=scratch(place + 1, shape, x, x.dtype))
+    return x, torch.sigmoid(x, out=_memory(place + 1, shape, x))
+
+
+def _memory(place: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Kept memory for a tile of that shape, None for fresh memory."""
+    if shape[-2] * shape[-1] <= _FEW_PAIRS and len(shape) == 2:
+        return None
+    return scratch(place, shape, like, like.dtype)
 
 
 def _slope(x: Tensor, sigmoid: Tensor) -> Tensor:
