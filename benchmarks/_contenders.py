@@ -89,23 +89,17 @@ def _smooth_ap_loss(module: Any, case: Case) -> Step:
     return _forward_backward(logits, lambda: loss_fn(logits, targets))
 
 
-def _our_kernel(module: Any, case: Case) -> Step:
-    logits, targets = rows(case)
-    scores, is_positive = logits[:, 0].contiguous(), targets == 1
-    kernel = module.functional.smooth_ap
-    return _forward_backward(scores, lambda: 1 - kernel(scores, is_positive, case.temperature).ap)
-
-
-def _our_backend(backend: str) -> Callable[[Any, Case], Step]:
+def _our_kernel(backend: str) -> Callable[[Any, Case], Step]:
     """The kernel by one backend, one problem a class."""
 
     def build_step(module: Any, case: Case) -> Step:
         from imbalanced_losses.functional import smooth_ap
 
         logits, targets = rows(case)
-        scores = logits.T.contiguous()
-        labels = torch.arange(case.num_classes, device=case.device)[:, None]
-        is_positive = (targets == (labels if case.num_classes > 1 else 1)).view_as(scores)
+        scores, is_positive = logits[:, 0].contiguous(), targets == 1
+        if case.num_classes > 1:
+            scores = logits.T.contiguous()
+            is_positive = targets == torch.arange(case.num_classes, device=case.device)[:, None]
 
         def loss() -> Tensor:
             ap = smooth_ap(scores, is_positive, case.temperature, backend=backend).ap
@@ -181,9 +175,9 @@ CONTENDERS = {
     "ours": Contender("ours", _smooth_ap_loss),
     "predecessor": Contender("predecessor", _smooth_ap_loss),
     "libauc APLoss": Contender("libauc", _libauc),
-    "ours, kernel": Contender("ours", _our_kernel),
-    "ours, auto": Contender("ours", _our_backend("auto")),
-    "ours, dense": Contender("none", _our_backend("dense")),
+    "ours, kernel": Contender("ours", _our_kernel("auto")),
+    "ours, auto": Contender("ours", _our_kernel("auto")),
+    "ours, dense": Contender("none", _our_kernel("dense")),
     "predecessor, kernel": Contender("predecessor", _predecessor_kernel),
     "ours, retrieval": Contender("ours", _our_retrieval),
     "pml SmoothAPLoss": Contender("pml", _pml("SmoothAPLoss")),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from imbalanced_losses._engine import _panel
+
 settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
 )
@@ -29,3 +31,14 @@ def _restored_matmul_precision() -> Iterator[None]:
         if hasattr(backend, "fp32_precision"):
             backend.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of scores; panels of each degree for float32, without the rows they are for."""
+    if request.param == "float64":
+        return torch.float64
+    finest, fine, coarse = _panel.PRECISIONS[torch.float32]
+    only = {"float32": coarse, "float32, fine": fine, "float32, finest": finest}[request.param]
+    monkeypatch.setitem(_panel.PRECISIONS, torch.float32, (only,))
+    return torch.float32

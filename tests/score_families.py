@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +29,10 @@ def _with_outliers(scores: Tensor, *outliers: float) -> Tensor:
 def _coin(count: int, seed: int) -> Tensor:
     return (_uniform(count, seed + 1000) < 0.5).double()
 
+
+PANEL_DTYPES = pytest.mark.parametrize(
+    "dtype", ["float32", "float32, fine", "float32, finest", "float64"], indirect=True
+)
 
 # (number of rows, seed) -> scores [M] float64
 FAMILIES: dict[str, Callable[[int, int], Tensor]] = {

@@ -17,23 +17,9 @@ from imbalanced_losses._engine._panel import PanelPlan
 from imbalanced_losses.functional import score_spread, smooth_ap
 from tests import oracle
 from tests.cases import seeded
-from tests.score_families import FAMILIES, labels
+from tests.score_families import FAMILIES, PANEL_DTYPES, labels
 
-DTYPES = pytest.mark.parametrize(
-    "dtype", ["float32", "float32, fine", "float32, finest", "float64"], indirect=True
-)
 INF = math.inf
-
-
-@pytest.fixture
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of scores; panels of each degree for float32, without the rows they are for."""
-    if request.param == "float64":
-        return torch.float64
-    finest, fine, coarse = _panel.PRECISIONS[torch.float32]
-    only = {"float32": coarse, "float32, fine": fine, "float32, finest": finest}[request.param]
-    monkeypatch.setitem(_panel.PRECISIONS, torch.float32, (only,))
-    return torch.float32
 
 
 class Answer(NamedTuple):
@@ -79,7 +65,7 @@ def _assert_exact(
 # The shape of the scores --------------------------------------------------------------------------
 
 
-@DTYPES
+@PANEL_DTYPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_scores_at_any_sharpness(family: str, dtype: torch.dtype) -> None:
     """Range over temperature from 1e-6 to far beyond 1e9: value and gradient are the exact ones."""
@@ -91,7 +77,7 @@ def test_any_scores_at_any_sharpness(family: str, dtype: torch.dtype) -> None:
         _assert_exact(scores, is_positive, tau, weights)
 
 
-@DTYPES
+@PANEL_DTYPES
 @pytest.mark.parametrize("gap", [2.0, 5.0, 10.0, -10.0])
 def test_positives_apart_from_negatives(gap: float, dtype: torch.dtype) -> None:
     """A solved problem, whose gradient is what is left after near pairs cancel."""
@@ -100,7 +86,7 @@ def test_positives_apart_from_negatives(gap: float, dtype: torch.dtype) -> None:
     _assert_exact(scores, is_positive, 1.0)
 
 
-@DTYPES
+@PANEL_DTYPES
 @pytest.mark.parametrize(
     "extremes", [(INF,), (-INF,), (INF, -INF), (INF, INF, -INF, 1e30)], ids=str
 )
@@ -158,7 +144,7 @@ def test_against_loops(family: str, tau: float) -> None:
     assert error <= 1e-9 * expected.norm() + 1e-14 / tau
 
 
-@DTYPES
+@PANEL_DTYPES
 @pytest.mark.parametrize("family", ["normal", "Cauchy"])
 def test_large_pool(family: str, dtype: torch.dtype) -> None:
     """100 000 rows, several blocks: ranks and their transposed sums at sampled rows."""

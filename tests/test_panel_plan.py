@@ -15,22 +15,7 @@ from imbalanced_losses._engine._derivatives import sigmoid_derivative
 from imbalanced_losses._engine._panel import PanelPlan
 from imbalanced_losses._engine._panel_table import translation_table
 from tests.cases import seeded
-from tests.score_families import FAMILIES
-
-DTYPES = pytest.mark.parametrize(
-    "dtype", ["float32", "float32, fine", "float32, finest", "float64"], indirect=True
-)
-
-
-@pytest.fixture
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of scores; panels of each degree for float32, without the rows they are for."""
-    if request.param == "float64":
-        return torch.float64
-    finest, fine, coarse = _panel.PRECISIONS[torch.float32]
-    only = {"float32": coarse, "float32, fine": fine, "float32, finest": finest}[request.param]
-    monkeypatch.setitem(_panel.PRECISIONS, torch.float32, (only,))
-    return torch.float32
+from tests.score_families import FAMILIES, PANEL_DTYPES
 
 
 class Geometry(NamedTuple):
@@ -90,7 +75,7 @@ def _assert_plan_exact(given: Geometry, num_columns: int) -> None:
         assert sides[0] == pytest.approx(sides[1], rel=0, abs=5e3 * torch.finfo(dtype).eps)
 
 
-@DTYPES
+@PANEL_DTYPES
 @pytest.mark.parametrize("num_columns", [1, 2, 3])
 @pytest.mark.parametrize("tau", [1e-4, 0.05, 2.0])
 @pytest.mark.parametrize("num_problems", [1, 3, 7])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import _checks
-from imbalanced_losses._engine import BACKENDS, Backend, rank_plan, sigmoid_sums
+from imbalanced_losses._engine import BACKENDS, Backend, detached, rank_plan, sigmoid_sums
 
 __all__ = ["Backend", "SmoothAP", "score_spread", "smooth_ap"]
 
@@ -81,7 +81,7 @@ def smooth_ap(
     if torch._C._are_functorch_transforms_active():
         return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
     constants = (is_positive, sample_weight, backend)
-    of = _problems(scores.detach(), is_positive, _detached(temperature), sample_weight)
+    of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight)
     ap: Tensor = _SmoothAP.apply(scores, temperature, of, constants)
     return SmoothAP(ap, of.valid.view(ap.shape))
 
@@ -343,10 +343,6 @@ def _unit_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
         return weights.to(dtype)
     largest = weights.amax(1, keepdim=True)
     return (weights / torch.where(largest > 0, largest, 1)).to(dtype)
-
-
-def _detached(temperature: float | Tensor) -> float | Tensor:
-    return temperature.detach() if isinstance(temperature, Tensor) else temperature
 
 
 def _compute_dtype(scores: Tensor) -> torch.dtype:

@@ -76,7 +76,7 @@ def sigmoid_sums(
     """
     chosen = _chosen(backend, len(queries), sources)
     make: type[DensePlan] | type[PanelPlan] = PanelPlan if chosen == "panel" else DensePlan
-    plan: Plan = make(queries.detach(), problem, sources.detach(), _detached(temperature))
+    plan: Plan = make(queries.detach(), problem, sources.detach(), detached(temperature))
     return differentiable_sums(plan, queries, sources, temperature, weights)
 
 
@@ -123,5 +123,6 @@ def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:
     )
 
 
-def _detached(temperature: float | Tensor) -> float | Tensor:
+def detached(temperature: float | Tensor) -> float | Tensor:
+    """The temperature as plans take it."""
     return temperature.detach() if isinstance(temperature, Tensor) else temperature

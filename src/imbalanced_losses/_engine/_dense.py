@@ -8,7 +8,7 @@ difference of two numbers near one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -86,20 +86,15 @@ def _add_transposed(out: Tensor, kernel: Tensor, cotangent: Tensor, problem: Ten
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _exact_matmul_for(a)(a, b)
-
-
-def _exact_matmul_for(tensor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """A matrix product that no global setting makes coarser: ranks need every digit.
 
     Autocast and settings of float32 products such as `torch.set_float32_matmul_precision("high")`
     would round the operands to bfloat16 or TF32.
     """
-    if torch.is_autocast_enabled(tensor.device.type):
-        return _matmul_by_sums
-    if tensor.dtype == torch.float32 and not _float32_products_are_exact():
-        return _matmul_by_sums
-    return torch.matmul
+    is_exact = a.dtype != torch.float32 or _float32_products_are_exact()
+    if is_exact and not torch.is_autocast_enabled(a.device.type):
+        return a @ b
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 
 def _float32_products_are_exact() -> bool:
@@ -107,11 +102,3 @@ def _float32_products_are_exact() -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # torch refuses to answer once a backend was set by itself
         return False
-
-
-def _matmul_by_sums(a: Tensor, b: Tensor) -> Tensor:
-    if a.dim() == 1:
-        return (a[:, None] * b).sum(0)
-    if b.dim() == 1:
-        return (a * b).sum(-1)
-    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)

@@ -113,19 +113,20 @@ class DenseRanksOfMany:
         self.temperature = temperature  # float or [C]
         self._queries = scores[problem, row]  # [Q]
         self._query_weights = None if weights is None else weights[problem, row]
+        self._counts = problem.bincount(minlength=len(scores))  # [C] queries
 
     def ranks(self) -> tuple[Tensor, Tensor]:
         among_all, among_positives = self.scores.new_empty(2, len(self.row))
         for tile in self._tiles():
             index = tile.queries
-            among_all[index] = self._rank(tile, tile.of_all, 0)[0]
-            among_positives[index] = self._rank(tile, tile.of_positives, 0)[0]
+            among_all[index] = self._rank(tile, tile.of_all, 0, with_slope=False)[0]
+            among_positives[index] = self._rank(tile, tile.of_positives, 0, with_slope=False)[0]
         return among_all, among_positives
 
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
         among_all, among_positives = self.scores.new_empty(2, len(self.row))
         gradient = torch.empty_like(self.scores, memory_format=torch.contiguous_format)
-        gradient.index_fill_(0, self._without_queries(), 0)
+        gradient.index_fill_(0, (self._counts == 0).nonzero().squeeze(1), 0)  # in no tile
         at_queries = torch.zeros_like(self._queries)
         for tile in self._tiles():
             index = tile.queries
@@ -169,15 +170,12 @@ class DenseRanksOfMany:
             pairs *= sources.weights
         return as_source, pairs.sum(2)
 
-    def _without_queries(self) -> Tensor:
-        """Problems that no tile holds."""
-        return (self.problem.bincount(minlength=len(self.scores)) == 0).nonzero().squeeze(1)
-
     def _tiles(self) -> Iterator[_Tile]:
         """Tiles that hold every query once."""
         weights, temperature = self.weights, self.temperature
-        num_problems, num_rows = self.scores.shape
-        for problems, index, is_real in _blocks(self.problem, num_problems, num_rows):
+        num_rows = self.scores.shape[1]
+        halves = None if self._query_weights is None else 0.5 * self._query_weights
+        for problems, index, is_real in _blocks(self._counts, num_rows):
             of_all = _Sources(
                 self.scores[problems].unsqueeze(1),
                 None if weights is None else weights[problems].unsqueeze(1),
@@ -194,7 +192,6 @@ class DenseRanksOfMany:
             if isinstance(tau, Tensor):
                 tau = tau[problems].view(-1, 1, 1)
             for tile in tile_slices(index.shape[1], len(problems) * num_rows):
-                half = self._query_weights
                 yield _Tile(
                     tile.start == 0,
                     problems,
@@ -202,7 +199,7 @@ class DenseRanksOfMany:
                     index,
                     None if is_real is None else is_real[:, tile],
                     queries[:, tile].unsqueeze(2),
-                    0.5 if half is None else 0.5 * half[index[:, tile]],
+                    0.5 if halves is None else halves[index[:, tile]],
                     tau,
                     of_all,
                     of_positives,
@@ -231,14 +228,14 @@ class _Tile(NamedTuple):
     of_positives: _Sources
 
 
-def _blocks(
-    problem: Tensor, num_problems: int, num_rows: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _blocks(counts: Tensor, num_rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Problems [k] that share tiles, the index [k, n] of their queries, and which are real [k, n].
+
+    `counts` [C] are the queries of each problem.
 
     Only problems of similar size share one, so that at most half of it stands in for nothing.
     """
-    counts = problem.bincount(minlength=num_problems)
+    num_problems = len(counts)
     sizes, order = counts.sort(descending=True, stable=True)
     starts = (counts.cumsum(0) - counts)[order]
     on_host = sizes.tolist()
@@ -250,7 +247,7 @@ def _blocks(
             on_host, -longest / 2, first, min(first + room, num_problems), key=neg
         )
         size, start = sizes[first:last, None], starts[first:last, None]
-        number = torch.arange(longest, device=problem.device)  # within the problem
+        number = torch.arange(longest, device=counts.device)  # within the problem
         is_even = on_host[last - 1] == longest
         is_real = None if is_even else number < size
         yield order[first:last], start + torch.minimum(number, size - 1), is_real
@@ -270,10 +267,10 @@ def _compared(
 
 
 def _memory(place: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """Kept memory for a tile of that shape, None for fresh memory."""
-    if shape[-2] * shape[-1] <= _FEW_PAIRS and len(shape) == 2:
+    """`scratch`, which small batches do not even ask: they are all overhead."""
+    if len(shape) == 2 and shape[0] * shape[1] <= _FEW_PAIRS:
         return None
-    return scratch(place, shape, like, like.dtype)
+    return scratch(place, shape, like)
 
 
 def _slope(x: Tensor, sigmoid: Tensor) -> Tensor:

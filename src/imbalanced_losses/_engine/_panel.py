@@ -161,8 +161,7 @@ class Panels:
         for columns, points in cloud.blocks():
             weighted = points.powers(degree)
             if weights is not None:
-                own = weights if columns == slice(None) else weights[..., columns]
-                own = own.reshape(num_columns, 1, -1)
+                own = _columns(weights, columns).reshape(num_columns, 1, -1)
                 shape = (num_columns, *weighted.shape)
                 weighted = torch.mul(weighted, own, out=self._scratch(2, shape))
                 weighted = weighted.reshape(num_columns * degree, -1)
@@ -204,7 +203,7 @@ class Panels:
             *rest, values = coefficients.unbind(1)
             for coefficient in reversed(rest):
                 values = coefficient.addcmul_(values, place)
-            target = out if columns == slice(None) else out[..., columns]
+            target = _columns(out, columns)
             target.copy_(values.view(target.shape))
         poison = self.line.poison
         if poison is not None:
@@ -213,6 +212,11 @@ class Panels:
             per_problem = torch.zeros_like(poison).index_copy(0, problem, poison[problem])
             out += per_problem[:, None] if cloud.problem is None else per_problem[problem]
         return out
+
+
+def _columns(tensor: Tensor, columns: slice) -> Tensor:
+    """Some columns; all without a view, for which the vmap of batched gradients has no rule."""
+    return tensor if columns == slice(None) else tensor[..., columns]
 
 
 def _convolved(moments: Tensor, table: Tensor) -> Tensor:

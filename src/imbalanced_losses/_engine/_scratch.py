@@ -19,8 +19,12 @@ _FEWEST, _MOST = 1 << 14, 1 << 21
 _kept = threading.local()
 
 
-def scratch(place: int, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A tensor with any content, for `out=`, or None where PyTorch shall make one.
+def scratch(
+    place: int, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """A tensor with any content, on the device of `like` and of its dtype or the one given.
+
+    For `out=`: None where PyTorch shall make one itself.
 
     Each place of a dtype is one piece of memory, which the next call for it hands out again: what
     was written there is lost then, and must not be returned to a caller. Kept on the CPU alone;
@@ -31,6 +35,7 @@ def scratch(place: int, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
         return None
     if torch._C._are_functorch_transforms_active():
         return None  # vmap knows no `out=`
+    dtype = like.dtype if dtype is None else dtype
     kept: dict[Any, Tensor] = vars(_kept)
     memory = kept.get((place, dtype))
     if memory is None or len(memory) < size:
