@@ -60,7 +60,9 @@ def gather(batch: Pool | Exception, settings: dict[str, int], device: torch.devi
     ]
     own: Tensor = _ScaleGradient.apply(batch.logits, size)
     parts[rank] = parts[rank]._replace(logits=own)
-    logits, targets, weights = (torch.cat(fields) for fields in zip(*parts, strict=True))
+    logits = torch.cat([part.logits for part in parts])
+    targets = torch.cat([part.targets for part in parts])
+    weights = torch.cat([part.row_weights() for part in parts])
     is_weighted = any(header["weighted"] for header in headers)
     return Pool(logits, targets, weights if is_weighted else None)
 

@@ -14,30 +14,39 @@ class Problems(NamedTuple):
     scores: Tensor  # [C, M] float32 or float64
     is_positive: Tensor  # [C, M] bool
     weights: Tensor | None  # [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere
+    num_live: int  # the rows from here on are constants, without a gradient
 
 
 class Pool(NamedTuple):
-    """Rows to rank: the live batch first, then whatever extends it."""
+    """Rows to rank: the live batch first, then constants that extend it."""
 
     logits: Tensor  # [M, C] float32 or float64
     targets: Tensor  # [M] int64, or [M, C] for multi-label
     weights: Tensor | None  # [M] ≥ 0, in the dtype of the logits; None = 1 everywhere
+    num_constant: int = 0  # the last of the rows, which have no gradient
 
     def select(self, index: Tensor) -> Pool:
-        """The rows at index [k] int64."""
+        """The rows at index [k] int64, ascending where some are constants."""
         weights = None if self.weights is None else self.weights.index_select(0, index)
+        num_constant = self.num_constant
+        if num_constant > 0:
+            num_constant = int((index >= len(self.targets) - num_constant).sum())
         return Pool(
-            self.logits.index_select(0, index), self.targets.index_select(0, index), weights
+            self.logits.index_select(0, index),
+            self.targets.index_select(0, index),
+            weights,
+            num_constant,
         )
 
     def extend(self, rows: Pool) -> Pool:
-        """These rows, then those."""
+        """These rows, then those; constants if they need no gradient."""
         weights = None
         if self.weights is not None or rows.weights is not None:
             weights = torch.cat((self.row_weights(), rows.row_weights()))
         # Class by class in memory, as they will be ranked.
         logits = torch.cat((self.logits.T, rows.logits.T), dim=1).T
-        return Pool(logits, torch.cat((self.targets, rows.targets)), weights)
+        num_constant = 0 if rows.logits.requires_grad else len(rows.targets)
+        return Pool(logits, torch.cat((self.targets, rows.targets)), weights, num_constant)
 
     def row_weights(self) -> Tensor:
         """[M], ones where the pool has none."""
@@ -65,4 +74,5 @@ class Pool(NamedTuple):
             weights = (self.weights * counts).expand(num_classes, -1)
         elif not (counts.device.type == "cpu" and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
-        return Problems(self.logits.T, is_positive, weights)
+        num_live = len(self.targets) - self.num_constant
+        return Problems(self.logits.T, is_positive, weights, num_live)

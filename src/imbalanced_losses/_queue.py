@@ -23,7 +23,7 @@ class _Stored(NamedTuple):
 class _Undo(NamedTuple):
     """What the last push overwrote, for a forward pass that is computed a second time."""
 
-    slots: Tensor  # [N], `size` for rows that took no slot
+    slots: Tensor | slice  # [N], `size` for rows that took no slot
     rows: _Stored  # [N] as they stood in the slots
 
 
@@ -77,11 +77,10 @@ class MemoryQueue(nn.Module):
                 "queue, or keep the loss outside the checkpointed function"
             )
         slots, old_rows = self._undo
-        restored = (
-            field.index_copy(0, slots, old)
-            for field, old in zip(self._stored(), old_rows, strict=True)
-        )
-        return self._slots(_Stored(*restored))
+        restored = _Stored(*(field.clone() for field in self._stored()))
+        for field, old in zip(restored, old_rows, strict=True):
+            field[slots] = old
+        return self._slots(restored)
 
     @torch.no_grad()
     def push(self, rows: Pool) -> None:
@@ -90,17 +89,18 @@ class MemoryQueue(nn.Module):
             return
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
         on_host = rows.logits.device.type == "cpu"
+        slots: Tensor | slice
         rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)
         if rows.weights is not None and not self.is_weighted:
             self.is_weighted = not on_host or bool((rows.weights != 1).any())
         new_rows = _Stored(rows.logits.detach(), rows.targets, rows.row_weights())
-        old_rows = (field.index_select(0, slots) for field in self._stored())
+        old_rows = (field[slots].clone() for field in self._stored())
         self._undo = _Undo(slots, _Stored(*old_rows))
         for field, new in zip(self._stored(), new_rows, strict=True):
-            field.index_copy_(0, slots, new.to(field.dtype))
+            field[slots] = new.to(field.dtype)
         self.cursor.add_(count).remainder_(self.size)
 
-    def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor, int]:
+    def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor | slice, int]:
         """The rows to store, the newest `size` at most, their slots, and how many there are."""
         present = rows.is_present(self.ignore_index)
         if not (bool(present.all()) and math.isfinite(float(rows.logits.sum()))):
@@ -111,6 +111,8 @@ class MemoryQueue(nn.Module):
             newest = torch.arange(len(rows.targets) - count, len(rows.targets), device="cpu")
             rows = rows.select(newest)
         start = int(self.cursor)
+        if start + count <= self.size:
+            return rows, slice(start, start + count), count
         slots = torch.arange(start, start + count, device="cpu").remainder_(self.size)
         return rows, slots, count
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from imbalanced_losses._base import PerClass, _QueuedRankingLoss
 from imbalanced_losses._pool import Problems
-from imbalanced_losses.functional import Backend, SmoothAP, smooth_ap
+from imbalanced_losses.functional import Backend, SmoothAP, _smooth_ap_of_pool
 
 
 class SmoothAPLoss(_QueuedRankingLoss):
@@ -84,6 +84,7 @@ class SmoothAPLoss(_QueuedRankingLoss):
             problems.is_positive,
             self._effective_temperature(problems),
             problems.weights,
+            problems.num_live,
         )
         return PerClass(1 - ap, valid)
 
@@ -93,6 +94,7 @@ class SmoothAPLoss(_QueuedRankingLoss):
         is_pos: Tensor,
         tau: float | Tensor,
         sample_weight: Tensor | None = None,
+        num_live: int | None = None,
     ) -> SmoothAP:
         """Smooth-AP of scores [M] or [C, M] by this loss's backend."""
-        return smooth_ap(scores, is_pos, tau, sample_weight=sample_weight, backend=self.backend)
+        return _smooth_ap_of_pool(scores, is_pos, tau, sample_weight, self.backend, num_live)

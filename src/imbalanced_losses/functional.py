@@ -76,11 +76,27 @@ def smooth_ap(
     Source: Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval",
     ECCV 2020, arXiv 2007.12163, eq. 5; the weights are ours.
     """
+    return _smooth_ap_of_pool(scores, is_positive, temperature, sample_weight, backend)
+
+
+def _smooth_ap_of_pool(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor,
+    sample_weight: Tensor | None = None,
+    backend: Backend = "auto",
+    num_live: int | None = None,
+) -> SmoothAP:
+    """`smooth_ap` of rows of which only the first `num_live` need a gradient, None for all.
+
+    The others are constants, such as the rows of a queue: their gradient is not computed, and
+    taken for 0.
+    """
     _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     _checks.choice("backend", backend, BACKENDS)
     if torch._C._are_functorch_transforms_active():
         return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
-    constants = (is_positive, sample_weight, backend)
+    constants = (is_positive, sample_weight, backend, num_live)
     of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight)
     ap: Tensor = _SmoothAP.apply(scores, temperature, of, constants)
     return SmoothAP(ap, of.valid.view(ap.shape))
@@ -243,8 +259,11 @@ class _SmoothAP(torch.autograd.Function):
         scores: Tensor,
         temperature: float | Tensor,
         of: _Problems,
-        constants: tuple[Tensor, Tensor | None, Backend],
+        constants: tuple[Tensor, Tensor | None, Backend, int | None],
     ) -> Tensor:
+        *_, backend, num_live = constants
+        if ctx.needs_input_grad[1]:
+            num_live = None  # what τ changes is told from the slopes of all rows
         plan = rank_plan(
             of.scores,
             of.is_positive,
@@ -252,7 +271,8 @@ class _SmoothAP(torch.autograd.Function):
             of.row,
             of.weights,
             of.temperature,
-            backend=constants[-1],
+            backend=backend,
+            num_live=num_live,
         )
         if not any(ctx.needs_input_grad):
             among_all, among_positives = plan.ranks()
@@ -327,7 +347,7 @@ def _twice_differentiable_gradient(
     ctx: Any, scores: Tensor, temperature: float | Tensor, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient in scores and temperature as a function that autograd can go through."""
-    is_positive, sample_weight, backend = ctx.constants
+    is_positive, sample_weight, backend, _ = ctx.constants
     ap, _ = _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:

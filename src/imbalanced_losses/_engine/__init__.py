@@ -89,6 +89,7 @@ def rank_plan(
     temperature: float | Tensor,
     *,
     backend: Backend = "auto",
+    num_live: int | None = None,
 ) -> RankPlan:
     """Soft ranks of the positives, with their first derivative in one go.
 
@@ -103,12 +104,15 @@ def rank_plan(
         weights: [C, M] ≥ 0, None for 1 everywhere.
         temperature: τ > 0, or [C].
         backend: see `sigmoid_sums`.
+        num_live: rows from here on are constants, whose gradient is taken for 0; None = M.
     """
+    if num_live is None:
+        num_live = scores.shape[1]
     if _chosen(backend, len(row), scores) == "panel":
-        return PanelRanks(scores, problem, row, weights, temperature)
+        return PanelRanks(scores, problem, row, weights, temperature, num_live)
     if len(scores) == 1:
-        return DenseRanks(scores, is_positive, row, weights, temperature)
-    return DenseRanksOfMany(scores, problem, row, weights, temperature)
+        return DenseRanks(scores, is_positive, row, weights, temperature, num_live)
+    return DenseRanksOfMany(scores, problem, row, weights, temperature, num_live)
 
 
 def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:

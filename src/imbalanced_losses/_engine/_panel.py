@@ -210,7 +210,7 @@ class Panels:
             # As by the definition, a problem without queries gives nothing to its sources.
             problem = self.problem
             per_problem = torch.zeros_like(poison).index_copy(0, problem, poison[problem])
-            out += per_problem[:, None] if cloud.problem is None else per_problem[problem]
+            out += per_problem[:, None] if cloud.problem is None else per_problem[cloud.problem]
         return out
 
 
@@ -306,9 +306,10 @@ class PanelRanks:
         row: Tensor,
         weights: Tensor | None,
         temperature: float | Tensor,
+        num_live: int,
     ) -> None:
         self.scores, self.weights = scores, weights
-        self.problem, self.row = problem, row
+        self.problem, self.row, self.num_live = problem, row, num_live
         self.panels = Panels(scores[problem, row], problem, scores, temperature, True)
         self._query_weights = None if weights is None else weights[problem, row][None]  # [1, Q]
 
@@ -331,20 +332,31 @@ class PanelRanks:
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
         """[2, Q], the slopes by both sums, -> [C, M]."""
-        panels, queries = self.panels, self.panels.queries
+        panels, weights, query_weights = self.panels, self.weights, self._query_weights
+        sources, queries, problem, row = panels.sources, panels.queries, self.problem, self.row
         for_queries = panels.field(self._moments, 1)  # [2, p, S]
         for_sources = panels.field(panels.moments(queries, cotangent), 1, transposed=True)
-        out = panels.evaluated(for_sources[:1], panels.sources, self.scores.dtype)[0]  # [C, M]
-        if self.weights is not None:
-            out *= self.weights
+        num_constant = self.scores.shape[1] - self.num_live
+        if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
+            live = (row < self.num_live).nonzero().squeeze(1)
+            problem, row, cotangent = problem[live], row[live], cotangent[:, live]
+            sources = _Cloud(self.scores[:, : self.num_live], None, panels.line)
+            queries = _Cloud(queries.scores[live], problem, panels.line)
+            weights = None if weights is None else weights[:, : self.num_live]
+            query_weights = None if query_weights is None else query_weights[:, live]
+        out = panels.evaluated(for_sources[:1], sources, self.scores.dtype)[0]  # [C, num_live]
+        if weights is not None:
+            out *= weights
         if len(out) > 1:  # a problem without queries has a gradient of exactly zero
             out *= torch.zeros_like(out[:, :1]).index_fill_(0, self.problem, 1)
         # A positive is a query, and a source of both sums. These cancel: summed in float64.
         fields = torch.cat((for_queries, for_sources))
         as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(2)
-        if self._query_weights is not None:
-            as_source *= self._query_weights
+        if query_weights is not None:
+            as_source *= query_weights
         change = as_source.sum(0) - (as_query * cotangent).sum(0)
-        place = self.row + self.problem * out.shape[1]
+        if num_constant > 0:
+            out = torch.nn.functional.pad(out, (0, num_constant))
+        place = row + problem * out.shape[1]
         out.view(-1).index_copy_(0, place, change.to(out.dtype))
         return out

@@ -39,7 +39,7 @@ class RankPlan(Protocol):
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
         """The ranks, and τ·∂/∂scores [C, M] of a function of the ranks with the given slopes.
 
-        A score moves the ranks of others, and its own.
+        A score moves the ranks of others, and its own. Constants move nothing: 0.
         """
 
 
