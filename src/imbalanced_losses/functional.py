@@ -290,7 +290,7 @@ class _SmoothAP(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
         precision = among_positives.div_(among_all)
         weighted = precision.mul_(of.share)
-        if len(of.scores) == 1:
+        if of.scores.shape[0] == 1:
             return weighted.sum() if scores.dim() == 1 else weighted.sum(0, keepdim=True)
         return of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
 

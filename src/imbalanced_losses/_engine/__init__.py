@@ -106,25 +106,24 @@ def rank_plan(
         backend: see `sigmoid_sums`.
         num_live: rows from here on are constants, whose gradient is taken for 0; None = M.
     """
+    num_problems, num_rows = scores.shape  # `len` of a tensor takes ten times as long
     if num_live is None:
-        num_live = scores.shape[1]
-    if _chosen(backend, len(row), scores) == "panel":
+        num_live = num_rows
+    if _chosen(backend, row.shape[0], scores) == "panel":
         return PanelRanks(scores, problem, row, weights, temperature, num_live)
-    if len(scores) == 1:
+    if num_problems == 1:
         return DenseRanks(scores, is_positive, row, weights, temperature, num_live)
     return DenseRanksOfMany(scores, problem, row, weights, temperature, num_live)
 
 
 def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:
-    num_rows = sources.numel()
-    if num_queries == 0 or num_rows == 0:
+    num_problems, num_rows = sources.shape
+    if num_queries == 0 or sources.numel() == 0:
         return "dense"  # nothing to compute, and no range of scores to lay panels over
     if backend != "auto":
         return backend
-    num_pairs = num_queries * sources.shape[1]
-    return choose(
-        sources.device.type, sources.dtype, num_pairs, len(sources), num_rows + num_queries
-    )
+    num_pairs, num_located = num_queries * num_rows, num_problems * num_rows + num_queries
+    return choose(sources.device.type, sources.dtype, num_pairs, num_problems, num_located)
 
 
 def detached(temperature: float | Tensor) -> float | Tensor:

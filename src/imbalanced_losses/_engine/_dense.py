@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imbalanced_losses._engine._derivatives import sigmoid_derivative_
 
-# Elements of one tile: two MiB of float32, which stay in the last-level cache.
+# Elements of one tile: four MiB of float32, which stay in the last-level cache.
 TILE = 1 << 20
 
 

@@ -56,13 +56,13 @@ class DenseRanks:
         if weights is not None:
             self.positive_weights *= weights
             self._half = 0.5 * weights[0, row]
-        self._num_live, self._num_live_queries = num_live, len(row)
-        if len(row) * scores.shape[1] <= _PAIRS_NOT_TO_SORT_OUT:
+        self._num_live, self._num_live_queries = num_live, row.shape[0]
+        if row.shape[0] * scores.shape[1] <= _PAIRS_NOT_TO_SORT_OUT:
             self._num_live = scores.shape[1]
         elif num_live < scores.shape[1]:
             self._num_live_queries = int((row < num_live).sum())
         self._queries = scores.T.index_select(0, row)  # [Q, 1]
-        self._tiles = tile_slices(len(row), scores.shape[1]) or [slice(0, 0)]
+        self._tiles = tile_slices(row.shape[0], scores.shape[1]) or [slice(0, 0)]
 
     def ranks(self) -> tuple[Tensor, Tensor]:
         among_all, among_positives = _joined([self._compared(tile)[2:] for tile in self._tiles])
@@ -105,11 +105,9 @@ class DenseRanks:
             positive_weights = positive_weights[:, : x.shape[1]]
             weights = None if weights is None else weights[:, : x.shape[1]]
         # A pair counts by_all · ω[source] + by_positives · ω⁺[source] times.
-        counts = torch.mul(positive_weights, by_positives.unsqueeze(1), out=_memory(2, x.shape, x))
-        if weights is None:
-            counts += by_all.unsqueeze(1)
-        else:
-            counts.addcmul_(weights, by_all.unsqueeze(1))
+        by_all, by_positives = by_all.unsqueeze(1), by_positives.unsqueeze(1)
+        counts = torch.mul(positive_weights, by_positives, out=_memory(2, x.shape, x))
+        counts = counts.add_(by_all) if weights is None else counts.addcmul_(weights, by_all)
         return _slope(x, sigmoid).mul_(counts)
 
     def _compared(self, tile: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
