@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses import _checks
-from imbalanced_losses._gather import gather, world_size
+from imbalanced_losses._gather import GRAD_REDUCES, GradReduce, Group, ProcessGroup, gather
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
@@ -52,6 +52,8 @@ class _QueuedRankingLoss(nn.Module):
         multilabel: bool = False,
         temperature_unit: TemperatureUnit = "score",
         queue_follows_shift: bool = False,
+        process_group: ProcessGroup | None = None,
+        grad_reduce: GradReduce = "mean",
     ) -> None:
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
@@ -71,11 +73,18 @@ class _QueuedRankingLoss(nn.Module):
             "temperature_unit", temperature_unit, _checks.TEMPERATURE_UNITS
         )
         self.queue_follows_shift = _checks.boolean("queue_follows_shift", queue_follows_shift)
+        self._group = Group(process_group)
+        self.grad_reduce: GradReduce = _checks.choice("grad_reduce", grad_reduce, GRAD_REDUCES)
         self._queue = MemoryQueue(
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._num_steps = 0  # training-mode forward passes, the counter of the draws
         self._last_batch: Pool | None = None  # the last one remembered
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that rank their rows together; None for all."""
+        return self._group.handle
 
     @property
     def temperature(self) -> float:
@@ -168,12 +177,16 @@ class _QueuedRankingLoss(nn.Module):
             "ignore_index": self.ignore_index,
             "queue_size": self.queue_size,
             "max_pool_size": self.max_pool_size or 0,
+            "temperature": self.temperature,
+            "training": self.training,
+            "steps made": self._num_steps,
         }
         try:
             batch: Pool | Exception = self._checked(logits, targets, sample_weight)
         except (TypeError, ValueError) as error:
             batch = error  # the other ranks wait to hear of it
-        return gather(batch, settings, getattr(logits, "device", torch.device("cpu")))
+        device = getattr(logits, "device", torch.device("cpu"))
+        return gather(batch, settings, device, self._group, self.grad_reduce)
 
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
@@ -191,7 +204,7 @@ class _QueuedRankingLoss(nn.Module):
     def _gathers(self) -> bool:
         """Whether this forward pass is a collective one; asked every time, never remembered."""
         wanted = self.training if self.gather_distributed is None else self.gather_distributed
-        return wanted and world_size() > 1
+        return wanted and self._group.size() > 1
 
     def _updates_queue(self) -> bool:
         return self.training or self.update_queue_in_eval
@@ -268,6 +281,7 @@ class _QueuedRankingLoss(nn.Module):
             "max_pool_size": None,
             "temperature_unit": "score",
             "queue_follows_shift": False,
+            "grad_reduce": "mean",
         }
         names = [
             *named,

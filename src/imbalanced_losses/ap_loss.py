@@ -44,6 +44,11 @@ class SmoothAPLoss(_QueuedRankingLoss):
         queue_follows_shift: let the queue's rows move with the mean of the live batch in the
             gradient (their values stay). AP does not change when all scores move together; rows
             without gradient break that, and this restores it.
+        process_group: the ranks that rank their rows together; None: all. Every group then has a
+            loss of its own, and the trainer's gradient is the mean over groups, weighted by size.
+        grad_reduce: what the trainer does with the gradients of the ranks: "mean" (DDP, FSDP,
+            Lightning, Accelerate) or "sum". The outcome is the gradient of one process with the
+            rows of all ranks; the value of the loss is the same for both.
 
     Attributes:
         temperature: can be assigned between steps; part of the checkpoint.
