@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 from imbalanced_losses._engine import _panel
+from tests.ranks import Ranks
 
 settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
@@ -21,6 +22,14 @@ def _same_random_numbers() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes for the whole run."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

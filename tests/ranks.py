@@ -1,0 +1,86 @@
+"""Real processes that play the ranks of one machine, over gloo."""
+
+from __future__ import annotations
+
+import io
+import socket
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD_SIZE = 2
+TIMEOUT_S = 20  # of a collective: long enough for a busy machine
+
+
+def serve(rank: int, size: int, port: int, timeout_s: float, connection: Connection) -> None:
+    """What a rank does: run the jobs that come, send back the result or the error."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    while (message := connection.recv_bytes()) != b"":
+        job, arguments = torch.load(io.BytesIO(message), weights_only=False)
+        try:
+            result = job(rank, *arguments)
+        except Exception as error:
+            result = Failure(type(error).__name__, str(error))
+        connection.send_bytes(packed(result))
+    dist.destroy_process_group()
+
+
+class Failure(NamedTuple):
+    error: str
+    message: str
+
+
+def packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+class Ranks:
+    """Processes that run one job after another, all ranks the same one."""
+
+    def __init__(self, size: int = WORLD_SIZE, timeout_s: float = TIMEOUT_S) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.connections, self.processes = [], []
+        for rank in range(size):
+            own, other = context.Pipe()
+            process = context.Process(
+                target=serve, args=(rank, size, port, timeout_s, other), daemon=True
+            )
+            process.start()
+            self.connections.append(own)
+            self.processes.append(process)
+
+    def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The result of each rank; `job` is called with the rank first."""
+        for connection in self.connections:
+            connection.send_bytes(packed((job, arguments)))
+        results = []
+        for rank, connection in enumerate(self.connections):
+            assert connection.poll(3 * TIMEOUT_S), f"rank {rank} does not answer"
+            results.append(torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False))
+        return results
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send_bytes(b"")
+        for process in self.processes:
+            process.join(TIMEOUT_S)
+            process.kill()
