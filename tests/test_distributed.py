@@ -237,31 +237,3 @@ def test_bad_arguments() -> None:
         SmoothAPLoss(1, process_group=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="grad_reduce must be one of 'mean', 'sum', got 'avg'"):
         SmoothAPLoss(1, grad_reduce="avg")  # type: ignore[arg-type]
-
-
-# --- Ranks that disagree --------------------------------------------------------------------------
-
-
-def disagree(rank: int, what: str) -> float:
-    other = rank == WORLD_SIZE - 1
-    loss_fn = SmoothAPLoss(1, 8, gather_distributed=True)
-    if other and what == "temperature":
-        loss_fn.temperature = 0.02
-    if other and what == "training":
-        loss_fn.eval()
-    if other and what == "steps made":
-        loss_fn.gather_distributed = False
-        make_batch(4).through(loss_fn)
-        loss_fn.gather_distributed = True
-    return make_batch(4).through(loss_fn).item()
-
-
-@pytest.mark.parametrize("what", ["temperature", "training", "steps made"])
-def test_ranks_that_disagree_raise_the_same_error(ranks: Ranks, what: str) -> None:
-    first, second = ranks.run(disagree, what)
-    assert isinstance(first, Failure)
-    assert first == second
-    assert first.error == "RuntimeError"
-    assert first.message.startswith(f"ranks disagree on {what}: ")
-    same = ranks.run(disagree, "nothing")
-    assert same[0] == same[1]

@@ -240,12 +240,20 @@ def test_without_a_process_group_nothing_is_gathered() -> None:
 
 
 def disagree(rank: int, what: str) -> dict[str, Tensor]:
-    """A second step in which the last rank does something else; the state if that goes well."""
+    """A step in which the last rank does something else; the state if that goes well."""
     other = rank == WORLD_SIZE - 1
     num_classes = 4 if other and what == "classes" else 3
     multilabel = other and what == "multilabel"
-    loss_fn = SmoothAPLoss(num_classes, 8, multilabel=multilabel)
+    loss_fn = SmoothAPLoss(num_classes, 8, multilabel=multilabel, gather_distributed=True)
     batch = make_batch(4, num_classes, multilabel=multilabel)
+    if other and what == "temperature":
+        loss_fn.temperature = 0.02
+    if other and what == "training":
+        loss_fn.eval()
+    if other and what == "steps made":
+        loss_fn.gather_distributed = False
+        batch.through(loss_fn)
+        loss_fn.gather_distributed = True
     if other and what == "dtype":
         batch = batch._replace(logits=batch.logits.double())
     if other and what == "bad-target":
@@ -260,13 +268,23 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
     return loss_fn.state_dict()
 
 
-@pytest.mark.parametrize("what", ["dtype", "classes", "multilabel"])
-def test_ranks_that_disagree_raise_the_same_error(ranks: Ranks, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("dtype", "dtype"),
+        ("classes", "classes"),
+        ("multilabel", "target columns"),
+        ("temperature", "temperature"),
+        ("training", "training"),
+        ("steps made", "steps made"),
+    ],
+)
+def test_ranks_that_disagree_raise_the_same_error(ranks: Ranks, what: str, name: str) -> None:
     first, second = ranks.run(disagree, what)
     assert isinstance(first, Failure)
     assert first == second
     assert first.error == "RuntimeError"
-    assert first.message.startswith("ranks disagree on")
+    assert first.message.startswith(f"ranks disagree on {name}: ")
     assert all(isinstance(state, dict) for state in ranks.run(disagree, "nothing"))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses import _checks
-from imbalanced_losses._gather import GRAD_REDUCES, GradReduce, Group, ProcessGroup, gather
+from imbalanced_losses._gather import GradReduce, Group, ProcessGroup, gather
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
@@ -74,7 +74,9 @@ class _QueuedRankingLoss(nn.Module):
         )
         self.queue_follows_shift = _checks.boolean("queue_follows_shift", queue_follows_shift)
         self._group = Group(process_group)
-        self.grad_reduce: GradReduce = _checks.choice("grad_reduce", grad_reduce, GRAD_REDUCES)
+        self.grad_reduce: GradReduce = _checks.choice(
+            "grad_reduce", grad_reduce, _checks.GRAD_REDUCES
+        )
         self._queue = MemoryQueue(
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURE_UNITS = ("score", "spread")
+GRAD_REDUCES = ("mean", "sum")
 
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:

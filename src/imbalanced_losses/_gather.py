@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = getattr(dist, "ProcessGroup", Any)
 
-__all__ = ["GRAD_REDUCES", "GradReduce", "Group", "ProcessGroup", "gather"]
+__all__ = ["GradReduce", "Group", "ProcessGroup", "gather"]
 
 GradReduce = Literal["mean", "sum"]
-GRAD_REDUCES: tuple[str, ...] = ("mean", "sum")
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -76,16 +76,16 @@ def smooth_ap(
     Source: Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval",
     ECCV 2020, arXiv 2007.12163, eq. 5; the weights are ours.
     """
-    return _smooth_ap_of_pool(scores, is_positive, temperature, sample_weight, backend)
+    return _smooth_ap_of_pool(scores, is_positive, temperature, sample_weight, backend, None)
 
 
 def _smooth_ap_of_pool(
     scores: Tensor,
     is_positive: Tensor,
     temperature: float | Tensor,
-    sample_weight: Tensor | None = None,
-    backend: Backend = "auto",
-    num_live: int | None = None,
+    sample_weight: Tensor | None,
+    backend: Backend,
+    num_live: int | None,
 ) -> SmoothAP:
     """`smooth_ap` of rows of which only the first `num_live` need a gradient, None for all.
 

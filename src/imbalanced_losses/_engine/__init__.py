@@ -100,7 +100,7 @@ def rank_plan(
     Args:
         scores: [C, M] float32 or float64, detached.
         is_positive: [C, M] bool; more than the queries only in problems without any.
-        problem, row: [Q] int64, the positives to rank, in the order of problems.
+        problem, row: [Q] int64, the positives to rank, by problem and then by row.
         weights: [C, M] ≥ 0, None for 1 everywhere.
         temperature: τ > 0, or [C].
         backend: see `sigmoid_sums`.

@@ -339,7 +339,7 @@ def _memory(place: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
 
 def _slope(x: Tensor, sigmoid: Tensor) -> Tensor:
     """σ′(x) over x: as σ(−x)·σ(x) it has full relative precision on both sides."""
-    if x.numel() <= _FEW_PAIRS:
+    if x.numel() <= _FEW_PAIRS:  # which may be unclamped: e^(−x) below would overflow
         return x.neg_().sigmoid_().mul_(sigmoid)
     # One pass for three: the derivative of softplus at −x, times a factor.
     slope = _softplus_backward(sigmoid, x, -1.0, math.inf, grad_input=x)
