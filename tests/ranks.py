@@ -50,13 +50,18 @@ def packed(value: Any) -> bytes:
     return file.getvalue()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 class Ranks:
     """Processes that run one job after another, all ranks the same one."""
 
     def __init__(self, size: int = WORLD_SIZE, timeout_s: float = TIMEOUT_S) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         context = mp.get_context("spawn")
         self.connections, self.processes = [], []
         for rank in range(size):

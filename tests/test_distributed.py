@@ -16,7 +16,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
 from imbalanced_losses import SmoothAPLoss
-from tests.ranks import WORLD_SIZE, Failure, Ranks
+from imbalanced_losses.distributed import _without_rows, even_steps
+from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
 from tests.rows import make_batch, state_of
 
 NUM_STEPS = 3
@@ -69,6 +70,8 @@ def train(setup: Setup, rank: int | None) -> Trained:
     loss_fn = SmoothAPLoss(
         1, temperature=0.3, grad_reduce="sum" if trainer == "sum" else "mean", **setup.loss
     )
+    if loss_fn.gather == "sums":
+        loss_fn.backend = "panel"  # in one process as well
     if setup.is_used_before:
         make_batch(6, dtype=torch.float64).through(loss_fn.eval())
         loss_fn.train()
@@ -148,6 +151,12 @@ SETUPS = {
     "fsdp-without-rows": Setup(trainer="fsdp", sizes=(12, 0)),
     "fsdp-capped": Setup(trainer="fsdp", loss={"queue_size": 20, "max_pool_size": 8}),
 }
+SUMS = {"queue_size": 0, "gather": "sums"}
+SETUPS |= {
+    f"sums-{name}": SETUPS[name]._replace(loss=SUMS)
+    for name in SETUPS
+    if name not in ("used-before", "fsdp-capped")
+}
 
 
 def assert_as_alone(found: list[Any], setup: Setup) -> None:
@@ -179,11 +188,171 @@ def four_ranks() -> Iterator[Ranks]:
 
 @pytest.mark.parametrize("trainer", ["ddp", "sum", "fsdp"])
 @pytest.mark.parametrize("sizes", [(3, 4, 5, 6), (0, 9, 1, 2)], ids=["unequal", "one empty"])
+@pytest.mark.parametrize("loss", [{"queue_size": 20}, SUMS], ids=["rows", "sums"])
 def test_four_ranks_have_the_gradient_of_one_process(
-    four_ranks: Ranks, trainer: str, sizes: tuple[int, ...]
+    four_ranks: Ranks, trainer: str, sizes: tuple[int, ...], loss: dict[str, Any]
 ) -> None:
-    setup = Setup(trainer=trainer, sizes=sizes)
+    setup = Setup(trainer=trainer, sizes=sizes, loss=loss)
     assert_as_alone(four_ranks.run(train_rank, setup), setup)
+
+
+# --- Another number of ranks, another group, a rank that is gone ----------------------------------
+
+
+def resumed(rank: int | None, setup: Setup, state: dict[str, Tensor] | None) -> Trained:
+    """Two steps, or the third one from the state after them; on all rows in one process for None.
+
+    Scores instead of a model: what a checkpoint of the loss has to carry shows in them alone.
+    """
+    start = 0 if rank is None else sum(setup.sizes[:rank])
+    rows = slice(None) if rank is None else slice(start, start + setup.sizes[rank])
+    loss_fn = SmoothAPLoss(1, temperature=0.3, **setup.loss)
+    if state is not None:
+        loss_fn.load_state_dict(state)
+    losses, gradients = [], []
+    for step in [2] if state is not None else [0, 1]:
+        batch = make_batch(sum(setup.sizes), seed=step, dtype=torch.float64)
+        logits = batch.logits[rows].clone().requires_grad_()
+        loss = loss_fn(logits, batch.targets[rows])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([logits.grad])
+    return Trained(losses, gradients, state_of(loss_fn))
+
+
+@pytest.mark.parametrize("loss", [{"queue_size": 20}, {"queue_size": 20, "max_pool_size": 9}])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(
+    ranks: Ranks, loss: dict[str, Any]
+) -> None:
+    setup = Setup(loss=loss)
+    after_two_steps = resumed(None, setup, None)
+    expected = resumed(None, setup, after_two_steps.state)
+    for one in ranks.run(resumed, setup, None):
+        for name, value in after_two_steps.state.items():
+            assert value.equal(one.state[name]), name
+        on_one_process = resumed(None, setup, one.state)
+        assert on_one_process.losses == expected.losses
+    on_two = ranks.run(resumed, setup, after_two_steps.state)
+    whole_gradient = torch.cat([outcome.gradients[0][0] for outcome in on_two]) / WORLD_SIZE
+    assert [outcome.losses for outcome in on_two] == [expected.losses] * WORLD_SIZE
+    torch.testing.assert_close(whole_gradient, expected.gradients[0][0], rtol=1e-12, atol=1e-15)
+
+
+def around_the_group(rank: int, port: int) -> list[float]:
+    """A forward pass with a group, without one, and with a new one."""
+    loss_fn = SmoothAPLoss(1, 0, 0.3)
+    batch = make_batch(6, seed=rank)
+    found = [batch.through(loss_fn).item()]
+    dist.destroy_process_group()
+    found.append(batch.through(loss_fn).item())
+    before = SmoothAPLoss(1, 0, 0.3)
+    found.append(batch.through(before).item())
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE
+    )
+    return [*found, *(batch.through(one).item() for one in (loss_fn, before))]
+
+
+def test_a_group_that_comes_and_goes(ranks: Ranks) -> None:
+    pool = Ranks()
+    try:
+        found = pool.run(around_the_group, free_port())
+    finally:
+        pool.close()
+    local = [make_batch(6, seed=r).through(SmoothAPLoss(1, 0, 0.3)).item() for r in range(2)]
+    together = found[0][0]
+    assert together not in local
+    for rank, losses in enumerate(found):
+        assert losses == [together, local[rank], local[rank], together, together]
+
+
+def only_first(rank: int, gather: str) -> float:
+    batch = make_batch(6, seed=rank)
+    return batch.through(SmoothAPLoss(1, 0, 0.3, gather=gather)).item() if rank == 0 else 0.0
+
+
+@pytest.mark.parametrize("gather", ["rows", "sums"])
+def test_a_rank_that_stays_away_is_an_error_not_a_hang(gather: str) -> None:
+    pool = Ranks(timeout_s=2)
+    try:
+        first, second = pool.run(only_first, gather)
+    finally:
+        pool.close()
+    assert isinstance(first, Failure)
+    assert first.error == "RuntimeError"
+    assert "not all of them took part" in first.message
+    assert second == 0.0
+
+
+# --- Uneven numbers of batches --------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    features: Tensor
+    targets: Tensor
+
+
+def uneven_batches(rank: int) -> list[dict[str, Any]]:
+    """Three on the first rank, one on the others."""
+    whole_batches = []
+    for step in range(3 if rank == 0 else 1):
+        batch = make_batch(7, 5, seed=10 * rank + step, dtype=torch.float64)
+        whole_batches.append({"rows": Sample(batch.logits, make_batch(7).targets), "step": step})
+    return whole_batches
+
+
+def train_unevenly(rank: int | None, gather: str) -> list[Tensor]:
+    """The gradients of every step: of a rank, or of one process that has the rows of all."""
+    loss_fn = SmoothAPLoss(1, 0, 0.3, gather=gather)
+    loss_fn.backend = "panel"
+    plain = Model(Setup(), loss_fn)
+    if rank is None:
+        by_rank = [uneven_batches(r) for r in range(WORLD_SIZE)]
+        steps = [[batches[k] for batches in by_rank if k < len(batches)] for k in range(3)]
+        batches = [
+            Sample(*(torch.cat(parts) for parts in zip(*(b["rows"] for b in step), strict=True)))
+            for step in steps
+        ]
+        model: Any = plain
+    else:
+        model = DistributedDataParallel(plain)
+        batches = [batch["rows"] for batch in even_steps(uneven_batches(rank))]
+    gradients = []
+    for batch in batches:
+        model.zero_grad()
+        loss_fn(model(batch.features, batch.targets), batch.targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
+    return gradients
+
+
+@pytest.mark.parametrize("gather", ["rows", "sums"])
+def test_ranks_with_fewer_batches_go_on_without_rows(ranks: Ranks, gather: str) -> None:
+    alone = train_unevenly(None, gather)
+    assert len(alone) == 3
+    for found in ranks.run(train_unevenly, gather):
+        assert not isinstance(found, Failure), found
+        for one, other in zip(found, alone, strict=True):
+            assert float((one - other).abs().max()) <= 1e-12 * float(other.abs().max())
+
+
+def counted(rank: int, numbers: list[int]) -> list[int]:
+    """Rows of each batch that a rank gets."""
+    return [len(batch[0]) for batch in even_steps([(torch.zeros(2),)] * numbers[rank])]
+
+
+def test_even_steps(ranks: Ranks) -> None:
+    assert ranks.run(counted, [3, 1]) == [[2, 2, 2], [2, 0, 0]]
+    assert ranks.run(counted, [2, 2]) == [[2, 2], [2, 2]]
+    assert ranks.run(counted, [0, 0]) == [[], []]
+    for found in ranks.run(counted, [1, 0]):
+        assert isinstance(found, Failure)
+        assert found.error == "RuntimeError"
+        assert found.message.startswith("1 of 2 ranks have no batch at all")
+    nested = {"a": [torch.zeros(3), Sample(torch.zeros(3, 2), torch.zeros(3))], "step": 4}
+    cut = _without_rows(nested)
+    assert [len(cut["a"][0]), *(len(part) for part in cut["a"][1])] == [0, 0, 0]
+    assert isinstance(cut["a"][1], Sample)
+    assert cut["step"] == 4
 
 
 # --- Groups ---------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses import _checks
-from imbalanced_losses._gather import GradReduce, Group, ProcessGroup, gather
+from imbalanced_losses._engine import ALONE, Exchange
+from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses.functional import score_spread
+from imbalanced_losses.functional import _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
 
@@ -54,6 +55,7 @@ class _QueuedRankingLoss(nn.Module):
         queue_follows_shift: bool = False,
         process_group: ProcessGroup | None = None,
         grad_reduce: GradReduce = "mean",
+        gather: Gather = "rows",
     ) -> None:
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
@@ -77,6 +79,13 @@ class _QueuedRankingLoss(nn.Module):
         self.grad_reduce: GradReduce = _checks.choice(
             "grad_reduce", grad_reduce, _checks.GRAD_REDUCES
         )
+        self.gather: Gather = _checks.choice("gather", gather, _checks.GATHERS)
+        if self.gather == "sums" and self.queue_follows_shift:
+            raise ValueError(
+                'queue_follows_shift must be False with gather="sums": the mean of all live rows '
+                'would have to be differentiated over ranks; use gather="rows" or a '
+                "global batch that needs no queue"
+            )
         self._queue = MemoryQueue(
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
@@ -151,11 +160,12 @@ class _QueuedRankingLoss(nn.Module):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit. Nothing has changed then.
         """
-        batch = self._batch(logits, targets, sample_weight)
+        batch, exchange = self._batch(logits, targets, sample_weight)
         self._queue.fit(batch)
         again = self._is_recomputed(batch)
         pool = self._capped(self._present(self._extended(batch, again)), again)
-        losses, valid = self._per_class(pool.problems(self.ignore_index))
+        problems = pool.problems(self.ignore_index)._replace(exchange=exchange)
+        losses, valid = self._per_class(problems)
         if not again:
             self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
@@ -169,13 +179,24 @@ class _QueuedRankingLoss(nn.Module):
         """τ in units of the scores: one for all problems, or [C]."""
         if self.temperature_unit == "score":
             return self.temperature
-        return self.temperature * score_spread(problems.scores, problems.weights)
+        spread = _score_spread_of_pool(problems.scores, problems.weights, problems.exchange)
+        return self.temperature * spread
 
-    def _batch(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
-        """The arguments of forward as rows, those of all ranks where it gathers."""
+    def _batch(
+        self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
+    ) -> tuple[Pool, Exchange]:
+        """The arguments of forward as rows, and the ranks that hold others to rank them with.
+
+        Where ranks gather rows, they are those of all ranks.
+        """
         if not self._gathers():
-            return self._checked(logits, targets, sample_weight)
-        settings = {
+            return self._checked(logits, targets, sample_weight), ALONE
+        settings: dict[str, float | str] = {
+            "gather": self.gather,
+            "grad_reduce": self.grad_reduce,
+            "reduction": self.reduction,
+            "temperature_unit": self.temperature_unit,
+            "queue_follows_shift": self.queue_follows_shift,
             "ignore_index": self.ignore_index,
             "queue_size": self.queue_size,
             "max_pool_size": self.max_pool_size or 0,
@@ -188,7 +209,7 @@ class _QueuedRankingLoss(nn.Module):
         except (TypeError, ValueError) as error:
             batch = error  # the other ranks wait to hear of it
         device = getattr(logits, "device", torch.device("cpu"))
-        return gather(batch, settings, device, self._group, self.grad_reduce)
+        return gather(batch, settings, device, self._group, self.gather, self.grad_reduce)
 
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
@@ -284,6 +305,7 @@ class _QueuedRankingLoss(nn.Module):
             "temperature_unit": "score",
             "queue_follows_shift": False,
             "grad_reduce": "mean",
+            "gather": "rows",
         }
         names = [
             *named,

@@ -16,6 +16,7 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURE_UNITS = ("score", "spread")
 GRAD_REDUCES = ("mean", "sum")
+GATHERS = ("rows", "sums")
 
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:

@@ -1,4 +1,8 @@
-"""Rows of every rank on every rank, with the gradient that one process would have.
+"""Ranks that rank their rows together, with the gradient that one process would have.
+
+Two ways: the rows of every rank on every rank (`gather="rows"`), or every rank with its own rows
+and the sums of all (`gather="sums"`). Both begin with a header of fixed size, compared so that
+ranks which disagree all raise the same error.
 
 The only file that knows torch.distributed.
 """
@@ -11,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from imbalanced_losses import _checks
+from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._pool import Pool
 
 if TYPE_CHECKING:
@@ -18,11 +24,16 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = getattr(dist, "ProcessGroup", Any)
 
-__all__ = ["GradReduce", "Group", "ProcessGroup", "gather"]
+__all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
+Gather = Literal["rows", "sums"]
 GradReduce = Literal["mean", "sum"]
 
 _DTYPES = (torch.float32, torch.float64)
+# Settings that are words, which travel as their place in this list.
+_WORDS = sorted({*_checks.GATHERS, *_checks.REDUCTIONS, *_checks.TEMPERATURE_UNITS})
+# What ranks may differ in.
+_OWN = ("failed", "rows", "weighted", "differentiated")
 
 
 class Group:
@@ -54,58 +65,97 @@ class Group:
 
 def gather(
     batch: Pool | Exception,
-    settings: dict[str, float],
+    settings: dict[str, float | str],
     device: torch.device,
     group: Group,
-    grad_reduce: GradReduce = "mean",
-) -> Pool:
-    """The rows of all ranks, in rank order, the same on every rank.
+    how: Gather,
+    grad_reduce: GradReduce,
+) -> tuple[Pool, Exchange]:
+    """The rows that this rank is to rank, and what it exchanges with others to do so.
+
+    "rows": those of all ranks, in rank order, the same on every rank, and nothing to exchange.
+    "sums": its own, and the sums of all ranks.
 
     Gradient flows to the rank's own rows. Trainers that average gradients over ranks get it
     multiplied by the number of ranks: the average of world_size × (own part) is the sum of the
     parts, which is the gradient of one process with all rows. The value of the loss is not scaled.
 
-    Two collectives: a header of fixed size, compared so that ranks which disagree all raise the
-    same error, and one payload, padded to the longest rank.
+    Collectives: a header of fixed size, and for "rows" one payload, padded to the longest rank.
 
     Args:
         batch: this rank's rows, or the error that kept it from having any.
         settings: what has to be the same on every rank, by name.
         device: of the collectives.
         group: the ranks.
+        how: what ranks send each other.
         grad_reduce: what the trainer does with the gradients of the ranks.
 
     Raises:
         TypeError, ValueError: on every rank, the error of the first rank that has one.
-        RuntimeError: on every rank, when settings or the forms of the rows differ.
+        RuntimeError: on every rank, when settings or the forms of the rows differ, or when a rank
+            does not take part.
     """
-    size, rank = group.size(), dist.get_rank(group.handle)
     headers = _exchanged_headers(batch, settings, device, group)
     if any(header["failed"] for header in headers):
         _raise_first_error(batch if isinstance(batch, Exception) else None, group)
     assert isinstance(batch, Pool)
     for name in headers[0]:
-        if name in ("rows", "weighted"):
-            continue
         values = [header[name] for header in headers]
-        if any(value != values[0] for value in values):
-            shown = ", ".join(f"{value:.17g}" for value in values)
+        if name not in _OWN and any(value != values[0] for value in values):
+            is_word = isinstance(settings.get(name), str)
+            shown = ", ".join(_WORDS[int(v)] if is_word else f"{v:.17g}" for v in values)
             raise RuntimeError(f"ranks disagree on {name}: rank 0, 1, … have {shown}")
 
-    lengths = [int(header["rows"]) for header in headers]
-    packed = _packed(batch, max(lengths))
-    parts = [
-        _unpacked(part[:length], batch)
-        for part, length in zip(_all_gather(packed, group), lengths, strict=True)
-    ]
-    factor = size if grad_reduce == "mean" else 1
-    own: Tensor = _ScaleGradient.apply(batch.logits, factor)
-    parts[rank] = parts[rank]._replace(logits=own)
-    logits = torch.cat([part.logits for part in parts])
-    targets = torch.cat([part.targets for part in parts])
-    weights = torch.cat([part.row_weights() for part in parts])
     is_weighted = any(header["weighted"] for header in headers)
-    return Pool(logits, targets, weights if is_weighted else None)
+    is_differentiated = any(header["differentiated"] for header in headers)
+    factor = group.size() if grad_reduce == "mean" else 1
+    own = batch._replace(
+        logits=_ScaleGradient.apply(batch.logits, factor),
+        weights=batch.row_weights() if is_weighted else None,
+    )
+    if how == "sums":
+        return own, Shards(group, is_differentiated)
+    lengths = [int(header["rows"]) for header in headers]
+    return _rows_of_all(own, lengths, group), ALONE
+
+
+class Shards:
+    """Ranks that each keep rows of the same problems: the `Exchange` of their engines."""
+
+    def __init__(self, group: Group, is_differentiated: bool) -> None:
+        self.group = group
+        self.is_differentiated = is_differentiated
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total: Tensor = _SumOverRanks.apply(tensor, self.group)
+        return total
+
+    def max(self, tensor: Tensor) -> Tensor:
+        largest = tensor.detach().clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group.handle)
+        return largest
+
+    def concatenated(self, rows: Tensor) -> Tensor:
+        length = torch.tensor([len(rows)], device=rows.device)
+        lengths = [int(one) for one in _all_gather(length, self.group)]
+        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = zip(_all_gather(padded, self.group), lengths, strict=True)
+        return torch.cat([part[:length] for part, length in parts])
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """An all-reduce, whose gradient is already that of the loss of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=group.handle)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -121,14 +171,32 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
+def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
+    """The rows of all ranks in rank order; the gradient reaches this one's."""
+    packed = _packed(own, max(lengths))
+    parts = [
+        _unpacked(part[:length], own)
+        for part, length in zip(_all_gather(packed, group), lengths, strict=True)
+    ]
+    rank = dist.get_rank(group.handle)
+    parts[rank] = parts[rank]._replace(logits=own.logits)
+    logits = torch.cat([part.logits for part in parts])
+    targets = torch.cat([part.targets for part in parts])
+    weights = None
+    if own.weights is not None:
+        weights = torch.cat([part.row_weights() for part in parts])
+    return Pool(logits, targets, weights)
+
+
 def _exchanged_headers(
-    batch: Pool | Exception, settings: dict[str, float], device: torch.device, group: Group
+    batch: Pool | Exception, settings: dict[str, float | str], device: torch.device, group: Group
 ) -> list[dict[str, float]]:
     """What each rank is about to send."""
     header: dict[str, float] = {
         "failed": 1,
         "rows": 0,
         "weighted": 0,
+        "differentiated": 0,
         "classes": 0,
         "target columns": 0,
         "dtype": 0,
@@ -137,12 +205,23 @@ def _exchanged_headers(
         header["failed"] = 0
         header["rows"] = len(batch.logits)
         header["weighted"] = int(batch.weights is not None)
+        header["differentiated"] = int(torch.is_grad_enabled() and batch.logits.requires_grad)
         header["classes"] = batch.logits.shape[1]
         header["target columns"] = _columns(batch.targets)
         header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
-    header |= settings
+    for name, value in settings.items():
+        header[name] = _WORDS.index(value) if isinstance(value, str) else value
     values = torch.tensor(list(header.values()), dtype=torch.float64, device=device)
-    return [dict(zip(header, row.tolist(), strict=True)) for row in _all_gather(values, group)]
+    try:
+        rows = [row.tolist() for row in _all_gather(values, group)]
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the loss ranks the rows of all ranks together, and not all of them took part in this "
+            "forward pass: one has ended, failed, or made fewer steps than the others. Ranks with "
+            "fewer batches: see imbalanced_losses.distributed.even_steps. torch.distributed says: "
+            f"{error}"
+        ) from error
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def _raise_first_error(own: Exception | None, group: Group) -> None:

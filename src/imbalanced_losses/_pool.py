@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imbalanced_losses._engine import ALONE, Exchange
+
 
 class Problems(NamedTuple):
     """C ranking problems over M rows: all that a ranking loss gets to see."""
@@ -15,6 +17,7 @@ class Problems(NamedTuple):
     is_positive: Tensor  # [C, M] bool
     weights: Tensor | None  # [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere
     num_live: int  # the rows from here on are constants, without a gradient
+    exchange: Exchange = ALONE  # the processes that hold other rows of the problems
 
 
 class Pool(NamedTuple):

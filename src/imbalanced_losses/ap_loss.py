@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from imbalanced_losses._base import PerClass, _QueuedRankingLoss
-from imbalanced_losses._pool import Problems
+from imbalanced_losses._engine import ALONE, Exchange
+from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses.functional import Backend, SmoothAP, _smooth_ap_of_pool
 
 
@@ -49,6 +50,12 @@ class SmoothAPLoss(_QueuedRankingLoss):
         grad_reduce: what the trainer does with the gradients of the ranks: "mean" (DDP, FSDP,
             Lightning, Accelerate) or "sum". The outcome is the gradient of one process with the
             rows of all ranks; the value of the loss is the same for both.
+        gather: what ranks send each other. "rows": every rank gets all rows and ranks them. "sums":
+            every rank keeps its rows, and ranks add up the sums that ranking takes, whose size
+            does not depend on the number of rows: for pools too large for one rank. Loss and
+            gradient are the same to rounding. queue_size and max_pool_size are then per rank, the
+            backend is the linear one, queue_follows_shift is refused, and gradients can't be
+            differentiated again.
 
     Attributes:
         temperature: can be assigned between steps; part of the checkpoint.
@@ -90,6 +97,7 @@ class SmoothAPLoss(_QueuedRankingLoss):
             self._effective_temperature(problems),
             problems.weights,
             problems.num_live,
+            problems.exchange,
         )
         return PerClass(1 - ap, valid)
 
@@ -100,6 +108,17 @@ class SmoothAPLoss(_QueuedRankingLoss):
         tau: float | Tensor,
         sample_weight: Tensor | None = None,
         num_live: int | None = None,
+        exchange: Exchange = ALONE,
     ) -> SmoothAP:
         """Smooth-AP of scores [M] or [C, M] by this loss's backend."""
-        return _smooth_ap_of_pool(scores, is_pos, tau, sample_weight, self.backend, num_live)
+        return _smooth_ap_of_pool(
+            scores, is_pos, tau, sample_weight, self.backend, num_live, exchange
+        )
+
+    def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
+        if self.gather == "sums" and self.backend == "dense":
+            raise ValueError(
+                'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows '
+                'of the others has no pairs to sum over; got "dense"'
+            )
+        return super()._checked(logits, targets, sample_weight)

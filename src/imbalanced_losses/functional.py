@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import _checks
-from imbalanced_losses._engine import BACKENDS, Backend, detached, rank_plan, sigmoid_sums
+from imbalanced_losses._engine import (
+    ALONE,
+    BACKENDS,
+    Backend,
+    Exchange,
+    detached,
+    rank_plan,
+    sigmoid_sums,
+)
 
 __all__ = ["Backend", "SmoothAP", "score_spread", "smooth_ap"]
 
@@ -86,18 +94,21 @@ def _smooth_ap_of_pool(
     sample_weight: Tensor | None,
     backend: Backend,
     num_live: int | None,
+    exchange: Exchange = ALONE,
 ) -> SmoothAP:
     """`smooth_ap` of rows of which only the first `num_live` need a gradient, None for all.
 
     The others are constants, such as the rows of a queue: their gradient is not computed, and
-    taken for 0.
+    taken for 0. With an exchange the rows are this process's part of the pool: the value is that
+    of the whole pool, the gradient its derivative by these rows.
     """
     _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     _checks.choice("backend", backend, BACKENDS)
     if torch._C._are_functorch_transforms_active():
+        _only_alone(exchange)
         return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
     constants = (is_positive, sample_weight, backend, num_live)
-    of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight)
+    of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight, exchange)
     ap: Tensor = _SmoothAP.apply(scores, temperature, of, constants)
     return SmoothAP(ap, of.valid.view(ap.shape))
 
@@ -120,19 +131,28 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         >>> score_spread(torch.tensor([1.0, 3.0]))
         tensor(1.)
     """
+    return _score_spread_of_pool(scores, sample_weight, ALONE)
+
+
+def _score_spread_of_pool(
+    scores: Tensor, sample_weight: Tensor | None, exchange: Exchange
+) -> Tensor:
+    """`score_spread` of the rows of all processes."""
     usable = scores.isfinite()
     if sample_weight is not None:
         usable = usable & (sample_weight > 0)
     weights = usable.double() if sample_weight is None else sample_weight.double() * usable
-    total = weights.sum(-1, keepdim=True)
+    total = exchange.sum(weights.sum(-1, keepdim=True))
     share = weights / torch.where(total > 0, total, 1.0)
 
     # In float64, for sums over 10⁶ rows, and in units whose square does not overflow.
     wide = torch.where(usable, scores, 0.0).double()
-    unit = (share * wide.detach().abs()).sum(-1, keepdim=True)
+    unit = exchange.sum((share * wide.detach().abs()).sum(-1, keepdim=True))
     scaled = wide / torch.where(unit > 0, unit, 1.0)
-    mean = (share * scaled).sum(-1, keepdim=True)
-    variance = (share * (scaled - mean).square()).sum(-1)
+    mean = exchange.sum((share * scaled).sum(-1, keepdim=True))
+    if exchange is not ALONE:
+        mean = mean.detach()  # what moves with the mean is zero over all rows, not over some
+    variance = exchange.sum((share * (scaled - mean).square()).sum(-1))
 
     dtype = _compute_dtype(scores)
     limits, unit = torch.finfo(dtype), unit.squeeze(-1)
@@ -154,6 +174,7 @@ class _Problems(NamedTuple):
     problem: Tensor  # [Q] class of each positive of a valid class, ascending
     row: Tensor  # [Q]
     share: float | Tensor  # [Q] ω over the class's sum: precisions are averaged with these
+    exchange: Exchange  # the processes that hold other rows of the problems
 
 
 def _problems(
@@ -161,6 +182,7 @@ def _problems(
     is_positive: Tensor,
     temperature: float | Tensor,
     sample_weight: Tensor | None,
+    exchange: Exchange = ALONE,
 ) -> _Problems:
     dtype = _compute_dtype(scores)
     limits = torch.finfo(dtype)
@@ -169,9 +191,8 @@ def _problems(
     if scores.dtype != dtype:
         scores = scores.to(dtype)
     scores = scores.contiguous()
-    weights = None
-    if sample_weight is not None:
-        weights = _unit_weights(sample_weight.detach().expand(scores.shape), dtype)
+    weights = _unit_weights(sample_weight, scores, exchange)
+    if weights is not None:
         scores = torch.where(weights > 0, scores, 0.0)  # a row left out may hold NaN
     largest = limits.max / 2
     has_extremes = _may_exceed(scores, largest)
@@ -185,8 +206,8 @@ def _problems(
     else:
         temperature = max(temperature, smallest)
 
-    positives = _positives(is_positive, weights, dtype)
-    return _Problems(scores, has_extremes, temperature, weights, is_positive, *positives)
+    positives = _positives(is_positive, weights, dtype, exchange)
+    return _Problems(scores, has_extremes, temperature, weights, is_positive, *positives, exchange)
 
 
 def _may_exceed(scores: Tensor, limit: float) -> bool:
@@ -198,13 +219,13 @@ def _may_exceed(scores: Tensor, limit: float) -> bool:
 
 
 def _positives(
-    is_positive: Tensor, weights: Tensor | None, dtype: torch.dtype
+    is_positive: Tensor, weights: Tensor | None, dtype: torch.dtype, exchange: Exchange
 ) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
     """valid, problem, row and share of `_Problems`."""
     num_problems, num_rows = is_positive.shape
     is_query = is_positive if weights is None else is_positive & (weights > 0)
     problem, row = is_query.nonzero().unbind(1)
-    if weights is None and num_problems == 1:
+    if weights is None and num_problems == 1 and exchange is ALONE:
         num_positives = row.shape[0]
         is_valid = 0 < num_positives < num_rows
         valid = torch.full((1,), is_valid, device=row.device)
@@ -213,16 +234,22 @@ def _positives(
         return valid, problem, row, 1 / max(1, num_positives)
 
     counts = problem.bincount(minlength=num_problems)  # [C]
-    num_present = num_rows if weights is None else (weights > 0).sum(1)
+    num_present = counts.new_tensor(num_rows) if weights is None else (weights > 0).sum(1)
+    mass = counts.to(dtype)
+    if weights is not None:
+        own = weights[problem, row]
+        mass = own.new_zeros(num_problems).index_add(0, problem, own)
+    if exchange is not ALONE:
+        found = torch.stack((counts, num_present.expand_as(counts), mass)).double()
+        counts, num_present, mass = exchange.sum(found).unbind()
+        mass = mass.to(dtype)
     valid = (counts > 0) & (counts < num_present)
     if not bool(valid.all()):
         kept = valid[problem].nonzero().squeeze(1)
         problem, row = problem[kept], row[kept]
     if weights is None:
-        return valid, problem, row, counts.to(dtype).reciprocal()[problem]
-    own = weights[problem, row]
-    mass = own.new_zeros(num_problems).index_add(0, problem, own)
-    return valid, problem, row, own / mass[problem]
+        return valid, problem, row, mass.reciprocal()[problem]
+    return valid, problem, row, weights[problem, row] / mass[problem]
 
 
 def _differentiable_smooth_ap(
@@ -262,7 +289,9 @@ class _SmoothAP(torch.autograd.Function):
         constants: tuple[Tensor, Tensor | None, Backend, int | None],
     ) -> Tensor:
         *_, backend, num_live = constants
-        if ctx.needs_input_grad[1]:
+        exchange = of.exchange
+        is_differentiated = exchange.is_differentiated or any(ctx.needs_input_grad)
+        if is_differentiated and isinstance(temperature, Tensor):
             num_live = None  # what τ changes is told from the slopes of all rows
         plan = rank_plan(
             of.scores,
@@ -273,15 +302,16 @@ class _SmoothAP(torch.autograd.Function):
             of.temperature,
             backend=backend,
             num_live=num_live,
+            exchange=exchange,
         )
-        if not any(ctx.needs_input_grad):
+        if not is_differentiated:
             among_all, among_positives = plan.ranks()
         else:
             among_all, among_positives, slopes = plan.ranks_and_gradient(_SlopesOfPrecision(of))
             if of.has_extremes:
                 # Nothing moves an infinity; where several tie, their slopes would be finite.
                 slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-            ctx.constants = constants
+            ctx.constants, ctx.exchange = constants, exchange
             ctx.fixed_temperature = temperature
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
@@ -291,14 +321,17 @@ class _SmoothAP(torch.autograd.Function):
         precision = among_positives.div_(among_all)
         weighted = precision.mul_(of.share)
         if of.scores.shape[0] == 1:
-            return weighted.sum() if scores.dim() == 1 else weighted.sum(0, keepdim=True)
-        return of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
+            ap = weighted.sum() if scores.dim() == 1 else weighted.sum(0, keepdim=True)
+        else:
+            ap = of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
+        return exchange.sum(ap)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scores, slopes, *rest = ctx.saved_tensors
         temperature = rest[0] if ctx.fixed_temperature is None else ctx.fixed_temperature
         if torch.is_grad_enabled():
+            _only_alone(ctx.exchange)
             found = _twice_differentiable_gradient(ctx, scores, temperature, grads[0])
             return *found, None, None
         by_temperature = None
@@ -339,8 +372,17 @@ def _slopes_in_temperature(of: _Problems, slopes: Tensor) -> Tensor:
     slopes = slopes.double()
     scaled = torch.where(slopes != 0, scaled, 0.0)  # a NaN that no sum has seen counts for nothing
     size = slopes.abs()
-    origin = (size * scaled).sum(1) / size.sum(1).clamp(min=1e-300)
-    return -((scaled - origin[:, None]) * slopes).sum(1)
+    middle = of.exchange.sum(torch.stack(((size * scaled).sum(1), size.sum(1))))
+    origin = middle[0] / middle[1].clamp(min=1e-300)
+    return -of.exchange.sum(((scaled - origin[:, None]) * slopes).sum(1))
+
+
+def _only_alone(exchange: Exchange) -> None:
+    if exchange is not ALONE:
+        raise RuntimeError(
+            'gather="sums" has first derivatives only: for create_graph=True or torch.func use '
+            'gather="rows"'
+        )
 
 
 def _twice_differentiable_gradient(
@@ -357,12 +399,26 @@ def _twice_differentiable_gradient(
     return by_scores, by_temperature
 
 
-def _unit_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights [C, M] over their largest, which leaves AP alone and lets no sum overflow."""
-    if weights.shape[1] == 0:
-        return weights.to(dtype)
-    largest = weights.amax(1, keepdim=True)
-    return (weights / torch.where(largest > 0, largest, 1)).to(dtype)
+def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) -> Tensor | None:
+    """Weights [C, M] over their largest, which leaves AP alone and lets no sum overflow.
+
+    None where all are 1, in every process.
+    """
+    if weights is None and exchange is ALONE:
+        return None
+    num_problems, num_rows = scores.shape
+    is_weighted = scores.new_full((num_problems, 1), weights is not None, dtype=torch.float64)
+    if weights is None:
+        weights = scores.new_ones(()).expand(scores.shape)
+    weights = weights.detach().expand(scores.shape)
+    no_rows = weights.new_zeros(num_problems, 1)
+    largest = weights.amax(1, keepdim=True) if num_rows > 0 else no_rows
+    if exchange is not ALONE:
+        found, is_weighted = exchange.max(torch.stack((largest.double(), is_weighted))).unbind()
+        if not bool(is_weighted.any()):
+            return None
+        largest = found.to(largest.dtype)
+    return (weights / torch.where(largest > 0, largest, 1)).to(scores.dtype)
 
 
 def _compute_dtype(scores: Tensor) -> torch.dtype:

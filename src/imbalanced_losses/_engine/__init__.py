@@ -30,9 +30,11 @@ from imbalanced_losses._engine._choose import choose
 from imbalanced_losses._engine._dense import DensePlan
 from imbalanced_losses._engine._dense_ranks import DenseRanks, DenseRanksOfMany
 from imbalanced_losses._engine._panel import PanelPlan, PanelRanks
-from imbalanced_losses._engine._plan import Plan, RankPlan
+from imbalanced_losses._engine._plan import ALONE, Exchange, Plan, RankPlan
 
 Backend = Literal["auto", "dense", "panel"]
+__all__ = ["ALONE", "BACKENDS", "Backend", "Exchange", "detached", "rank_plan", "sigmoid_sums"]
+
 BACKENDS: tuple[str, ...] = ("auto", "dense", "panel")
 
 
@@ -90,6 +92,7 @@ def rank_plan(
     *,
     backend: Backend = "auto",
     num_live: int | None = None,
+    exchange: Exchange = ALONE,
 ) -> RankPlan:
     """Soft ranks of the positives, with their first derivative in one go.
 
@@ -105,12 +108,14 @@ def rank_plan(
         temperature: τ > 0, or [C].
         backend: see `sigmoid_sums`.
         num_live: rows from here on are constants, whose gradient is taken for 0; None = M.
+        exchange: the processes that hold rows of the same problems, of which the arguments give
+            those of this one: ranks are among the rows of all, by panels.
     """
     num_problems, num_rows = scores.shape  # `len` of a tensor takes ten times as long
     if num_live is None:
         num_live = num_rows
-    if _chosen(backend, row.shape[0], scores) == "panel":
-        return PanelRanks(scores, problem, row, weights, temperature, num_live)
+    if exchange is not ALONE or _chosen(backend, row.shape[0], scores) == "panel":
+        return PanelRanks(scores, problem, row, weights, temperature, num_live, exchange)
     if num_problems == 1:
         return DenseRanks(scores, is_positive, row, weights, temperature, num_live)
     return DenseRanksOfMany(scores, problem, row, weights, temperature, num_live)

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from imbalanced_losses._engine._panel_line import Line, Precision, lay_line
 from imbalanced_losses._engine._panel_table import table_spectrum, translation_table
-from imbalanced_losses._engine._plan import SlopesOf
+from imbalanced_losses._engine._plan import ALONE, Exchange, SlopesOf
 from imbalanced_losses._engine._scratch import scratch
 
 # Sources that pass through moments and evaluation at a time: their powers stay in the cache.
@@ -129,6 +129,7 @@ class Panels:
         sources: Tensor,
         temperature: float | Tensor,
         for_ranks: bool = False,
+        exchange: Exchange = ALONE,
     ) -> None:
         # Ranks: queries are sources, and vmap, which cannot write to given memory, stays outside.
         self._is_plain = for_ranks
@@ -136,16 +137,20 @@ class Panels:
         if not isinstance(temperature, Tensor):
             temperature = sources.new_full((len(sources),), temperature, dtype=torch.float64)
         strangers = slice(0, 0) if for_ranks else slice(None)
+        precisions = PRECISIONS[sources.dtype]
+        if exchange is not ALONE:
+            precisions = precisions[-1:]  # the fewest moments to exchange
         self.precision, self.line = lay_line(
             sources,
             queries[strangers],
             problem[strangers],
+            problem.new_zeros(len(sources)).index_fill_(0, problem, 1),
             temperature.double()[:, None],
-            PRECISIONS[sources.dtype],
+            precisions,
+            exchange,
         )
         self.sources = _Cloud(sources, None, self.line)
         self.queries = _Cloud(queries, problem, self.line)
-        self.problem = problem
 
     def _scratch(self, place: int, shape: tuple[int, ...]) -> Tensor | None:
         return scratch(place, shape, self.sources.scores, torch.float64) if self._is_plain else None
@@ -207,10 +212,7 @@ class Panels:
             target.copy_(values.view(target.shape))
         poison = self.line.poison
         if poison is not None:
-            # As by the definition, a problem without queries gives nothing to its sources.
-            problem = self.problem
-            per_problem = torch.zeros_like(poison).index_copy(0, problem, poison[problem])
-            out += per_problem[:, None] if cloud.problem is None else per_problem[cloud.problem]
+            out += poison[:, None] if cloud.problem is None else poison[cloud.problem]
         return out
 
 
@@ -307,10 +309,12 @@ class PanelRanks:
         weights: Tensor | None,
         temperature: float | Tensor,
         num_live: int,
+        exchange: Exchange = ALONE,
     ) -> None:
         self.scores, self.weights = scores, weights
         self.problem, self.row, self.num_live = problem, row, num_live
-        self.panels = Panels(scores[problem, row], problem, scores, temperature, True)
+        self.exchange = exchange
+        self.panels = Panels(scores[problem, row], problem, scores, temperature, True, exchange)
         self._query_weights = None if weights is None else weights[problem, row][None]  # [1, Q]
 
     def ranks(self) -> tuple[Tensor, Tensor]:
@@ -319,7 +323,7 @@ class PanelRanks:
             panels.sources, None if self.weights is None else self.weights[None]
         )
         of_positives = panels.moments(panels.queries, weights)
-        self._moments = torch.cat((of_all, of_positives))  # [2, p, S]
+        self._moments = self.exchange.sum(torch.cat((of_all, of_positives)))  # [2, p, S]
         field = panels.field(self._moments, 0)
         sums = panels.evaluated(field, panels.queries, torch.float64)  # [2, Q]
         ranks = sums.add_(0.5 if weights is None else 0.5 * weights).to(self.scores.dtype)
@@ -335,7 +339,8 @@ class PanelRanks:
         panels, weights, query_weights = self.panels, self.weights, self._query_weights
         sources, queries, problem, row = panels.sources, panels.queries, self.problem, self.row
         for_queries = panels.field(self._moments, 1)  # [2, p, S]
-        for_sources = panels.field(panels.moments(queries, cotangent), 1, transposed=True)
+        slopes = self.exchange.sum(panels.moments(queries, cotangent))
+        for_sources = panels.field(slopes, 1, transposed=True)
         num_constant = self.scores.shape[1] - self.num_live
         if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
             live = (row < self.num_live).nonzero().squeeze(1)
@@ -348,7 +353,7 @@ class PanelRanks:
         if weights is not None:
             out *= weights
         if len(out) > 1:  # a problem without queries has a gradient of exactly zero
-            out *= torch.zeros_like(out[:, :1]).index_fill_(0, self.problem, 1)
+            out *= panels.line.is_asked[:, None].to(out.dtype)
         # A positive is a query, and a source of both sums. These cancel: summed in float64.
         fields = torch.cat((for_queries, for_sources))
         as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(2)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imbalanced_losses._engine._plan import ALONE, Exchange
 from imbalanced_losses._engine._scratch import scratch
 
 # Rows that tell where the bulk of the scores lies.
@@ -47,16 +48,18 @@ class Line(NamedTuple):
         origin: [C, 1], the lowest score of each problem, in slot 0 of its own.
         per_panel: [C, 1] float64, panels per unit of score.
         length: slots of one problem, of which the last `reach` or more are empty.
+        is_asked: [C] float64, 1 for a problem that has queries, else 0.
         segments: one for each problem, where the line is cut; else empty.
         occupied: [S] int64 ascending, the slots that hold a score, where only these are kept; the
             S panels are then numbered in this order. Else None.
-        poison: [C], where some problem holds a NaN: NaN for such a problem and 0 for the others.
-            The NaN itself is located as 0. Else None.
+        poison: [C], where some problem holds a NaN: NaN for such a problem, if it has queries, and
+            0 for the others. The NaN itself is located as 0. Else None.
     """
 
     origin: Tensor
     per_panel: Tensor
     length: int
+    is_asked: Tensor
     segments: tuple[Segments, ...] = ()
     occupied: Tensor | None = None
     poison: Tensor | None = None
@@ -150,26 +153,34 @@ def lay_line(
     sources: Tensor,
     queries: Tensor,
     problem: Tensor,
+    is_asked: Tensor,
     temperature: Tensor,
     precisions: Sequence[Precision],
+    exchange: Exchange = ALONE,
 ) -> tuple[Precision, Line]:
-    """The line for sources [C, M], M > 0, and queries [Q] of `problem`, finite or NaN.
+    """The line for sources [C, M] and queries [Q] of `problem`, finite or NaN.
 
-    Queries that are sources need not be given (Q = 0). Of the precisions, finest panels first, it
-    takes the first that gets by with few panels beside the rows. `temperature` is [C, 1] float64.
-    Reads the range of the scores back to the host.
+    Queries that are sources need not be given (Q = 0). `is_asked` [C] is 1 for problems that have
+    queries of either kind, else 0. Of the precisions, finest panels first, it takes the first that
+    gets by with few panels beside the rows. `temperature` is [C, 1] float64. Processes that hold
+    rows of the same problems lay the same line. Reads the range of the scores back to the host.
     """
-    low, high = sources.amin(1, keepdim=True), sources.amax(1, keepdim=True)  # [C, 1]
-    if len(queries):
-        low = low[:, 0].scatter_reduce(0, problem, queries, "amin")[:, None]
-        high = high[:, 0].scatter_reduce(0, problem, queries, "amax")[:, None]
-    extent = float(((high.double() - low.double()) / temperature).max())  # in τ
-    if math.isnan(extent):
-        precision, line = lay_line(
-            sources.nan_to_num(), queries.nan_to_num(), problem, temperature, precisions
-        )
-        return precision, line._replace(poison=low[:, 0] * 0)
     num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
+    low, high, holds_nan = _range(sources, queries, problem)
+    own_rows = torch.full_like(low, num_rows)
+    found = exchange.max(torch.stack((-low, high, holds_nan, is_asked.double(), own_rows)))
+    low, high, holds_nan, is_asked, _ = found.unbind()
+    low, high = -low[:, None], high[:, None]
+    is_empty = low > high
+    low, high = low.masked_fill(is_empty, 0), high.masked_fill(is_empty, 0)
+    extents = (high - low) / temperature  # in τ
+    summary = torch.stack((extents.max(), holds_nan.max(), found[-1].max()))
+    extent, any_nan, most_rows = summary.tolist()
+    num_rows = int(most_rows)  # what a process spends on rows, where each convolves all panels
+    poison = None
+    if any_nan:
+        sources, queries = sources.nan_to_num(), queries.nan_to_num()
+        poison = torch.where((holds_nan > 0) & (is_asked > 0), math.nan, 0.0).to(sources.dtype)
     for precision in precisions:
         is_last = precision is precisions[-1]
         longest = num_rows // 32
@@ -178,35 +189,78 @@ def lay_line(
         per_panel = 1 / (precision.width * temperature)
         needed = extent / precision.width
         if needed < longest:
-            return precision, Line(low, per_panel, int(needed) + 1 + precision.reach)
+            length = int(needed) + 1 + precision.reach
+            return precision, Line(low, per_panel, length, is_asked, poison=poison)
         if num_rows < _WORTH_CUTTING and not is_last:
             continue
-        line = _cut_line(sources, queries, problem, low, per_panel, precision.reach)
-        if line.length <= longest:
+        segments, length = _segments(sources, queries, problem, per_panel, precision, exchange)
+        line = Line(low, per_panel, length, is_asked, segments, poison=poison)
+        if length <= longest:
             return precision, line
     own, strangers = (
         line.locate(sources, None)[0].flatten().clone(),
         line.locate(queries, problem)[0],
     )
-    return precision, line._replace(occupied=torch.cat((own, strangers)).unique())
+    occupied = torch.cat((own, strangers)).unique()
+    if exchange is not ALONE:
+        occupied = exchange.concatenated(occupied).unique()
+    return precision, line._replace(occupied=occupied)
 
 
-def _cut_line(
-    sources: Tensor, queries: Tensor, problem: Tensor, low: Tensor, per_panel: Tensor, reach: int
-) -> Line:
-    """The line in which long gaps are shortened."""
-    parts = [torch.cat((own, queries[problem == c])) for c, own in enumerate(sources)]
-    rates = per_panel[:, 0].tolist()
-    cut = [_segments(own, rate, reach) for own, rate in zip(parts, rates, strict=True)]
-    length = max(length for _, length in cut) + reach
-    return Line(low, per_panel, length, tuple(segments for segments, _ in cut))
+def _range(sources: Tensor, queries: Tensor, problem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest score, highest score, and whether one is NaN, which the others are taken without.
+
+    [C] float64 each; +inf and −inf where there is no score.
+    """
+    low = torch.full((len(sources),), math.inf, dtype=torch.float64, device=sources.device)
+    high = -low
+    if sources.shape[1]:
+        low, high = sources.amin(1).double(), sources.amax(1).double()
+    if len(queries):
+        low = low.scatter_reduce(0, problem, queries.double(), "amin")
+        high = high.scatter_reduce(0, problem, queries.double(), "amax")
+    is_nan = low.isnan()
+    if not bool(is_nan.any()):
+        return low, high, is_nan.double()
+    low, high, _ = _range(sources.nan_to_num(), queries.nan_to_num(), problem)
+    return low, high, is_nan.double()
 
 
-def _segments(scores: Tensor, per_panel: float, reach: int) -> tuple[Segments, int]:
-    """Segments for the scores [n] of one problem, and how many panels they take.
+def _segments(
+    sources: Tensor,
+    queries: Tensor,
+    problem: Tensor,
+    per_panel: Tensor,
+    precision: Precision,
+    exchange: Exchange,
+) -> tuple[tuple[Segments, ...], int]:
+    """Segments of every problem on the line in which long gaps are shortened, and its length."""
+    reach, rates = precision.reach, per_panel[:, 0].tolist()
+    intervals = [
+        _intervals(torch.cat((own, queries[problem == c])), rate, reach)
+        for c, (own, rate) in enumerate(zip(sources, rates, strict=True))
+    ]
+    if exchange is not ALONE:
+        numbers = [torch.full_like(own[:, :1], c) for c, own in enumerate(intervals)]
+        own_rows = torch.cat((torch.cat(numbers), torch.cat(intervals)), dim=1)
+        rows = exchange.concatenated(own_rows)
+        intervals = [
+            _merged(rows[rows[:, 0] == c, 1:], rate, reach) for c, rate in enumerate(rates)
+        ]
+    cut = [_laid(own, rate, reach) for own, rate in zip(intervals, rates, strict=True)]
+    segments = tuple(
+        Segments(starts.to(sources.dtype).contiguous(), slots) for starts, slots, _ in cut
+    )
+    return segments, max(length for *_, length in cut) + reach
+
+
+def _intervals(scores: Tensor, per_panel: float, reach: int) -> Tensor:
+    """First and last score [n, 2] float64 of each segment of one problem's scores [m].
 
     Scores near the median are one segment as they stand; only those outside are sorted.
     """
+    if len(scores) == 0:
+        return scores.new_empty(0, 2, dtype=torch.float64)
     sample = scores[:: max(1, len(scores) // _SAMPLE)].double()
     half_window = max(1024, len(scores)) / (2 * per_panel)
     is_inside = (scores - sample.median()).abs_() < half_window
@@ -214,14 +268,28 @@ def _segments(scores: Tensor, per_panel: float, reach: int) -> tuple[Segments, i
     core = torch.stack(inside.aminmax())
     values, order = torch.cat((outside, core)).sort(stable=True)
 
-    gaps = values.double().diff().mul_(per_panel)  # in panels
-    is_cut = gaps > reach + 2
+    values = values.double()
+    is_cut = values.diff().mul_(per_panel) > reach + 2  # in panels
     is_cut &= order[:-1] != len(outside)  # the gap that follows core's lowest is not empty
-    starts = torch.nn.functional.pad(is_cut, (1, 0), value=True)  # [n]: begins a segment
-    segment = starts.cumsum(0) - 1
-    anchors = values[starts]
-    extent = anchors.new_zeros(len(anchors), dtype=torch.float64)
-    extent.index_add_(0, segment[1:], torch.where(is_cut, 0.0, gaps))
-    steps = extent.long() + 1 + reach + 1  # the panels of a segment, then the empty ones
+    starts = torch.nn.functional.pad(is_cut, (1, 0), value=True)
+    ends = torch.nn.functional.pad(is_cut, (0, 1), value=True)
+    return torch.stack((values[starts], values[ends]), dim=1)
+
+
+def _merged(intervals: Tensor, per_panel: float, reach: int) -> Tensor:
+    """Intervals [n, 2] of several processes, those joined that are not a long gap apart."""
+    starts, order = intervals[:, 0].sort()
+    ends = intervals[order, 1].cummax(0).values
+    is_cut = (starts[1:] - ends[:-1]).mul_(per_panel) > reach + 2
+    first = torch.nn.functional.pad(is_cut, (1, 0), value=True)
+    last = torch.nn.functional.pad(is_cut, (0, 1), value=True)
+    return torch.stack((starts[first], ends[last]), dim=1)
+
+
+def _laid(intervals: Tensor, per_panel: float, reach: int) -> tuple[Tensor, Tensor, int]:
+    """Start and slot [n] of each segment, and how many panels they take."""
+    starts, ends = intervals.unbind(1)
+    # The panels of a segment, then the empty ones.
+    steps = (ends - starts).mul_(per_panel).long() + 1 + reach + 1
     slots = steps.cumsum(0) - steps
-    return Segments(anchors, slots), int(slots[-1] + steps[-1])
+    return starts, slots, int(steps.sum())

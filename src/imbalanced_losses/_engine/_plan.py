@@ -1,4 +1,4 @@
-"""What a backend provides: a plan for one geometry, asked for sums in both directions."""
+"""What a backend provides, a plan for one geometry, and what it may need from other processes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,42 @@ class RankPlan(Protocol):
 
         A score moves the ranks of others, and its own. Constants move nothing: 0.
         """
+
+
+class Exchange(Protocol):
+    """The processes that hold the rows of the same problems, each of them some.
+
+    Every call is collective: all make it, in the same order, and get the same bits.
+    """
+
+    is_differentiated: bool  # whether any of them needs a gradient
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, of the same shape; its gradient reaches this one's part."""
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest over processes, of the same shape; nothing may be NaN."""
+
+    def concatenated(self, rows: Tensor) -> Tensor:
+        """[n, ...] of each process, n its own, one behind the other."""
+
+
+class Alone:
+    """The exchange of one process that holds all rows: nothing is exchanged."""
+
+    is_differentiated = False
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def concatenated(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+ALONE = Alone()
 
 
 class SlopesOf(Protocol):
