@@ -62,6 +62,15 @@ class Group:
             return 1
         return dist.get_world_size(self.handle)
 
+    def summed(self, numbers: list[int], device: torch.device | str | None) -> list[int]:
+        """The sum over ranks of each number; None: on a device that the group can send from."""
+        if device is None:
+            is_nccl = "nccl" in dist.get_backend(self.handle)
+            device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
+        sums = torch.tensor(numbers, dtype=torch.int64, device=device)
+        dist.all_reduce(sums, group=self.handle)
+        return [int(total) for total in sums.tolist()]
+
 
 def gather(
     batch: Pool | Exception,

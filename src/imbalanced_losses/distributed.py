@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from imbalanced_losses._gather import Group, ProcessGroup
@@ -46,16 +45,13 @@ def even_steps(
         RuntimeError: on every rank, where one has no batch at all: there is nothing to cut.
 
     Example:
-        >>> [len(batch) for batch in even_steps([torch.zeros(3, 2), torch.zeros(1, 2)])]
-        [3, 1]
+        >>> sum(len(batch) for batch in even_steps([torch.zeros(3, 2), torch.zeros(1, 2)]))
+        4
     """
     group = Group(process_group)
     if group.size() == 1:
         yield from batches
         return
-    if device is None:
-        is_nccl = "nccl" in dist.get_backend(group.handle)
-        device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
     source = iter(batches)
     none_left = object()
     last: Any = none_left
@@ -65,9 +61,7 @@ def even_steps(
         if has_batch:
             last = batch
         # How many ranks have a batch, and how many never had one.
-        counts = torch.tensor([has_batch, last is none_left], dtype=torch.int64, device=device)
-        dist.all_reduce(counts, group=group.handle)
-        num_with, num_without = counts.tolist()
+        num_with, num_without = group.summed([has_batch, last is none_left], device)
         if num_with == 0:
             return
         if num_without > 0:

@@ -180,7 +180,8 @@ def lay_line(
     poison = None
     if any_nan:
         sources, queries = sources.nan_to_num(), queries.nan_to_num()
-        poison = torch.where((holds_nan > 0) & (is_asked > 0), math.nan, 0.0).to(sources.dtype)
+        is_poisoned = (holds_nan > 0) & (is_asked > 0)
+        poison = torch.where(is_poisoned, math.inf, 0.0).mul_(0).to(sources.dtype)  # ∞ · 0
     for precision in precisions:
         is_last = precision is precisions[-1]
         longest = num_rows // 32
