@@ -83,7 +83,8 @@ def test_the_guide_mentions_every_parameter() -> None:
 
 def test_the_guide_has_every_default() -> None:
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").replace("−", "-")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", guide, re.MULTILINE))
+    table = guide.partition("## Every parameter")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE))
     parameters = inspect.signature(SmoothAPLoss.__init__).parameters
     defaults = {
         name: "required" if p.default is p.empty else repr(p.default).replace("'", '"')

@@ -25,7 +25,7 @@ LAYERS = (
     ("_engine",),
     ("_pool",),
     ("functional", "_queue", "_gather", "_subsample"),
-    ("_base",),
+    ("_base", "diagnostics"),
 )
 LOSSES, TOP = len(LAYERS), len(LAYERS) + 1
 

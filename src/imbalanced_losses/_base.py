@@ -182,6 +182,15 @@ class _QueuedRankingLoss(nn.Module):
         spread = _score_spread_of_pool(problems.scores, problems.weights, problems.exchange)
         return self.temperature * spread
 
+    def _spread_of_batch(
+        self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
+    ) -> float:
+        """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
+        batch, exchange = self._batch(logits, targets, sample_weight)
+        problems = batch.problems(self.ignore_index)
+        spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
+        return float(spread.mean())
+
     def _batch(
         self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
     ) -> tuple[Pool, Exchange]:

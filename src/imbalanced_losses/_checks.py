@@ -180,6 +180,54 @@ def saved_count(value: Any, otherwise: int) -> int:
     return integer("num_steps", int(number), minimum=0)
 
 
+def temperature_schedule(value: Any) -> tuple[float, float, int]:
+    """(start, end, steps) of an annealed temperature."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 3):
+        raise TypeError(f"temperature must be (start, end, steps) or None, got {value!r}")
+    start, end, steps = value
+    return (
+        number_above_zero("temperature's start", start),
+        number_above_zero("temperature's end", end),
+        integer("temperature's steps", steps, minimum=1),
+    )
+
+
+def class_weight(value: Any, num_classes: int) -> None:
+    """[C] floating, finite and > 0."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"class_weight must be a torch.Tensor, got {_kind(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"class_weight must be floating point, got {value.dtype}")
+    if value.shape != (num_classes,):
+        raise ValueError(
+            f"class_weight must be [num_classes] = [{num_classes}], got {list(value.shape)}"
+        )
+    if not bool((value.isfinite() & (value > 0)).all()):
+        raise ValueError(f"class_weight must be finite and > 0, got {value.tolist()}")
+
+
+def saved_schedule(saved: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The state of a schedule in a checkpoint, each number as the one that holds is.
+
+    What the checkpoint lacks stays as it is.
+    """
+    found: dict[str, Any] = {}
+    for name, value in saved.items():
+        now = otherwise[name]
+        if value is None:
+            found[name] = now
+            continue
+        number = _one_number(name, value)
+        if isinstance(now, float):
+            found[name] = number_above_zero(name, number)
+        elif not number.is_integer() or number < 0 or (isinstance(now, bool) and number > 1):
+            expected = "0 or 1" if isinstance(now, bool) else "an int >= 0"
+            raise ValueError(f"{name} must be {expected}, got {number:g}")
+        else:
+            found[name] = type(now)(number)
+    return found
+
+
 def _one_number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise ValueError(f"{name} must be one number, got {value.dtype} {list(value.shape)}")

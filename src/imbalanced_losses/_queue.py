@@ -44,6 +44,7 @@ class MemoryQueue(nn.Module):
     targets: Tensor  # [size + 1] or [size + 1, C]
     weights: Tensor  # [size + 1]
     cursor: Tensor  # [] int64, the slot that the next row takes
+    born: Tensor  # [size + 1] int64, the number of the push that wrote each slot; not saved
 
     def __init__(self, size: int, num_classes: int, ignore_index: int, multilabel: bool) -> None:
         super().__init__()
@@ -54,6 +55,8 @@ class MemoryQueue(nn.Module):
         self.register_buffer("targets", torch.full(target_shape, ignore_index))
         self.register_buffer("weights", torch.zeros(size + 1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("born", torch.zeros(size + 1, dtype=torch.int64), persistent=False)
+        self._num_pushes = 0  # since construction or loading
         self.is_weighted = False  # whether rows with weights were ever pushed
         self._undo: _Undo | None = None
 
@@ -98,6 +101,8 @@ class MemoryQueue(nn.Module):
         self._undo = _Undo(slots, _Stored(*old_rows))
         for field, new in zip(self._stored(), new_rows, strict=True):
             field[slots] = new.to(field.dtype)
+        self._num_pushes += 1
+        self.born[slots] = self._num_pushes
         self.cursor.add_(count).remainder_(self.size)
 
     def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor | slice, int]:
@@ -124,6 +129,21 @@ class MemoryQueue(nn.Module):
         is_newest = keep & (number > count - self.size)
         slots = (self.cursor + number - 1).remainder_(self.size)
         return rows, torch.where(is_newest, slots, self.size), count
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether the last push is the last thing that happened."""
+        return self._undo is not None
+
+    def ages(self) -> Tensor:
+        """[rows held] int64: how many pushes ago each row came, 0 for the last one.
+
+        Rows of a checkpoint count from the moment when it was loaded.
+        """
+        taken = self.targets[: self.size] != self.ignore_index
+        if taken.dim() == 2:
+            taken = taken.any(1)
+        return self._num_pushes - self.born[: self.size][taken]
 
     def reset(self) -> None:
         """Free every slot."""

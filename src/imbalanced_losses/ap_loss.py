@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from imbalanced_losses._base import PerClass, _QueuedRankingLoss
+from imbalanced_losses._base import PerClass, _is_same, _QueuedRankingLoss
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._pool import Pool, Problems
-from imbalanced_losses.functional import Backend, SmoothAP, _smooth_ap_of_pool
+from imbalanced_losses.diagnostics import Diagnostics, _diagnosed
+from imbalanced_losses.functional import Backend, SmoothAP, _smooth_ap_of_pool, score_spread
 
 
 class SmoothAPLoss(_QueuedRankingLoss):
@@ -89,6 +91,60 @@ class SmoothAPLoss(_QueuedRankingLoss):
     """
 
     backend: Backend = "auto"
+
+    @torch.no_grad()
+    def diagnose(
+        self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Diagnostics:
+        """What a batch, ranked together with the rows in the queue, gives to learn from.
+
+        Call it now and then, before or after the step of that batch; nothing changes. It sorts the
+        pool and takes a few times as long as a forward pass.
+
+        Where forward gathers the rows of all ranks this does too, and all of them must call it;
+        with gather="sums" it is about the rows of this rank.
+
+        Args:
+            logits: [N, C], as for forward.
+            targets: [N] or [N, C], as for forward.
+            sample_weight: [N], as for forward.
+
+        Raises:
+            TypeError, ValueError: as forward.
+
+        Example:
+            >>> loss_fn = SmoothAPLoss(1, queue_size=0, temperature=0.001)
+            >>> logits = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
+            >>> found = loss_fn.diagnose(logits, torch.tensor([0, 0, 1, 0]))
+            >>> round(found.ap.item(), 4), found.active_pairs.item()
+            (0.3333, 0.0)
+            >>> found.advice()[0].partition(",")[0]
+            'fewer than 1 % of the pairs carry gradient'
+        """
+        if self.gather == "sums":
+            batch = self._checked(logits, targets, sample_weight)
+        else:
+            batch, _ = self._batch(logits, targets, sample_weight)
+        batch = batch._replace(logits=batch.logits.detach())
+        self._queue.fit(batch)
+        again = _is_same(self._last_batch, batch) and (self.queue_size == 0 or self._queue.can_undo)
+        pool = self._capped(self._present(self._extended(batch, again)), again)
+        problems = pool.problems(self.ignore_index)
+        spread = score_spread(problems.scores, problems.weights)
+        tau = self.temperature * (spread if self.temperature_unit == "spread" else 1)
+        temperature = torch.as_tensor(tau, dtype=spread.dtype, device=spread.device).expand_as(
+            spread
+        )
+        smooth_ap, _ = self._compute_smooth_ap(
+            problems.scores, problems.is_positive, temperature, problems.weights
+        )
+        in_batch = batch.problems(self.ignore_index)
+        is_positive = in_batch.is_positive
+        if in_batch.weights is not None:
+            is_positive = is_positive & (in_batch.weights > 0)
+        ages = self._queue.ages()
+        age = int(ages.max()) if len(ages) else 0
+        return _diagnosed(problems, is_positive.sum(1), smooth_ap, temperature, spread, age)
 
     def _per_class(self, problems: Problems) -> PerClass:
         ap, valid = self._compute_smooth_ap(

@@ -1,0 +1,208 @@
+"""What a pool of rows gives a ranking loss to learn from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._pool import Problems
+from imbalanced_losses._reduce import mark_invalid
+
+__all__ = ["Diagnostics"]
+
+# A pair of scores further apart has less than a hundredth of the largest gradient: σ′(6) / σ′(0).
+REACH = 6.0
+
+
+class Diagnostics(NamedTuple):
+    """What `SmoothAPLoss.diagnose` found for each class; `print` it for a table and advice.
+
+    A positive and a negative *carry gradient* for each other while their scores are less than 6 τ
+    apart; beyond, the slope of the sigmoid is below a hundredth of its largest.
+
+    Attributes:
+        ap: [C] in [0, 1], exact Average Precision of the pool, ties as in scikit-learn. NaN for a
+            class without a positive or without a negative, here and in all other floats.
+        smooth_ap: [C] in [0, 1], what the loss makes of it.
+        temperature: [C] > 0, effective τ in units of the scores.
+        spread: [C] > 0, standard deviation of the scores in the pool.
+        active_pairs: [C] in [0, 1], share of the pairs of a positive and a negative that carry
+            gradient.
+        active_positives: [C] in [0, 1], share of the positives with a negative that does.
+        positives_in_batch: [C] int64.
+        positives_in_pool: [C] int64, those of the queue included.
+        pool_size: [C] int64, rows ranked.
+        queue_age: steps since the oldest row in the queue came; 0 without a queue. Rows of a
+            checkpoint count from its loading.
+    """
+
+    ap: Tensor
+    smooth_ap: Tensor
+    temperature: Tensor
+    spread: Tensor
+    active_pairs: Tensor
+    active_positives: Tensor
+    positives_in_batch: Tensor
+    positives_in_pool: Tensor
+    pool_size: Tensor
+    queue_age: int
+
+    @property
+    def gap(self) -> Tensor:
+        """[C], smooth minus exact AP: what the smoothing distorts."""
+        return self.smooth_ap - self.ap
+
+    def advice(self) -> list[str]:
+        """What stands out, most serious first; empty where nothing does."""
+        num_classes = len(self.ap)
+        invalid = self.ap.isnan()
+        sharp = self.spread / self.temperature
+        found = [
+            (
+                invalid,
+                "no positive, or no negative, in the pool: the class has no loss. Larger batches, "
+                "a sampler that draws positives, or a queue",
+            ),
+            (
+                (self.active_pairs < 0.01) & (self.ap < 0.99) & (sharp > 50),
+                "fewer than 1 % of the pairs carry gradient, and the spread of the scores is more "
+                'than 50 τ: raise the temperature, or set temperature_unit="spread" with 0.1',
+            ),
+            (
+                (self.active_positives < 0.5) & (self.ap < 0.99) & ~(sharp > 50),
+                "half of the positives are out of reach of every negative: begin with a higher "
+                "temperature and anneal it, or mix in cross-entropy",
+            ),
+            (
+                self.gap.abs() > 0.1,
+                "smooth and exact AP differ by more than 0.1: τ is too large for the order that "
+                "is there, or scores are nearly constant",
+            ),
+            (
+                (self.ap >= 0.99) & (self.pool_size < 4096),
+                "the pool is ranked almost perfectly and has little left to teach: rank more rows "
+                "at once",
+            ),
+            (
+                ~invalid & (self.positives_in_batch == 0),
+                "no positive in the batch: only the queue's, which have no gradient, are ranked",
+            ),
+            (
+                ~invalid & (self.positives_in_pool < 3),
+                "fewer than three positives in the pool: its AP is mostly chance",
+            ),
+        ]
+        return [
+            text if num_classes == 1 else f"{_classes(where)}: {text}"
+            for where, text in found
+            if bool(where.any())
+        ]
+
+    def __str__(self) -> str:
+        names = [name for name in self._fields if name != "queue_age"]
+        shown = [min(8, len(self.ap)), len(self.ap)]
+        lines = []
+        for name in names:
+            values = getattr(self, name)[: shown[0]].tolist()
+            cells = (f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for v in values)
+            lines.append(f"{name:<20}" + "".join(f"{cell:>11}" for cell in cells))
+        if shown[0] < shown[1]:
+            lines.append(f"(the first {shown[0]} of {shown[1]} classes)")
+        lines.append(f"{'queue_age':<20}{self.queue_age:>11,}")
+        return "\n".join([*lines, *("- " + line for line in self.advice())])
+
+
+def _classes(where: Tensor) -> str:
+    numbers = where.nonzero().flatten().tolist()
+    shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+    return f"class {shown}" if len(numbers) == 1 else f"{len(numbers)} classes ({shown})"
+
+
+class _OfClass(NamedTuple):
+    """One class, [] each."""
+
+    ap: Tensor
+    active_pairs: Tensor
+    active_positives: Tensor
+    num_positives: Tensor
+    num_rows: Tensor
+
+
+def _diagnosed(
+    problems: Problems,
+    positives_in_batch: Tensor,
+    smooth_ap: Tensor,
+    temperature: Tensor,
+    spread: Tensor,
+    queue_age: int,
+) -> Diagnostics:
+    """The diagnostics of problems whose smooth AP, τ and spread [C] are known."""
+    classes = [
+        _of_class(*fields)
+        for fields in zip(
+            problems.scores,
+            problems.is_positive,
+            problems.scores.new_ones(problems.scores.shape)
+            if problems.weights is None
+            else problems.weights,
+            temperature,
+            strict=True,
+        )
+    ]
+    ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*classes, strict=True))
+    valid = (num_positives > 0) & (num_positives < num_rows)
+
+    def marked(value: Tensor) -> Tensor:
+        return mark_invalid(value.to(problems.scores.dtype), valid)
+
+    return Diagnostics(
+        marked(ap),
+        marked(smooth_ap),
+        marked(temperature),
+        marked(spread),
+        marked(pairs),
+        marked(positives),
+        positives_in_batch,
+        num_positives,
+        num_rows,
+        queue_age,
+    )
+
+
+def _of_class(
+    scores: Tensor, is_positive: Tensor, weights: Tensor, temperature: Tensor
+) -> _OfClass:
+    """Of scores [M] of one class, exact and in O(M log M)."""
+    present = weights > 0
+    scores, is_positive = scores[present], is_positive[present]
+    weights = weights[present].double()
+    scores, order = scores.sort()
+    is_positive, weights = is_positive[order], weights[order]
+
+    queries, own = scores[is_positive], weights[is_positive]
+    # Rows at least as high as each positive: a tie counts, as in scikit-learn.
+    first = torch.searchsorted(scores, queries)
+    above = [
+        _sum_from(weights * chosen)[first] for chosen in (torch.ones_like(weights), is_positive)
+    ]
+    ap = (own * above[1] / above[0]).sum() / own.sum()
+
+    negatives = scores[~is_positive]
+    reach = REACH * temperature
+    low = torch.searchsorted(negatives, queries - reach)
+    high = torch.searchsorted(negatives, queries + reach, right=True)
+    near = (high - low).double()  # negatives within reach of each positive
+    return _OfClass(
+        ap,
+        near.mean() / max(1, len(negatives)),
+        (near > 0).double().mean(),
+        is_positive.sum(),
+        present.sum(),
+    )
+
+
+def _sum_from(weights: Tensor) -> Tensor:
+    """[M]: the sum of each row's weight and those after it."""
+    return weights.flip(0).cumsum(0).flip(0)

@@ -1,0 +1,280 @@
+"""A ranking loss beside a pointwise one, with warm-up, blend and annealing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imbalanced_losses import _checks
+from imbalanced_losses._base import _QueuedRankingLoss
+
+__all__ = ["MixedLoss"]
+
+_STATE = ("num_calls", "num_steps", "has_switched", "temperature_scale")
+
+
+class MixedLoss(nn.Module):
+    """(1 − w) · auxiliary + w · main, where w may start at 0 and grow.
+
+    A constant mix is the first choice: cross-entropy gives every row a gradient and the logits a
+    scale, the ranking loss aims at Average Precision. Optionally training begins with the
+    auxiliary loss alone (w = 0), then blends linearly to `main_weight`, and the temperature of the
+    main loss is annealed from the moment when it takes part.
+
+    The schedule counts training-mode calls, so there is nothing to call but the loss itself, and
+    is part of the checkpoint: a resumed run goes on exactly.
+
+    Args:
+        auxiliary_loss: (logits, targets) -> [], such as `CrossEntropy`; also gets sample_weight
+            where a call has one.
+        main_loss: a ranking loss, with reduction "mean" or "sum".
+        main_weight: w in the end, 0 < w ≤ 1; 1 hands over to the main loss altogether. Smooth-AP
+            and a tenth as much cross-entropy is w = 10/11.
+        warmup_steps: steps of the auxiliary loss alone, ≥ 0. At their end the main loss's queue is
+            emptied.
+        blend_steps: steps after the warm-up in which w grows linearly from 0 to main_weight, ≥ 0.
+        temperature: (start, end, steps): the main loss's temperature goes geometrically from start
+            to end in the first `steps` steps in which it takes part. None leaves it alone.
+        refit_temperature: at the end of the warm-up, multiply the main loss's temperature, from
+            then on, by the standard deviation of the scores in that batch (the mean over classes):
+            cross-entropy has given the logits a scale that a temperature in units of the scores
+            does not know. temperature_unit="spread" does so at every step and needs no refit.
+        calls_per_step: training-mode calls that make one step: the number of micro-batches with
+            gradient accumulation. None: steps are counted by `step()` alone, such as once an epoch.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or settings that would do nothing.
+
+    Example:
+        >>> import torch
+        >>> from imbalanced_losses import CrossEntropy, SmoothAPLoss
+        >>> ranking = SmoothAPLoss(1, queue_size=0, temperature=0.1, temperature_unit="spread")
+        >>> loss_fn = MixedLoss(CrossEntropy(1), ranking, main_weight=0.9, warmup_steps=2)
+        >>> logits, targets = torch.randn(8, 1, requires_grad=True), torch.arange(8) % 2
+        >>> for _ in range(3):
+        ...     w = loss_fn.main_weight
+        ...     loss_fn(logits, targets).backward()
+        ...     print(w)
+        0.0
+        0.0
+        0.9
+
+    Note:
+        Compare runs by a metric, not by the value of this loss, which changes with w.
+    """
+
+    def __init__(
+        self,
+        auxiliary_loss: Callable[..., Tensor],
+        main_loss: _QueuedRankingLoss,
+        *,
+        main_weight: float,
+        warmup_steps: int = 0,
+        blend_steps: int = 0,
+        temperature: tuple[float, float, int] | None = None,
+        refit_temperature: bool = False,
+        calls_per_step: int | None = 1,
+    ) -> None:
+        super().__init__()
+        if not callable(auxiliary_loss):
+            raise TypeError(f"auxiliary_loss must be callable, got {auxiliary_loss!r}")
+        if not isinstance(main_loss, _QueuedRankingLoss):
+            raise TypeError(
+                f"main_loss must be a ranking loss of this library, got {type(main_loss).__name__}"
+            )
+        if main_loss.reduction == "none":
+            raise ValueError('main_loss must have reduction "mean" or "sum", got "none"')
+        self.auxiliary_loss = auxiliary_loss
+        self.main_loss = main_loss
+        self.final_main_weight = _checks.number_above_zero("main_weight", main_weight)
+        self.warmup_steps = _checks.integer("warmup_steps", warmup_steps, minimum=0)
+        self.blend_steps = _checks.integer("blend_steps", blend_steps, minimum=0)
+        self.temperature_schedule = temperature
+        if temperature is not None:
+            self.temperature_schedule = _checks.temperature_schedule(temperature)
+        self.refit_temperature = _checks.boolean("refit_temperature", refit_temperature)
+        self.calls_per_step = calls_per_step
+        if calls_per_step is not None:
+            _checks.integer("calls_per_step", calls_per_step, minimum=1)
+        if self.final_main_weight > 1:
+            raise ValueError(f"main_weight must be in (0, 1], got {main_weight!r}")
+        if self.final_main_weight == 1 and self.warmup_steps == self.blend_steps == 0:
+            raise ValueError(
+                "main_weight must be below 1 without warmup_steps and blend_steps: auxiliary_loss "
+                "would never be used"
+            )
+        if self.refit_temperature and self.warmup_steps == 0:
+            raise ValueError("refit_temperature=True needs warmup_steps >= 1: it acts at their end")
+        if self.refit_temperature and main_loss.temperature_unit == "spread":
+            raise ValueError(
+                'refit_temperature must be False where main_loss has temperature_unit="spread", '
+                "which follows the spread of the scores at every step"
+            )
+        self._num_calls = 0  # in training, of the current step
+        self._num_steps = 0
+        self._has_switched = self.warmup_steps == 0
+        self._temperature_scale = 1.0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made."""
+        return self._num_steps
+
+    @property
+    def main_weight(self) -> float:
+        """w of the next call."""
+        return self._weight_at(self._num_steps)
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether the next call has the auxiliary loss alone."""
+        return self._num_steps < self.warmup_steps
+
+    @property
+    def in_blend(self) -> bool:
+        """Whether w is on its way from 0 to its end."""
+        return 0 <= self._num_steps - self.warmup_steps < self.blend_steps
+
+    @property
+    def current_temperature(self) -> float:
+        """τ of the main loss in the next call, in its unit; a refit to come not included."""
+        if self.temperature_schedule is None:
+            return self.main_loss.temperature
+        start, end, steps = self.temperature_schedule
+        share = min(1.0, max(0, self._num_steps - self.warmup_steps) / steps)
+        return self._temperature_scale * math.pow(start, 1 - share) * math.pow(end, share)
+
+    def step(self) -> None:
+        """Count one step, with calls_per_step=None.
+
+        Raises:
+            RuntimeError: when calls are counted.
+        """
+        if self.calls_per_step is not None:
+            raise RuntimeError(
+                f"steps are counted by calls (calls_per_step={self.calls_per_step}): construct "
+                "MixedLoss with calls_per_step=None to count them by step()"
+            )
+        self._num_steps += 1
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        """The mix of both losses of a batch.
+
+        Args:
+            logits: [N, C], as for both losses.
+            targets: [N] or [N, C], as for both losses.
+            sample_weight: [N], as for both losses.
+
+        Returns:
+            [] in the dtype of the losses.
+
+        Raises:
+            TypeError, ValueError: what the losses raise. The schedule has not moved then.
+        """
+        is_counted = self.training and torch._C._current_graph_task_id() == -1
+        # Activation checkpointing computes the last call again.
+        is_again = self.training and not is_counted
+        weight = self._weight_at(self._last_step()) if is_again else self.main_weight
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        loss: Tensor | None = None
+        if weight > 0:
+            # First, since ranks that rank together all have to hear of bad input on one of them.
+            if is_counted:
+                self._prepare(logits, targets, sample_weight)
+            loss = weight * self.main_loss(logits, targets, **weights)
+        if weight < 1:
+            auxiliary = (1 - weight) * self.auxiliary_loss(logits, targets, **weights)
+            loss = auxiliary if loss is None else loss + auxiliary
+        assert loss is not None
+        if is_counted:
+            self._count()
+        return loss
+
+    def _prepare(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> None:
+        """Set the main loss's temperature; at the end of the warm-up also empty its queue."""
+        if not self._has_switched:
+            scale = 1.0
+            if self.refit_temperature:
+                scale = self.main_loss._spread_of_batch(logits, targets, sample_weight)
+                if self.temperature_schedule is None:
+                    self.main_loss.temperature *= scale
+            self.main_loss.reset_queue()
+            self._temperature_scale, self._has_switched = scale, True
+        if self.temperature_schedule is not None:
+            self.main_loss.temperature = self.current_temperature
+
+    def _count(self) -> None:
+        if self.calls_per_step is None:
+            return
+        self._num_calls += 1
+        if self._num_calls == self.calls_per_step:
+            self._num_calls = 0
+            self._num_steps += 1
+
+    def _weight_at(self, step: int) -> float:
+        done = step - self.warmup_steps
+        if done < 0:
+            return 0.0
+        if done < self.blend_steps:
+            return self.final_main_weight * (done + 1) / (self.blend_steps + 1)
+        return self.final_main_weight
+
+    def _last_step(self) -> int:
+        """The step of the last call."""
+        has_ended = self.calls_per_step is not None and self._num_calls == 0
+        return self._num_steps - has_ended
+
+    def extra_repr(self) -> str:
+        parts = [f"main_weight={self.final_main_weight:g}"]
+        rest = {
+            "warmup_steps": 0,
+            "blend_steps": 0,
+            "temperature_schedule": None,
+            "refit_temperature": False,
+            "calls_per_step": 1,
+        }
+        for name, default in rest.items():
+            if (value := getattr(self, name)) != default:
+                parts.append(f"{name.removesuffix('_schedule')}={value!r}")
+        return ", ".join(parts)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _STATE:
+            value = getattr(self, "_" + name)
+            destination[prefix + name] = torch.tensor(
+                value, dtype=torch.float64 if isinstance(value, float) else None, device="cpu"
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = dict(state_dict)
+        saved = {name: own.pop(prefix + name, None) for name in _STATE}
+        if strict:
+            missing_keys += [prefix + name for name, value in saved.items() if value is None]
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        try:
+            found = _checks.saved_schedule(saved, {n: getattr(self, "_" + n) for n in _STATE})
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix}{error}")
+            return
+        for name, value in found.items():
+            setattr(self, "_" + name, value)

@@ -1,0 +1,209 @@
+"""`SmoothAPLoss.diagnose`: its numbers by their definition, and advice for runs that stall."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from imbalanced_losses import Diagnostics, SmoothAPLoss
+from imbalanced_losses.functional import score_spread, smooth_ap
+from tests.cases import seeded
+from tests.ranks import WORLD_SIZE, Failure, Ranks
+from tests.rows import IGNORED, make_batch, state_of
+
+
+def scores_of(num_rows: int, seed: int, is_tied: bool) -> tuple[Tensor, Tensor]:
+    scores = torch.randn(num_rows, generator=seeded(seed), dtype=torch.float64)
+    targets = (torch.rand(num_rows, generator=seeded(seed + 1)) < 0.3).long()
+    targets[:2] = torch.tensor([0, 1])
+    return (scores.mul(2).round() if is_tied else scores), targets
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_exact_ap_is_scikit_learns(seed: int, is_tied: bool, is_weighted: bool) -> None:
+    scores, targets = scores_of(50, seed, is_tied)
+    weights = torch.rand(50, generator=seeded(seed), dtype=torch.float64) if is_weighted else None
+    found = SmoothAPLoss(1, 0).diagnose(scores[:, None], targets, sample_weight=weights)
+    expected = average_precision_score(targets, scores, sample_weight=weights)
+    assert found.ap.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.1, 1.0])
+def test_what_carries_gradient_by_pairs(tau: float) -> None:
+    scores, targets = scores_of(60, 3, False)
+    found = SmoothAPLoss(1, 0, tau).diagnose(scores[:, None], targets)
+    positives, negatives = scores[targets == 1], scores[targets == 0]
+    near = (positives[:, None] - negatives).abs() < 6 * tau
+    assert found.active_pairs.item() == pytest.approx(near.double().mean().item())
+    assert found.active_positives.item() == pytest.approx(near.any(1).double().mean().item())
+    assert found.smooth_ap.item() == pytest.approx(smooth_ap(scores, targets == 1, tau).ap.item())
+    assert found.gap.item() == pytest.approx(found.smooth_ap.item() - found.ap.item())
+    assert found.temperature.item() == tau
+    assert found.spread.item() == pytest.approx(score_spread(scores).item())
+    assert found.positives_in_batch.item() == found.positives_in_pool.item() == len(positives)
+    assert found.pool_size.item() == 60
+
+
+def test_a_pair_six_temperatures_apart_has_a_hundredth_of_the_gradient() -> None:
+    x = torch.tensor([0.0, 6.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.sigmoid(x).sum(), x)
+    assert slope[1] / slope[0] == pytest.approx(0.01, rel=0.02)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_each_class_by_itself(multilabel: bool) -> None:
+    batch = make_batch(30, 3, multilabel=multilabel, dtype=torch.float64)
+    batch.targets[4] = IGNORED
+    loss_fn = SmoothAPLoss(3, 0, 0.2, multilabel=multilabel, temperature_unit="spread")
+    found = loss_fn.diagnose(batch.logits, batch.targets)
+    for c in range(3):
+        own = batch.targets[:, c] if multilabel else (batch.targets == c).long()
+        rows = torch.arange(30) != 4
+        alone = SmoothAPLoss(1, 0, 0.2, temperature_unit="spread").diagnose(
+            batch.logits[rows, c : c + 1], own[rows]
+        )
+        for name, value in alone._asdict().items():
+            if name != "queue_age":
+                torch.testing.assert_close(getattr(found, name)[c], value[0], msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_pool_size": 12}])
+def test_before_and_after_the_step_it_says_the_same_and_changes_nothing(
+    options: dict[str, Any],
+) -> None:
+    loss_fn = SmoothAPLoss(1, 20, 0.3, **options)
+    for step in range(4):
+        batch = make_batch(7, seed=step)
+        before = loss_fn.diagnose(batch.logits, batch.targets)
+        state = state_of(loss_fn)
+        loss_fn.diagnose(batch.logits, batch.targets)
+        assert all(value.equal(state[name]) for name, value in state_of(loss_fn).items())
+        loss = loss_fn(batch.logits, batch.targets)
+        after = loss_fn.diagnose(batch.logits, batch.targets)
+        for name in set(before._fields) - {"queue_age"}:
+            assert getattr(before, name).equal(getattr(after, name)), name
+        assert 1 - before.smooth_ap.item() == pytest.approx(loss.item(), abs=1e-6)
+    loss_fn.reset_queue()
+    loss_fn.diagnose(batch.logits, batch.targets)
+
+
+def test_the_age_of_the_queue() -> None:
+    loss_fn = SmoothAPLoss(1, 10, 0.3)
+    ages = []
+    for step in range(4):
+        batch = make_batch(4, seed=step)
+        loss_fn(batch.logits, batch.targets)
+        ages.append(loss_fn.diagnose(batch.logits, batch.targets).queue_age)
+    assert ages == [0, 1, 2, 2]
+    assert loss_fn._queue.ages().sort().values.tolist() == [0] * 4 + [1] * 4 + [2] * 2
+    loss_fn.reset_queue()
+    assert loss_fn.diagnose(batch.logits, batch.targets).queue_age == 0
+
+
+def test_classes_without_a_problem_are_marked() -> None:
+    batch = make_batch(9, 3)
+    batch.targets[batch.targets == 1] = 0
+    found = SmoothAPLoss(3, 0).diagnose(batch.logits, batch.targets)
+    floats = (found.ap, found.smooth_ap, found.temperature, found.spread, found.active_pairs)
+    for value in (*floats, found.active_positives):
+        assert value.isnan().tolist() == [False, True, False]
+    assert found.positives_in_pool.tolist() == [6, 0, 3]
+    assert found.advice()[0].startswith("class 1: no positive, or no negative")
+
+
+def test_no_rows() -> None:
+    found = SmoothAPLoss(1, 4).diagnose(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))
+    assert found.ap.isnan().all()
+    assert found.pool_size.item() == 0
+
+
+# --- Runs that stall ------------------------------------------------------------------------------
+
+
+def advised(logits: Tensor, targets: Tensor, **options: Any) -> list[str]:
+    loss_fn = SmoothAPLoss(1, **{"queue_size": 0, **options})
+    return loss_fn.diagnose(logits[:, None], targets).advice()
+
+
+def test_nothing_stands_out() -> None:
+    scores, targets = scores_of(500, 0, False)
+    assert advised(scores + targets, targets, temperature=0.1, temperature_unit="spread") == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "expected"),
+    [
+        (1e4, {"temperature": 0.01}, "fewer than 1 % of the pairs carry gradient"),
+        (1, {"temperature": 30.0}, "smooth and exact AP differ by more than 0.1"),
+    ],
+)
+def test_a_temperature_that_does_not_fit(
+    scale: float, options: dict[str, Any], expected: str
+) -> None:
+    scores, targets = scores_of(500, 0, False)
+    assert advised(scale * (scores + 2 * targets), targets, **options)[0].startswith(expected)
+
+
+def test_positives_out_of_reach() -> None:
+    scores, targets = torch.randn(200, generator=seeded(0)), torch.zeros(200, dtype=torch.int64)
+    scores[:20], targets[:20] = -9 - torch.rand(20, generator=seeded(1)), 1
+    assert advised(scores, targets, temperature=0.3)[0].startswith("half of the positives are out")
+
+
+def test_a_pool_that_teaches_nothing() -> None:
+    targets = torch.arange(60).remainder(6).eq(0).long()
+    scores = 9.0 * targets + torch.randn(60, generator=seeded(0))
+    assert advised(scores, targets, temperature=0.3)[0].startswith("the pool is ranked almost")
+
+
+def test_few_positives_and_none_in_the_batch() -> None:
+    loss_fn = SmoothAPLoss(1, 100, 0.3)
+    scores, targets = torch.randn(60, 1, generator=seeded(0)), torch.zeros(60, dtype=torch.int64)
+    targets[5] = 1
+    loss_fn(scores, targets)
+    found = loss_fn.diagnose(scores[6:], targets[6:])
+    assert found.positives_in_batch.item() == 0
+    assert found.positives_in_pool.item() == 1
+    starts = [line[:22] for line in found.advice()]
+    assert "no positive in the bat" in starts
+    assert "fewer than three posit" in starts
+
+
+def test_print() -> None:
+    batch = make_batch(30, 12)
+    text = str(SmoothAPLoss(12, 0, 0.3).diagnose(batch.logits, batch.targets))
+    assert text.startswith("ap  ")
+    assert "(the first 8 of 12 classes)" in text
+    assert "- 6 classes (6, 7, 8, 9, 10, …): fewer than three positives" in text
+
+
+def diagnose_on(rank: int, gather: str) -> Diagnostics:
+    batch = make_batch(8, seed=rank, dtype=torch.float64)
+    return SmoothAPLoss(1, 0, 0.3, gather=gather).diagnose(batch.logits, batch.targets)
+
+
+def test_ranks(ranks: Ranks) -> None:
+    batches = [make_batch(8, seed=rank, dtype=torch.float64) for rank in range(WORLD_SIZE)]
+    logits, targets = (torch.cat([batch[k] for batch in batches]) for k in (0, 1))
+    together = SmoothAPLoss(1, 0, 0.3).diagnose(logits, targets)
+    for found in ranks.run(diagnose_on, "rows"):
+        assert not isinstance(found, Failure), found
+        assert found.ap.equal(together.ap)
+        assert found.pool_size.item() == 16
+    for rank, found in enumerate(ranks.run(diagnose_on, "sums")):
+        own = batches[rank]
+        assert found.ap.equal(SmoothAPLoss(1, 0, 0.3).diagnose(own.logits, own.targets).ap)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="targets must be"):
+        SmoothAPLoss(1).diagnose(torch.zeros(2, 1), torch.tensor([0, 4]))
+    found = SmoothAPLoss(1, 0).diagnose(torch.tensor([[math.inf], [0.0]]), torch.tensor([1, 0]))
+    assert found.ap.item() == 1
