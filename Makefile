@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := dev,demo,docs
+EXTRAS := dev,demo,docs,examples
 CACHE  := .cache
 # The peers are measured side by side; each lives in its own folder, never in the environment.
 PEERS  := $(CACHE)/peers
 
-.PHONY: help demo demo-quick test check format docs bench peers clean
+.PHONY: help demo demo-quick examples test check format docs bench peers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,14 @@ demo: $(VENV)/.installed  ## train four losses on real data: table, plots, JSON 
 
 demo-quick: $(VENV)/.installed  ## the same in its quick form (under 40 seconds)
 	$(BIN)/python -m demo --quick
+
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+
+examples: $(VENV)/.installed  ## train on two processes with DDP, FSDP2, Accelerate and Lightning
+	$(TORCHRUN) examples/ddp.py
+	$(TORCHRUN) examples/fsdp.py
+	$(TORCHRUN) examples/accelerate_ddp.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/lightning_ddp.py
 
 test: $(VENV)/.installed  ## run the tests and the docstring examples
 	$(BIN)/python -m pytest -q

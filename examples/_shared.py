@@ -1,0 +1,94 @@
+"""What the examples share: data, a network, and the same training in one process."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `demo`
+
+from demo.data import load_protein
+
+from imbalanced_losses import SmoothAPLoss
+
+STEPS, ROWS_A_RANK, LEARNING_RATE = 5, 128, 0.1
+NUM_ROWS = 4096
+TOLERANCE = 1e-12  # of float64 gradients
+
+
+def load_slice() -> TensorDataset:
+    """Features [4096, 74] float64, labels [4096], row numbers [4096]; 5 % positive."""
+    data = load_protein()
+    num_positives = NUM_ROWS // 20
+    positives, negatives = ((data.labels == label).nonzero().squeeze(1) for label in (1, 0))
+    rows = torch.cat((positives[:num_positives], negatives[: NUM_ROWS - num_positives]))
+    features = data.features[rows].double()
+    features = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
+    return TensorDataset(features, data.labels[rows], torch.arange(NUM_ROWS))
+
+
+def make_model(num_features: int) -> nn.Sequential:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(num_features, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+
+
+def make_loss() -> SmoothAPLoss:
+    """Nothing in it is about ranks: it finds them by itself while training."""
+    return SmoothAPLoss(1, queue_size=512, temperature=0.1, temperature_unit="spread")
+
+
+class OneProcess:
+    """The same training with the rows of all ranks in one process, to compare with.
+
+    Real training has no use for it.
+    """
+
+    def __init__(self, name: str, model: nn.Module, loss_fn: SmoothAPLoss, data: TensorDataset):
+        self.name, self.data = name, data
+        self.model, self.loss_fn = copy.deepcopy(model), copy.deepcopy(loss_fn)
+        self.loss_fn.gather_distributed = False
+        self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE)
+        self.losses: list[float] = []
+        self.largest = 0.0
+
+    def compare(self, loss: Tensor, gradients: Iterable[Any], rows: Tensor) -> None:
+        """Make this step as well, and assert that loss and gradient are the same.
+
+        Args:
+            loss: of this rank.
+            gradients: of the parameters in order, after the trainer has averaged them.
+            rows: the rows that this rank had.
+        """
+        of_all: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, rows.tolist())
+        features, labels, _ = self.data[[row for of_rank in of_all for row in of_rank]]
+        self.optimizer.zero_grad()
+        alone = self.loss_fn(self.model(features), labels)
+        alone.backward()
+        expected = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        found = torch.cat([gradient.detach().flatten() for gradient in gradients])
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        assert difference <= TOLERANCE, f"the gradient differs by {difference:.1e}"
+        assert abs(loss.item() - alone.item()) <= TOLERANCE, (loss, alone)
+        self.largest = max(self.largest, difference)
+        self.losses.append(alone.item())
+        self.optimizer.step()
+
+    def report(self) -> None:
+        assert len(self.losses) == STEPS, f"{len(self.losses)} steps"
+        if dist.get_rank() == 0:
+            print(
+                f"{self.name}: {STEPS} steps on {dist.get_world_size()} ranks, loss "
+                f"{self.losses[0]:.3f} -> {self.losses[-1]:.3f}; the gradient is that of one "
+                f"process, largest relative difference {self.largest:.0e}",
+                flush=True,
+            )
