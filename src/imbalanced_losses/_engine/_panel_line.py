@@ -167,16 +167,17 @@ def lay_line(
     """
     num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
     low, high, holds_nan = _range(sources, queries, problem)
-    own_rows = torch.full_like(low, num_rows)
-    found = exchange.max(torch.stack((-low, high, holds_nan, is_asked.double(), own_rows)))
-    low, high, holds_nan, is_asked, _ = found.unbind()
-    low, high = -low[:, None], high[:, None]
-    is_empty = low > high
-    low, high = low.masked_fill(is_empty, 0), high.masked_fill(is_empty, 0)
+    is_asked = is_asked.double()
+    if exchange is not ALONE:
+        own_rows = torch.full_like(low, num_rows)
+        found = exchange.max(torch.stack((-low, high, holds_nan, is_asked, own_rows)))
+        num_rows = int(found[4].max())  # what a process spends on rows; each convolves all panels
+        low, high, holds_nan, is_asked = -found[0], found[1], found[2], found[3]
+        is_empty = low > high
+        low, high = low.masked_fill(is_empty, 0), high.masked_fill(is_empty, 0)
+    low, high = low[:, None], high[:, None]
     extents = (high - low) / temperature  # in τ
-    summary = torch.stack((extents.max(), holds_nan.max(), found[-1].max()))
-    extent, any_nan, most_rows = summary.tolist()
-    num_rows = int(most_rows)  # what a process spends on rows, where each convolves all panels
+    extent, any_nan = torch.stack((extents.max(), holds_nan.max())).tolist()
     poison = None
     if any_nan:
         sources, queries = sources.nan_to_num(), queries.nan_to_num()
@@ -213,10 +214,11 @@ def _range(sources: Tensor, queries: Tensor, problem: Tensor) -> tuple[Tensor, T
 
     [C] float64 each; +inf and −inf where there is no score.
     """
-    low = torch.full((len(sources),), math.inf, dtype=torch.float64, device=sources.device)
-    high = -low
     if sources.shape[1]:
         low, high = sources.amin(1).double(), sources.amax(1).double()
+    else:
+        low = torch.full((len(sources),), math.inf, dtype=torch.float64, device=sources.device)
+        high = -low
     if len(queries):
         low = low.scatter_reduce(0, problem, queries.double(), "amin")
         high = high.scatter_reduce(0, problem, queries.double(), "amax")
