@@ -244,7 +244,10 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
     other = rank == WORLD_SIZE - 1
     num_classes = 4 if other and what == "classes" else 3
     multilabel = other and what == "multilabel"
-    loss_fn = SmoothAPLoss(num_classes, 8, multilabel=multilabel, gather_distributed=True)
+    prior = [0.1, 0.2, 0.1 if other and what == "prior" else 0.3] if num_classes == 3 else None
+    loss_fn = SmoothAPLoss(
+        num_classes, 8, multilabel=multilabel, gather_distributed=True, target_prior=prior
+    )
     batch = make_batch(4, num_classes, multilabel=multilabel)
     if other and what == "temperature":
         loss_fn.temperature = 0.02
@@ -275,6 +278,7 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
         ("classes", "classes"),
         ("multilabel", "target columns"),
         ("temperature", "temperature"),
+        ("prior", "target_prior"),
         ("training", "training"),
         ("steps made", "steps made"),
     ],

@@ -83,6 +83,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sums": {"gather": "sums"},
     "sums-spread": {"gather": "sums", "temperature_unit": "spread"},
     "sums-summed-ranks": {"gather": "sums", "grad_reduce": "sum"},
+    "prior": {"queue_size": 20, "target_prior": (0.05, 0.3, 0.8)},
+    "sums-prior": {
+        "gather": "sums",
+        "temperature_unit": "spread",
+        "target_prior": (0.05, 0.3, 0.8),
+    },
 }
 
 
@@ -107,7 +113,10 @@ class Case(NamedTuple):
 
     def loss_fn(self, **options: Any) -> SmoothAPLoss:
         chosen = {"queue_size": 0, "temperature": 0.3, **OPTIONS[self.options], **options}
-        loss_fn = SmoothAPLoss(**KINDS[self.kind], **chosen)
+        kind = KINDS[self.kind]
+        if "target_prior" in chosen:
+            chosen["target_prior"] = chosen["target_prior"][: kind["num_classes"]]
+        loss_fn = SmoothAPLoss(**kind, **chosen)
         if loss_fn.gather == "sums":
             loss_fn.backend = "panel"  # in one process as well
         return loss_fn

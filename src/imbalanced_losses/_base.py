@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,7 +16,7 @@ from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses.functional import _score_spread_of_pool
+from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
 
@@ -56,6 +58,7 @@ class _QueuedRankingLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         grad_reduce: GradReduce = "mean",
         gather: Gather = "rows",
+        target_prior: float | Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
@@ -86,6 +89,9 @@ class _QueuedRankingLoss(nn.Module):
                 'would have to be differentiated over ranks; use gather="rows" or a '
                 "global batch that needs no queue"
             )
+        self.target_prior: tuple[float, ...] | None = None
+        if target_prior is not None:
+            self.target_prior = _checks.target_prior(target_prior, num_classes)
         self._queue = MemoryQueue(
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
@@ -164,7 +170,7 @@ class _QueuedRankingLoss(nn.Module):
         self._queue.fit(batch)
         again = self._is_recomputed(batch)
         pool = self._capped(self._present(self._extended(batch, again)), again)
-        problems = pool.problems(self.ignore_index)._replace(exchange=exchange)
+        problems = self._problems(pool, exchange)
         losses, valid = self._per_class(problems)
         if not again:
             self._remember(batch)
@@ -174,6 +180,18 @@ class _QueuedRankingLoss(nn.Module):
     def _per_class(self, problems: Problems) -> PerClass:
         """The loss [C] of each ranking problem, and where it means something [C]."""
         raise NotImplementedError(f"{type(self).__name__} must implement _per_class")
+
+    def _problems(self, pool: Pool, exchange: Exchange) -> Problems:
+        """The rows as ranking problems, positives as common as in deployment if that is known."""
+        problems = pool.problems(self.ignore_index)._replace(exchange=exchange)
+        if self.target_prior is None:
+            return problems
+        scores, is_positive, weights, *_ = problems
+        if weights is None:
+            weights = scores.new_ones(()).expand(scores.shape)
+        prior = torch.tensor(self.target_prior, dtype=torch.float64, device=scores.device)
+        weights = _prior_weights_of_pool(is_positive, prior, weights, exchange)
+        return problems._replace(weights=weights)
 
     def _effective_temperature(self, problems: Problems) -> float | Tensor:
         """τ in units of the scores: one for all problems, or [C]."""
@@ -187,7 +205,7 @@ class _QueuedRankingLoss(nn.Module):
     ) -> float:
         """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
         batch, exchange = self._batch(logits, targets, sample_weight)
-        problems = batch.problems(self.ignore_index)
+        problems = self._problems(batch, exchange)
         spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
         return float(spread.mean())
 
@@ -210,6 +228,7 @@ class _QueuedRankingLoss(nn.Module):
             "queue_size": self.queue_size,
             "max_pool_size": self.max_pool_size or 0,
             "temperature": self.temperature,
+            "target_prior": _as_number(self.target_prior),
             "training": self.training,
             "steps made": self._num_steps,
         }
@@ -315,6 +334,7 @@ class _QueuedRankingLoss(nn.Module):
             "queue_follows_shift": False,
             "grad_reduce": "mean",
             "gather": "rows",
+            "target_prior": None,
         }
         names = [
             *named,
@@ -360,6 +380,13 @@ class _QueuedRankingLoss(nn.Module):
             state_dict.update(self._queue.state_dict(prefix=queue))  # what the queue holds already
             return
         self._temperature, self._num_steps = temperature, num_steps
+
+
+def _as_number(prior: tuple[float, ...] | None) -> float:
+    """A number that tells priors apart: 0 for none, one prior itself, a checksum of several."""
+    if prior is None or len(prior) == 1:
+        return 0.0 if prior is None else prior[0]
+    return float(zlib.crc32(repr(prior).encode()))
 
 
 def _zero_with_gradient_of_mean(batch: Pool, ignore_index: int) -> Tensor:

@@ -124,6 +124,50 @@ def sample_weight(value: Any, logits: Tensor) -> Tensor:
     return value
 
 
+def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
+    """A share of positives for each class, in (0, 1)."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        if num_classes > 1:
+            raise TypeError(
+                f"target_prior must be one share of positives a class, {num_classes} of them, "
+                f"got {_kind(value)}"
+            )
+        value = [value]
+    if len(value) != num_classes:
+        raise ValueError(
+            f"target_prior must have one share of positives a class, {num_classes} of them, "
+            f"got {len(value)}"
+        )
+    return tuple(_share("target_prior", share) for share in value)
+
+
+def _share(name: str, value: Any) -> float:
+    share = number_above_zero(name, value)
+    if share >= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return share
+
+
+def prior_weights(is_positive: Any, target_prior: Any, sample_weight: Any) -> None:
+    """The arguments of functional.prior_weights."""
+    if not isinstance(is_positive, Tensor) or is_positive.dtype != torch.bool:
+        raise TypeError(f"is_positive must be a bool tensor, got {_kind(is_positive)}")
+    if is_positive.dim() not in (1, 2):
+        raise ValueError(f"is_positive must be [M] or [C, M], got {list(is_positive.shape)}")
+    if not isinstance(target_prior, Tensor):
+        _share("target_prior", target_prior)
+    elif target_prior.dim() > 0:
+        _fits("target_prior", target_prior, is_positive, is_positive.shape[:-1])
+    if sample_weight is not None:
+        if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+            raise TypeError(f"sample_weight must be a floating tensor, got {_kind(sample_weight)}")
+        _fits(
+            "sample_weight", sample_weight, is_positive, is_positive.shape, is_positive.shape[-1:]
+        )
+
+
 def row_values(
     targets: Tensor,
     sample_weight: Tensor | None,

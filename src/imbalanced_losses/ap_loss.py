@@ -58,6 +58,10 @@ class SmoothAPLoss(_QueuedRankingLoss):
             gradient are the same to rounding. queue_size and max_pool_size are then per rank, the
             backend is the linear one, queue_follows_shift is refused, and gradients can't be
             differentiated again.
+        target_prior: share of positives in deployment, one for each class. In every pool positives
+            and negatives are weighted, on top of sample_weight, so that positives have this share:
+            for batches, or training sets, in which they are more common than they will be
+            (`functional.prior_weights`). None: as common as in the pool.
 
     Attributes:
         temperature: can be assigned between steps; part of the checkpoint.
@@ -129,7 +133,7 @@ class SmoothAPLoss(_QueuedRankingLoss):
         self._queue.fit(batch)
         again = _is_same(self._last_batch, batch) and (self.queue_size == 0 or self._queue.can_undo)
         pool = self._capped(self._present(self._extended(batch, again)), again)
-        problems = pool.problems(self.ignore_index)
+        problems = self._problems(pool, ALONE)
         spread = score_spread(problems.scores, problems.weights)
         tau = self.temperature * (spread if self.temperature_unit == "spread" else 1)
         temperature = torch.as_tensor(tau, dtype=spread.dtype, device=spread.device).expand_as(

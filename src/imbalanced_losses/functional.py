@@ -18,7 +18,7 @@ from imbalanced_losses._engine import (
     sigmoid_sums,
 )
 
-__all__ = ["Backend", "SmoothAP", "score_spread", "smooth_ap"]
+__all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
 
 
 class SmoothAP(NamedTuple):
@@ -160,6 +160,65 @@ def _score_spread_of_pool(
     has_spread = (unit > 0) & (variance.detach() > floor.square())
     deviation = torch.where(has_spread, variance, 1.0).sqrt() * unit
     return torch.where(has_spread, deviation, 1.0).to(dtype)
+
+
+def prior_weights(
+    is_positive: Tensor,
+    target_prior: float | Tensor,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Weights that give positives the share that they will have in deployment.
+
+    Precision, and with it AP, depends on how common positives are: scores that reach an AP of 0.98
+    among as many positives as negatives may reach 0.5 at one positive in a hundred. With these
+    weights a re-balanced sample tells, and `smooth_ap` optimises, the AP at `target_prior`; so
+    does `sklearn.metrics.average_precision_score(sample_weight=…)`. It takes for granted that
+    positives and negatives each look as they will in deployment, and only their numbers differ.
+
+    Args:
+        is_positive: [M] or [C, M] bool.
+        target_prior: π, share of positives in deployment, 0 < π < 1; a float, or a tensor [C] with
+            one a class, whose values are trusted.
+        sample_weight: [M] or the shape of is_positive, finite and ≥ 0: weights to start from.
+
+    Returns:
+        The shape of is_positive, float32, or the dtype of sample_weight. Of positives and
+        negatives the one side keeps the weights that it had, and those of the other shrink. A
+        class without a positive or without a negative keeps all.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+
+    Example:
+        >>> prior_weights(torch.tensor([True, True, False, False]), 0.2)
+        tensor([0.2500, 0.2500, 1.0000, 1.0000])
+
+    Source: Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
+    Neural Computation 2002, eq. 2.4: what shifts is the ratio of the priors alone.
+    """
+    _checks.prior_weights(is_positive, target_prior, sample_weight)
+    return _prior_weights_of_pool(is_positive, target_prior, sample_weight, ALONE)
+
+
+def _prior_weights_of_pool(
+    is_positive: Tensor,
+    target_prior: float | Tensor,
+    sample_weight: Tensor | None,
+    exchange: Exchange,
+) -> Tensor:
+    """`prior_weights` for the rows of all processes."""
+    if sample_weight is None:
+        sample_weight = torch.ones(is_positive.shape, device=is_positive.device)
+    weights = sample_weight.expand(is_positive.shape)
+    wide = weights.double()
+    own = torch.stack([torch.where(side, wide, 0).sum(-1) for side in (is_positive, ~is_positive)])
+    positive, negative = exchange.sum(own).unbind()
+    is_defined = (positive > 0) & (negative > 0)
+    odds = positive / torch.where(is_defined, negative, 1)
+    factor = odds * (1 - target_prior) / target_prior  # of negatives beside positives
+    factor = torch.where(is_defined, factor, 1.0)[..., None]
+    scale = torch.where(is_positive, (1 / factor).clamp(max=1), factor.clamp(max=1))
+    return (wide * scale).to(weights.dtype)
 
 
 class _Problems(NamedTuple):

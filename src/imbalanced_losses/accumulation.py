@@ -1,0 +1,142 @@
+"""The gradient of a batch too large for one forward pass, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["backward_in_micro_batches"]
+
+
+def backward_in_micro_batches(
+    model: Callable[[Any], Tensor],
+    loss_fn: Callable[..., Tensor],
+    inputs: Sequence[Any],
+    targets: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`loss_fn(model(all rows), targets).backward()`, with memory for one micro-batch at a time.
+
+    A ranking loss does not split: the sum of the losses of micro-batches ranks each of them by
+    itself, and its gradient is not that of the batch. This makes a first pass without gradient for
+    the logits of all rows, takes the loss and its gradient there, and sends that gradient through
+    a second pass, micro-batch by micro-batch. The network runs forward twice, the loss once.
+
+    The second pass draws the random numbers of the first (dropout), and running statistics in
+    buffers (batch normalisation) move in the second only. What differs from one pass with all rows:
+    batch normalisation takes the statistics of a micro-batch, as with any accumulation, and where a
+    network draws random numbers they fall otherwise.
+
+    A model with `no_sync`, such as DistributedDataParallel, synchronises gradients in the last
+    micro-batch alone; every rank needs as many micro-batches. Under autocast, call it within the
+    context (equal then to the rounding of the low precision); with a GradScaler, pass
+    `scale=scaler.scale` and step as usual.
+
+    Args:
+        model: inputs of a micro-batch -> logits [n, C].
+        loss_fn: (logits [N, C], targets) -> [], such as `SmoothAPLoss` or `MixedLoss`; also gets
+            sample_weight where there is one.
+        inputs: one for each micro-batch, at least one. Their rows follow each other as in targets.
+        targets: of all rows, as for the loss.
+        sample_weight: [N], as for the loss.
+        scale: what multiplies the loss before its gradient is taken.
+
+    Returns:
+        [], the loss of the whole batch, detached and not scaled. Gradients have been added to
+        those of the parameters.
+
+    Raises:
+        ValueError: no micro-batch.
+        RuntimeError: a micro-batch whose logits have another shape in the second pass. What the
+            loss raises, before any gradient has changed.
+
+    Example:
+        >>> from imbalanced_losses import SmoothAPLoss
+        >>> features, targets = torch.randn(64, 5), torch.arange(64) % 4 == 0
+        >>> model, loss_fn = nn.Linear(5, 1), SmoothAPLoss(1, queue_size=0)
+        >>> loss = backward_in_micro_batches(model, loss_fn, features.split(16), targets)
+        >>> gradient, model.weight.grad = model.weight.grad, None
+        >>> loss_fn(model(features), targets).backward()
+        >>> torch.allclose(gradient, model.weight.grad, atol=1e-6)
+        True
+
+    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+    2021, arXiv 2101.06983 (gradient cache).
+    """
+    if len(inputs) == 0:
+        raise ValueError("inputs must hold at least one micro-batch, got none")
+    seen: list[_Seen] = []
+    with torch.no_grad(), _buffers_kept(model):
+        for rows in inputs:
+            random = _RandomState.now()
+            seen.append(_Seen(model(rows), random))
+    torch.clear_autocast_cache()  # copies of the weights that gradient can't pass
+    after = _RandomState.now()
+
+    logits = torch.cat([one.logits for one in seen]).requires_grad_()
+    weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+    loss = loss_fn(logits, targets, **weights)
+    (gradient,) = torch.autograd.grad(loss if scale is None else scale(loss), logits)
+
+    parts = gradient.split([len(one.logits) for one in seen])
+    try:
+        for k, (rows, one, part) in enumerate(zip(inputs, seen, parts, strict=True)):
+            one.random.restore()
+            with nullcontext() if k == len(inputs) - 1 else _without_sync(model):
+                again = model(rows)
+                if again.shape != part.shape:
+                    raise RuntimeError(
+                        f"the logits of micro-batch {k} were {list(part.shape)} in the first pass "
+                        f"and are {list(again.shape)} in the second"
+                    )
+                again.backward(part.to(again.dtype))
+    finally:
+        after.restore()
+    return loss.detach()
+
+
+class _RandomState(NamedTuple):
+    """The random generators of the CPU and of the current CUDA device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls) -> _RandomState:
+        is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_used else None)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+class _Seen(NamedTuple):
+    """A micro-batch in the first pass."""
+
+    logits: Tensor
+    random: _RandomState  # before it
+
+
+@contextmanager
+def _buffers_kept(model: Any) -> Iterator[None]:
+    """Put the buffers of a module back as they were."""
+    before = [(b, b.clone()) for b in model.buffers()] if isinstance(model, nn.Module) else []
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _without_sync(model: Any) -> AbstractContextManager[Any]:
+    no_sync = getattr(model, "no_sync", None)
+    context: AbstractContextManager[Any] = nullcontext() if no_sync is None else no_sync()
+    return context
