@@ -1,6 +1,6 @@
 """Test AP of losses on real imbalanced tasks, with equal tuning by validation AP.
 
-    python -m benchmarks.quality [--tasks protein chess] [--splits 10] [--workers 2] [--into NAME]
+    python -m benchmarks.quality [--plan final] [--tasks protein chess] [--splits 10] [--report]
 
 Eight binary tasks (`benchmarks.tasks`), fixed splits, one network (an MLP F-64-32-1), one budget
 (500 steps of 1,024 rows, AdamW with one cycle) for every loss. For each task, split and loss the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import multiprocessing
 import statistics
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -38,12 +39,13 @@ from benchmarks._measure import Row
 LEARNING_RATES = (3e-3, 1e-2)
 WEIGHT_DECAYS = (1e-4, 1e-1)
 BATCH_SIZE, STEPS, EVALUATE_EVERY = 1024, 500, 50
-SPLITS = 10
+ASSETS = _measure.RESULTS.parents[1] / "docs" / "assets"
 DEVELOPMENT_SEED = 100  # splits from here on are for choosing the recipe, never reported
 SAMPLED_POSITIVE = 0.25  # of a batch, where LibAUC asks for a sampler
 KEY = ("task", "split", "loss", "learning_rate", "weight_decay")
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [n], labels [n], rows [n] -> []
+Make = Callable[[Tensor], Loss]  # of the training labels [N]
 
 
 class Job(NamedTuple):
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 # --- Losses: from the training labels [N] to a function -------------------------------------------
 
 
-def _weighted(power: float) -> Callable[[Tensor], Loss]:
+def _weighted(power: float) -> Make:
     def make(labels: Tensor) -> Loss:
         weight = ((labels == 0).sum() / (labels == 1).sum()) ** power
         return lambda logits, y, _: bce(logits, y.float(), pos_weight=weight)
@@ -90,23 +92,86 @@ def _hard_negatives(labels: Tensor) -> Loss:
     return loss
 
 
-def _ours(**settings: Any) -> Callable[[Tensor], Loss]:
-    """Smooth-AP of the batch beside cross-entropy."""
+class Recipe(NamedTuple):
+    """Smooth-AP of the batch, in units of the spread, beside another loss; no queue."""
 
-    def make(labels: Tensor) -> Loss:
-        from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+    temperature: float
+    main_weight: float = 1.0
+    auxiliary: str = "focal"  # a key of BCE_FAMILY
+    sampled_positive: float | None = None  # share of positives in a batch; None: as they come
+    at_prior: bool = False  # rank at the prevalence of the training rows all the same
+    unit: Literal["score", "spread"] = "spread"
+    queue_size: int = 0
+    upper_bound: bool = False  # SupAP in place of Smooth-AP
 
-        weight = ((labels == 0).sum() / (labels == 1).sum()) ** settings.get("power", 0.0)
+    def name(self) -> str:
+        parts = ["SupAP" if self.upper_bound else "SmoothAP", f"τ {self.temperature:g}"]
+        if self.unit == "score":
+            parts[-1] += " raw"
+        if self.main_weight < 1:
+            parts += [f"w {self.main_weight:g}", self.auxiliary]
+        if self.queue_size:
+            parts.append(f"queue {self.queue_size}")
+        if self.sampled_positive is not None:
+            parts.append(f"{self.sampled_positive:.0%} positives")
+        if self.at_prior:
+            parts.append("at prior")
+        return ", ".join(parts)
+
+    def __call__(self, labels: Tensor) -> Loss:
+        from imbalanced_losses import MixedLoss, SmoothAPLoss
+
         ranking = SmoothAPLoss(
-            1, queue_size=0, temperature=settings["temperature"], temperature_unit="spread"
+            1,
+            queue_size=self.queue_size,
+            queue_follows_shift=self.queue_size > 0,
+            temperature=self.temperature,
+            temperature_unit=self.unit,
+            target_prior=labels.double().mean().item() if self.at_prior else None,
         )
-        if settings["main_weight"] == 1:
+        pointwise = BCE_FAMILY[self.auxiliary](labels)
+        if self.upper_bound:
+            bound = functools.partial(_upper_bound, temperature=self.temperature)
+            w = self.main_weight
+            return lambda x, y, _: w * bound(x, y) + (1 - w) * pointwise(x, y, _)
+        if self.main_weight == 1:
             return lambda logits, y, _: ranking(logits[:, None], y)
-        entropy = CrossEntropy(1, class_weight=weight[None])
-        mixed = MixedLoss(entropy, ranking, main_weight=settings["main_weight"])
+        mixed = MixedLoss(
+            lambda logits, y: pointwise(logits.squeeze(1), y, y),
+            ranking,
+            main_weight=self.main_weight,
+        )
         return lambda logits, y, _: mixed(logits[:, None], y)
 
-    return make
+
+def _upper_bound(logits: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """SupAP, an upper bound of 1 − AP (Ramzi et al., NeurIPS 2021), of standardised scores.
+
+    Ranks among positives are the true ones; a negative counts by a sigmoid where it is below the
+    positive, by a sigmoid + ½ where it is barely above, and linearly beyond.
+    """
+    margin, slope = 2 * temperature, 1.0
+    scores = logits / logits.std()
+    positives, negatives = scores[y == 1], scores[y == 0]
+    if len(positives) == 0:
+        return 0 * logits.sum()
+    above = 1 + (positives > positives[:, None]).sum(1)
+    lead = negatives - positives[:, None]  # [P, N]
+    step = torch.sigmoid(lead / temperature)
+    edge = torch.sigmoid(torch.tensor(margin / temperature)) + 0.5
+    far = slope * (lead - margin) + edge
+    counted = torch.where(lead <= 0, step, torch.where(lead < margin, step + 0.5, far))
+    return 1 - (above / (above + counted.sum(1))).mean()
+
+
+class Sampled(NamedTuple):
+    """A loss whose batches have a share of positives of their own."""
+
+    make: Make
+    sampled_positive: float | None
+
+    def __call__(self, labels: Tensor) -> Loss:
+        return self.make(labels)
 
 
 def _predecessor(labels: Tensor) -> Loss:
@@ -120,34 +185,66 @@ def _libauc(labels: Tensor) -> Loss:
     return lambda logits, y, rows: loss_fn(torch.sigmoid(logits)[:, None], y[:, None], rows)
 
 
-OURS = "SmoothAP + BCE"
-BCE_FAMILY = {
+BCE_FAMILY: dict[str, Make] = {
     "BCE": _weighted(0.0),
     "sqrt-weighted BCE": _weighted(0.5),
     "weighted BCE": _weighted(1.0),
     "focal": _focal,
     "hard-negative BCE": _hard_negatives,
 }
-LOSSES: dict[str, Callable[[Tensor], Loss]] = {
+SQRT, BCE, HARD = "sqrt-weighted BCE", "BCE", "hard-negative BCE"
+# The one recipe for all tasks, chosen on development splits among CANDIDATES.
+OURS = "SmoothAP + BCE"
+LOSSES: dict[str, Make] = {
     **BCE_FAMILY,
     "LibAUC APLoss": _libauc,
-    OURS: _ours(temperature=0.1, main_weight=0.5, power=0.5),
-    "SmoothAP": _ours(temperature=0.1, main_weight=1),
+    OURS: Recipe(0.3, 0.8, SQRT),
+    "SmoothAP": Recipe(0.1),
     "predecessor": _predecessor,
 }
-# For the choice of the recipe, on development splits.
-CANDIDATES = {
-    f"τ {tau} w {w} power {power}": _ours(temperature=tau, main_weight=w, power=power)
-    for tau, w, power in (
-        (0.1, 0.5, 0.0),
-        (0.1, 0.5, 0.5),
-        (0.3, 0.5, 0.0),
-        (0.3, 0.5, 0.5),
-        (0.3, 0.8, 0.5),
-        (0.1, 0.8, 0.5),
-        (0.1, 0.2, 0.5),
+CANDIDATES: dict[str, Make] = {
+    recipe.name(): recipe
+    for recipe in (
+        # On all tasks.
+        *(Recipe(tau, w, SQRT) for tau, w in ((0.1, 0.2), (0.1, 0.5), (0.1, 0.8))),
+        *(Recipe(tau, w, SQRT) for tau, w in ((0.3, 0.5), (0.3, 0.8))),
+        *(Recipe(tau, w, BCE) for tau, w in ((0.1, 0.5), (0.3, 0.5), (0.3, 0.9))),
+        *(Recipe(0.3, w) for w in (0.5, 0.8, 0.9, 0.95)),
+        *(Recipe(tau, w) for tau, w in ((0.1, 0.8), (0.1, 0.95), (1.0, 0.8), (1.0, 0.9))),
+        Recipe(0.3, 0.8, HARD),
+        Recipe(0.3, 0.8, sampled_positive=0.1, at_prior=True),
+        Recipe(0.1, 0.8, upper_bound=True),
+        # On the two tasks with the fewest positives, and given up there.
+        *(Recipe(0.3, w, SQRT) for w in (0.02, 0.1, 0.3, 0.95)),
+        *(Recipe(0.3, w) for w in (0.02, 0.1, 0.3)),
+        *(Recipe(0.3, w, BCE) for w in (0.02, 0.1)),
+        *(Recipe(1.0, w, SQRT) for w in (0.1, 0.8)),
+        *(Recipe(tau, w) for tau, w in ((0.1, 0.1), (1.0, 0.3))),
+        Recipe(0.3, 0.3, HARD),
+        Recipe(0.3, 0.8, SQRT, queue_size=4096),
+        *(Recipe(0.3, 0.8, BCE, sampled_positive=share) for share in (0.1, 0.25)),
+        Recipe(0.3, 0.8, sampled_positive=0.1),
+        Recipe(0.3, 0.8, BCE, sampled_positive=0.1, at_prior=True),
+        Recipe(0.1, 0.3, BCE, sampled_positive=0.25, at_prior=True),
+        Recipe(1.0, 0.5, BCE, unit="score"),
     )
 }
+# As many positives as negatives in every batch, and the prevalence known or not.
+REBALANCED: dict[str, Make] = {
+    f"{name}, {how}": contender
+    for how, share in (("as they come", None), ("50 % positives", 0.5))
+    for name, contender in (
+        ("BCE", Sampled(_weighted(0.0), share)),
+        ("SmoothAP", Recipe(0.1, sampled_positive=share)),
+        (OURS, Recipe(0.3, 0.8, SQRT, sampled_positive=share)),
+    )
+} | {
+    "SmoothAP, 50 % positives, target_prior": Recipe(0.1, sampled_positive=0.5, at_prior=True),
+    f"{OURS}, 50 % positives, target_prior": Recipe(
+        0.3, 0.8, SQRT, sampled_positive=0.5, at_prior=True
+    ),
+}
+REBALANCED_TASKS = ("protein", "shirts", "chess")
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -183,7 +280,8 @@ def _fit(model: nn.Module, task: Any, job: Job) -> tuple[int, float]:
     from demo import train
 
     features, labels = task.train
-    loss_fn = {**LOSSES, **CANDIDATES}[job.loss](labels)
+    make = {**LOSSES, **CANDIDATES, **REBALANCED}[job.loss]
+    loss_fn = make(labels)
     rates = {"lr": job.learning_rate, "weight_decay": job.weight_decay}
     is_libauc = job.loss == "LibAUC APLoss"
     if is_libauc:
@@ -195,7 +293,12 @@ def _fit(model: nn.Module, task: Any, job: Job) -> tuple[int, float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=job.learning_rate, total_steps=STEPS, cycle_momentum=not is_libauc
     )
-    batches = _quota_batches(labels, job.split) if is_libauc else _batches(len(labels), job.split)
+    sampled = SAMPLED_POSITIVE if is_libauc else getattr(make, "sampled_positive", None)
+    batches = (
+        _batches(len(labels), job.split)
+        if sampled is None
+        else _quota_batches(labels, job.split, sampled)
+    )
     best_step, best_ap, best_weights = 0, -1.0, model.state_dict()
     for step, rows in zip(range(1, STEPS + 1), batches, strict=False):
         optimizer.zero_grad()
@@ -223,11 +326,11 @@ def _batches(num_rows: int, seed: int) -> Iterator[Tensor]:
         yield from (rows for rows in order.split(size) if len(rows) == size)
 
 
-def _quota_batches(labels: Tensor, seed: int) -> Iterator[Tensor]:
+def _quota_batches(labels: Tensor, seed: int, share: float) -> Iterator[Tensor]:
     """A fixed share of positives in every batch, as LibAUC's samplers make them."""
     generator = torch.Generator().manual_seed(seed)
     rare, common = (labels == 1).nonzero().squeeze(1), (labels == 0).nonzero().squeeze(1)
-    num_rare = round(SAMPLED_POSITIVE * BATCH_SIZE)
+    num_rare = round(share * BATCH_SIZE)
     while True:
         picks = [
             part[torch.randint(len(part), (number,), generator=generator)]
@@ -303,28 +406,35 @@ def tuned(rows: list[Row]) -> dict[tuple[str, str], dict[int, Tuned]]:
     return found
 
 
-def report(rows: list[Row]) -> None:
-    """Mean test AP of every loss, and its paired difference to the best of the BCE family."""
+def report(rows: list[Row], rival: str | None = None, value: str = "test_ap") -> None:
+    """Mean AP of every loss, and its paired difference to `rival`, or the best of the BCE family.
+
+    `value` is "validation_ap" where a recipe is to be chosen.
+    """
     from scipy.stats import wilcoxon
 
     chosen = tuned(rows)
+
+    def ap(run: Tuned) -> float:
+        return float(getattr(run, value))
+
     names = list(dict.fromkeys(row["task"] for row in rows))
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     grid = Grid("loss", *names, "s")
-    rivals = {task: rival_of(chosen, task) for task in names}
+    rivals = {task: rival or rival_of(chosen, task) for task in names}
     for loss in losses:
         cells, seconds = [], []
         for task in names:
-            own, rival = chosen.get((task, loss), {}), chosen.get((task, rivals[task]), {})
-            both = sorted(own.keys() & rival.keys())
+            own, other = chosen.get((task, loss), {}), chosen.get((task, rivals[task]), {})
+            both = sorted(own.keys() & other.keys())
             if not both:
                 cells.append("–")
                 continue
-            mean = statistics.mean(own[k].test_ap for k in both)
+            mean = statistics.mean(ap(own[k]) for k in both)
             seconds += [own[k].seconds for k in both]
-            differences = [own[k].test_ap - rival[k].test_ap for k in both]
+            differences = [ap(own[k]) - ap(other[k]) for k in both]
             if loss == rivals[task]:
-                cells.append(f"{mean:.4f}\nbest BCE")
+                cells.append(f"{mean:.4f}\n{'rival' if rival else 'best BCE'}")
                 continue
             wins = sum(d > 0 for d in differences)
             p = wilcoxon(differences).pvalue if any(differences) and len(both) > 1 else 1.0
@@ -345,36 +455,107 @@ def rival_of(chosen: dict[tuple[str, str], dict[int, Tuned]], task: str) -> str:
     return max(BCE_FAMILY, key=mean_validation)
 
 
+def plot(rows: list[Row], path: Path) -> None:
+    """Forest plot: mean difference to the best of the BCE family and its 95 % t interval."""
+    from matplotlib import pyplot as plt
+    from scipy.stats import t
+
+    chosen = tuned(rows)
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 0.75 * len(names) + 1.2), layout="constrained")
+    for k, (loss, style) in enumerate(STYLES.items()):
+        means, errors, heights = [], [], []
+        for height, task in enumerate(reversed(names)):
+            own, rival = chosen.get((task, loss), {}), chosen[task, rival_of(chosen, task)]
+            gains = [own[s].test_ap - rival[s].test_ap for s in sorted(own.keys() & rival.keys())]
+            if len(gains) < 2:
+                continue
+            half = statistics.stdev(gains) / len(gains) ** 0.5 * t.ppf(0.975, len(gains) - 1)
+            means.append(statistics.mean(gains))
+            errors.append(half)
+            heights.append(height + 0.27 - 0.18 * k)
+        axes.errorbar(means, heights, xerr=errors, linestyle="", capsize=2, label=loss, **style)
+    axes.axvline(0, color="#666666", linewidth=1)
+    axes.set_yticks(
+        range(len(names)), [f"{n}\n(best: {rival_of(chosen, n)})" for n in reversed(names)]
+    )
+    axes.set_xlabel("difference in test AP to the best of the BCE family, paired by split")
+    axes.set_xlim(left=-0.12)
+    axes.legend(loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"color": "#0072B2", "marker": "o"},
+    "SmoothAP": {"color": "#56B4E9", "marker": "D"},
+    "predecessor": {"color": "#D55E00", "marker": "s"},
+    "LibAUC APLoss": {"color": "#009E73", "marker": "^"},
+}
+
+
+class Plan(NamedTuple):
+    """One set of runs."""
+
+    losses: list[str]
+    tasks: tuple[str, ...]
+    first_split: int
+    splits: int
+    into: str
+    rival: str | None = None
+    value: str = "test_ap"
+
+
+PLANS = {
+    "final": Plan(list(LOSSES), tuple(tasks.TASKS), 0, 10, "quality"),
+    "development": Plan(
+        [*BCE_FAMILY, "SmoothAP", *CANDIDATES],
+        tuple(tasks.TASKS),
+        DEVELOPMENT_SEED,
+        2,
+        "quality-development",
+        value="validation_ap",
+    ),
+    "prevalence": Plan(
+        list(REBALANCED), REBALANCED_TASKS, 0, 10, "prevalence", "SmoothAP, 50 % positives"
+    ),
+}
+
+
 def main() -> None:
     """Train what is left, then report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES))
-    parser.add_argument("--splits", type=int, default=SPLITS)
+    parser.add_argument(
+        "--plan",
+        choices=PLANS,
+        default="final",
+        help="development: candidates for the recipe, by validation AP on other splits; "
+        "prevalence: batches with 50 %% positives",
+    )
+    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="instead of the plan's")
+    parser.add_argument("--losses", nargs="+", help="instead of the plan's")
+    parser.add_argument("--splits", type=int, help="instead of the plan's")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--into", default="quality", help="name of the CSV in benchmarks/results")
-    parser.add_argument("--development", action="store_true", help="candidates, on other splits")
-    parser.add_argument("--report", action="store_true", help="print what there is")
+    parser.add_argument("--into", help="name of the CSV in benchmarks/results")
+    parser.add_argument("--report", action="store_true", help="print what there is, and plot it")
     options = parser.parse_args()
-    path = _measure.RESULTS / f"{options.into}.csv"
-    losses, first = options.losses, 0
-    if options.development:
-        losses, first = [*BCE_FAMILY, "SmoothAP", *CANDIDATES], DEVELOPMENT_SEED
+    plan = PLANS[options.plan]
+    path = _measure.RESULTS / f"{options.into or plan.into}.csv"
+    splits = range(plan.first_split, plan.first_split + (options.splits or plan.splits))
+    names = options.tasks or plan.tasks
     jobs = [
         Job(*cell)
         for cell in itertools.product(
-            options.tasks,
-            range(first, first + options.splits),
-            losses,
-            LEARNING_RATES,
-            WEIGHT_DECAYS,
+            names, splits, options.losses or plan.losses, LEARNING_RATES, WEIGHT_DECAYS
         )
     ]
     if not options.report:
-        for name in options.tasks:
+        for name in names:
             tasks.load(name)  # once, before the workers ask for it
         run_all(jobs, path, options.workers)
-    report(finished(path))
+    rows = finished(path)
+    report(rows, plan.rival, plan.value)
+    if options.plan == "final":
+        plot(rows, ASSETS / "quality.png")
 
 
 if __name__ == "__main__":

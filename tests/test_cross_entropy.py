@@ -109,6 +109,48 @@ def test_nothing_to_learn_is_zero(kind: dict[str, Any], what: str) -> None:
     assert not gradient_of(loss, batch.logits).any()
 
 
+@EACH_KIND
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_gamma_is_the_focal_loss(kind: dict[str, Any], gamma: float) -> None:
+    """By its definition, through probabilities."""
+    batch = make_batch(9, **kind, dtype=torch.float64).leaf()
+    factors = torch.tensor([4.0, 1.0, 0.5], dtype=torch.float64)[: kind["num_classes"]]
+    loss = CrossEntropy(**kind, class_weight=factors, gamma=gamma)(batch.logits, batch.targets)
+    if kind["num_classes"] > 1 and not kind.get("multilabel"):
+        right = batch.logits.softmax(1)[torch.arange(9), batch.targets]
+        factor = factors[batch.targets]
+        mass = factor.sum()
+    else:
+        labels = batch.targets.view(batch.logits.shape)
+        right = torch.where(labels == 1, batch.logits.sigmoid(), 1 - batch.logits.sigmoid())
+        factor = torch.where(labels == 1, factors, 1.0)
+        mass = torch.tensor(labels.numel())
+    expected = (factor * (1 - right) ** gamma * -right.log()).sum() / mass
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient_of(loss, batch.logits), gradient_of(expected, batch.logits))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_gamma_where_nothing_is_left_to_learn(gamma: float) -> None:
+    logits = torch.tensor([[-1e4], [1e4], [-1e4]], requires_grad=True)
+    loss = CrossEntropy(1, gamma=gamma)(logits, torch.tensor([0, 1, 1]))
+    assert loss.item() == pytest.approx(1e4 / 3)
+    assert gradient_of(loss, logits).flatten().tolist() == pytest.approx([0, 0, -1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "error", "message"),
+    [
+        (-1.0, ValueError, "gamma must be finite and >= 0, got -1.0"),
+        (math.nan, ValueError, "gamma must be finite and >= 0, got nan"),
+        ("2", TypeError, "gamma must be a float >= 0, got '2'"),
+    ],
+)
+def test_bad_gamma(gamma: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CrossEntropy(1, gamma=gamma)
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     batch = make_batch(9, dtype=torch.float16)
     loss = CrossEntropy(1)(batch.logits, batch.targets)
@@ -143,3 +185,4 @@ def test_repr_and_state() -> None:
     loss_fn = CrossEntropy(2, torch.tensor([1.0, 2.0]))
     assert repr(loss_fn) == "CrossEntropy(num_classes=2, class_weight=[1.0, 2.0], multilabel=False)"
     assert loss_fn.state_dict() == {}
+    assert repr(CrossEntropy(1, gamma=2.0)).endswith("multilabel=False, gamma=2)")

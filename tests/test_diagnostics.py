@@ -151,6 +151,12 @@ def test_a_temperature_that_does_not_fit(
     assert advised(scale * (scores + 2 * targets), targets, **options)[0].startswith(expected)
 
 
+def test_probabilities_that_are_closer_together_than_the_temperature() -> None:
+    scores, targets = scores_of(500, 0, False)
+    found = advised(torch.sigmoid(scores - 5), targets, temperature=0.1)
+    assert any(line.startswith("τ is larger than the spread of the scores") for line in found)
+
+
 def test_positives_out_of_reach() -> None:
     scores, targets = torch.randn(200, generator=seeded(0)), torch.zeros(200, dtype=torch.int64)
     scores[:20], targets[:20] = -9 - torch.rand(20, generator=seeded(1)), 1

@@ -51,6 +51,16 @@ def number_above_zero(name: str, value: Any) -> float:
     return number
 
 
+def number_at_least_zero(name: str, value: Any) -> float:
+    """A finite number from zero on."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float >= 0, got {value!r} ({_kind(value)})")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    return number
+
+
 def ignore_index(value: Any, binary_labels: bool) -> int:
     """An int that is not one of the labels 0 and 1 where those are all there is."""
     index = integer("ignore_index", value)

@@ -81,6 +81,11 @@ class Diagnostics(NamedTuple):
                 "is there, or scores are nearly constant",
             ),
             (
+                sharp < 1,
+                "τ is larger than the spread of the scores: rank logits rather than "
+                'probabilities, lower the temperature, or set temperature_unit="spread" with 0.1',
+            ),
+            (
                 (self.ap >= 0.99) & (self.pool_size < 4096),
                 "the pool is ranked almost perfectly and has little left to teach: rank more rows "
                 "at once",
