@@ -480,7 +480,7 @@ def plot(rows: list[Row], path: Path) -> None:
         range(len(names)), [f"{n}\n(best: {rival_of(chosen, n)})" for n in reversed(names)]
     )
     axes.set_xlabel("difference in test AP to the best of the BCE family, paired by split")
-    axes.set_xlim(left=-0.12)
+    axes.set_xlim(left=-0.16)
     axes.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=150)
 

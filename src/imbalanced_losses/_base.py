@@ -16,6 +16,7 @@ from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
+from imbalanced_losses._tracing import is_traced
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
@@ -111,6 +112,8 @@ class _QueuedRankingLoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._temperature = _checks.number_above_zero("temperature", value)
+        # For compiled code, to which a float is a constant: a new one would compile it anew.
+        self._temperature_now = torch.tensor(self._temperature, dtype=torch.float64, device="cpu")
 
     def reset_queue(self) -> None:
         """Empty the queue."""
@@ -195,10 +198,15 @@ class _QueuedRankingLoss(nn.Module):
 
     def _effective_temperature(self, problems: Problems) -> float | Tensor:
         """τ in units of the scores: one for all problems, or [C]."""
+        temperature: float | Tensor
+        if is_traced(problems.scores):
+            temperature = self._temperature_now.to(problems.scores.device)
+        else:
+            temperature = self.temperature
         if self.temperature_unit == "score":
-            return self.temperature
+            return temperature
         spread = _score_spread_of_pool(problems.scores, problems.weights, problems.exchange)
-        return self.temperature * spread
+        return temperature * spread
 
     def _spread_of_batch(
         self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
@@ -270,6 +278,8 @@ class _QueuedRankingLoss(nn.Module):
         Only that happens inside a backward pass. The queue and the draw of the first time are
         used then, and nothing is remembered twice.
         """
+        if torch.compiler.is_compiling():
+            return False  # compiled code recomputes what it chooses, but never the forward pass
         if torch._C._current_graph_task_id() == -1 or not self._updates_queue():
             return False
         if self._depends_on_state() and not _is_same(self._last_batch, batch):
@@ -296,9 +306,11 @@ class _QueuedRankingLoss(nn.Module):
     def _present(self, pool: Pool) -> Pool:
         """The pool without ignored rows and free slots.
 
-        Off the CPU that would wait for the device; there their weight of zero does the same.
+        Off the CPU that would wait for the device, and a compiler could not follow; there their
+        weight of zero does the same.
         """
-        if pool.logits.device.type != "cpu" and self.max_pool_size is None:
+        is_on_host = pool.logits.device.type == "cpu" and not is_traced(pool.logits)
+        if not is_on_host and self.max_pool_size is None:
             return pool
         present = pool.is_present(self.ignore_index)
         return pool if present.all() else pool.select(present.nonzero().squeeze(1))
@@ -319,7 +331,9 @@ class _QueuedRankingLoss(nn.Module):
         if not self._updates_queue():
             return
         self._queue.push(batch)
-        self._num_steps += self.training
+        # A number that changes would have code compiled anew in every step. Only draws need it.
+        if self.max_pool_size is not None or not torch.compiler.is_compiling():
+            self._num_steps += self.training
         if self._depends_on_state():
             self._last_batch = batch._replace(logits=batch.logits.detach())
 
@@ -379,7 +393,7 @@ class _QueuedRankingLoss(nn.Module):
             error_msgs.append(f"{prefix}{error}")
             state_dict.update(self._queue.state_dict(prefix=queue))  # what the queue holds already
             return
-        self._temperature, self._num_steps = temperature, num_steps
+        self.temperature, self._num_steps = temperature, num_steps
 
 
 def _as_number(prior: tuple[float, ...] | None) -> float:

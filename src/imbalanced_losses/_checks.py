@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imbalanced_losses._tracing import is_traced
+
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURE_UNITS = ("score", "spread")
 GRAD_REDUCES = ("mean", "sum")
@@ -46,7 +48,7 @@ def number_above_zero(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float > 0, got {value!r} ({_kind(value)})")
     number = float(value)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     return number
 
@@ -191,7 +193,7 @@ def row_values(
         targets, sample_weight: as given.
         weights: sample_weight in the dtype of the computation, where it has to be finite too.
     """
-    if weights is None and not targets.is_floating_point():
+    if weights is None and not targets.is_floating_point() and not is_traced(targets):
         if targets.dtype == torch.bool or targets.numel() == 0:
             return
         low, high = torch.stack(torch.aminmax(targets)).tolist()
@@ -203,13 +205,17 @@ def row_values(
         good_targets &= wide == wide.trunc()
     good_targets |= wide == ignore_index
     all_good = good_targets.all()
+    labels = "0 or 1" if num_labels == 2 else f"integers in 0..{num_labels - 1}"
     if sample_weight is not None and weights is not None:
         good_weights = (sample_weight >= 0) & weights.isfinite()
         all_good &= good_weights.all()
+    if is_traced(targets):
+        text = f"targets must be {labels}, or ignore_index={ignore_index}"
+        torch._assert_async(all_good, f"{text}; sample_weight finite and >= 0")
+        return
     if bool(all_good):
         return
     if not bool(good_targets.all()):
-        labels = "0 or 1" if num_labels == 2 else f"integers in 0..{num_labels - 1}"
         first = targets[~good_targets][0].item()
         raise ValueError(f"targets must be {labels}, or ignore_index={ignore_index}, got {first}")
     if sample_weight is not None:

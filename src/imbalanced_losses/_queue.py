@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._pool import Pool
+from imbalanced_losses._tracing import is_traced
 
 
 class _Stored(NamedTuple):
@@ -44,7 +45,7 @@ class MemoryQueue(nn.Module):
     targets: Tensor  # [size + 1] or [size + 1, C]
     weights: Tensor  # [size + 1]
     cursor: Tensor  # [] int64, the slot that the next row takes
-    born: Tensor  # [size + 1] int64, the number of the push that wrote each slot; not saved
+    born: Tensor  # [size + 1] int64, the push that wrote each slot; the last: how many; not saved
 
     def __init__(self, size: int, num_classes: int, ignore_index: int, multilabel: bool) -> None:
         super().__init__()
@@ -56,7 +57,6 @@ class MemoryQueue(nn.Module):
         self.register_buffer("weights", torch.zeros(size + 1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
         self.register_buffer("born", torch.zeros(size + 1, dtype=torch.int64), persistent=False)
-        self._num_pushes = 0  # since construction or loading
         self.is_weighted = False  # whether rows with weights were ever pushed
         self._undo: _Undo | None = None
 
@@ -91,7 +91,7 @@ class MemoryQueue(nn.Module):
         if self.size == 0:
             return
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
-        on_host = rows.logits.device.type == "cpu"
+        on_host = rows.logits.device.type == "cpu" and not is_traced(rows.logits)
         slots: Tensor | slice
         rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)
         if rows.weights is not None and not self.is_weighted:
@@ -101,8 +101,9 @@ class MemoryQueue(nn.Module):
         self._undo = _Undo(slots, _Stored(*old_rows))
         for field, new in zip(self._stored(), new_rows, strict=True):
             field[slots] = new.to(field.dtype)
-        self._num_pushes += 1
-        self.born[slots] = self._num_pushes
+        number = self.born[self.size] + 1
+        self.born[slots] = number
+        self.born[self.size] = number
         self.cursor.add_(count).remainder_(self.size)
 
     def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor | slice, int]:
@@ -125,10 +126,10 @@ class MemoryQueue(nn.Module):
         """All rows, their slots (`size` for those that take none), and how many take one."""
         keep = rows.is_present(self.ignore_index) & rows.logits.isfinite().all(1)
         number = keep.cumsum(0)  # [N], 1 for the first row kept
-        count = keep.sum()
-        is_newest = keep & (number > count - self.size)
-        slots = (self.cursor + number - 1).remainder_(self.size)
-        return rows, torch.where(is_newest, slots, self.size), count
+        surplus = (keep.sum() - self.size).clamp(min=0)
+        is_newest = keep & (number > surplus)
+        slots = (self.cursor + number - 1 - surplus).remainder_(self.size)
+        return rows, torch.where(is_newest, slots, self.size), keep.sum() - surplus
 
     @property
     def can_undo(self) -> bool:
@@ -143,7 +144,7 @@ class MemoryQueue(nn.Module):
         taken = self.targets[: self.size] != self.ignore_index
         if taken.dim() == 2:
             taken = taken.any(1)
-        return self._num_pushes - self.born[: self.size][taken]
+        return self.born[self.size] - self.born[: self.size][taken]
 
     def reset(self) -> None:
         """Free every slot."""
@@ -155,11 +156,14 @@ class MemoryQueue(nn.Module):
 
     def fit(self, rows: Pool) -> None:
         """Take on the device of the rows, and float64 if that is their dtype."""
-        with torch.inference_mode(False):  # the buffers outlive it
-            if rows.logits.device != self.logits.device:
-                self.to(rows.logits.device)
-            if rows.logits.dtype == torch.float64 != self.logits.dtype:
-                self._widen()
+        is_elsewhere = rows.logits.device != self.logits.device
+        is_wider = rows.logits.dtype == torch.float64 != self.logits.dtype
+        if is_elsewhere or is_wider:
+            with torch.inference_mode(False):  # the buffers outlive it
+                if is_elsewhere:
+                    self.to(rows.logits.device)
+                if is_wider:
+                    self._widen()
 
     def _stored(self) -> _Stored:
         return _Stored(self.logits, self.targets, self.weights)

@@ -17,6 +17,7 @@ from imbalanced_losses._engine import (
     rank_plan,
     sigmoid_sums,
 )
+from imbalanced_losses._tracing import is_traced
 
 __all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
 
@@ -104,6 +105,9 @@ def _smooth_ap_of_pool(
     """
     _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     _checks.choice("backend", backend, BACKENDS)
+    if is_traced(scores) or _is_batched(scores, is_positive, temperature, sample_weight):
+        _only_alone(exchange)
+        return _opaque_smooth_ap(scores, is_positive, temperature, sample_weight, backend, num_live)
     if torch._C._are_functorch_transforms_active():
         _only_alone(exchange)
         return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
@@ -331,6 +335,37 @@ def _differentiable_smooth_ap(
     return SmoothAP(ap.view(scores.shape[:-1]), of.valid.view(scores.shape[:-1]))
 
 
+def _ap_and_slopes(
+    of: _Problems, backend: Backend, num_live: int | None, is_differentiated: bool
+) -> tuple[Tensor, Tensor | None]:
+    """AP [C], and its derivative by the scores [C, M] if asked for."""
+    plan = rank_plan(
+        of.scores,
+        of.is_positive,
+        of.problem,
+        of.row,
+        of.weights,
+        of.temperature,
+        backend=backend,
+        num_live=num_live,
+        exchange=of.exchange,
+    )
+    slopes = None
+    if not is_differentiated:
+        among_all, among_positives = plan.ranks()
+    else:
+        among_all, among_positives, slopes = plan.ranks_and_gradient(_SlopesOfPrecision(of))
+        if of.has_extremes:
+            # Nothing moves an infinity; where several tie, their slopes would be finite.
+            slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
+    weighted = among_positives.div_(among_all).mul_(of.share)
+    if of.scores.shape[0] == 1:
+        ap = weighted.sum(0, keepdim=True)
+    else:
+        ap = of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
+    return of.exchange.sum(ap), slopes
+
+
 class _SmoothAP(torch.autograd.Function):
     """`smooth_ap` with its gradient taken in the forward pass, from the same sums.
 
@@ -348,42 +383,19 @@ class _SmoothAP(torch.autograd.Function):
         constants: tuple[Tensor, Tensor | None, Backend, int | None],
     ) -> Tensor:
         *_, backend, num_live = constants
-        exchange = of.exchange
-        is_differentiated = exchange.is_differentiated or any(ctx.needs_input_grad)
+        is_differentiated = of.exchange.is_differentiated or any(ctx.needs_input_grad)
         if is_differentiated and isinstance(temperature, Tensor):
             num_live = None  # what τ changes is told from the slopes of all rows
-        plan = rank_plan(
-            of.scores,
-            of.is_positive,
-            of.problem,
-            of.row,
-            of.weights,
-            of.temperature,
-            backend=backend,
-            num_live=num_live,
-            exchange=exchange,
-        )
-        if not is_differentiated:
-            among_all, among_positives = plan.ranks()
-        else:
-            among_all, among_positives, slopes = plan.ranks_and_gradient(_SlopesOfPrecision(of))
-            if of.has_extremes:
-                # Nothing moves an infinity; where several tie, their slopes would be finite.
-                slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-            ctx.constants, ctx.exchange = constants, exchange
+        ap, slopes = _ap_and_slopes(of, backend, num_live, is_differentiated)
+        if slopes is not None:
+            ctx.constants, ctx.exchange = constants, of.exchange
             ctx.fixed_temperature = temperature
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
                 ctx.fixed_temperature = None
                 tensors += [temperature, _slopes_in_temperature(of, slopes)]
             ctx.save_for_backward(*tensors)
-        precision = among_positives.div_(among_all)
-        weighted = precision.mul_(of.share)
-        if of.scores.shape[0] == 1:
-            ap = weighted.sum() if scores.dim() == 1 else weighted.sum(0, keepdim=True)
-        else:
-            ap = of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
-        return exchange.sum(ap)
+        return ap if scores.dim() == 2 else ap.squeeze(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -456,6 +468,162 @@ def _twice_differentiable_gradient(
     if isinstance(temperature, Tensor) and ctx.needs_input_grad[1]:
         (by_temperature,) = torch.autograd.grad(ap, temperature, grad, create_graph=True)
     return by_scores, by_temperature
+
+
+def _opaque_smooth_ap(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor,
+    sample_weight: Tensor | None,
+    backend: Backend,
+    num_live: int | None,
+) -> SmoothAP:
+    """`smooth_ap` as one operator, which compilers take as a whole: its values steer what it does.
+
+    Differentiable once.
+    """
+    is_one = scores.dim() == 1
+    rows = scores.unsqueeze(0) if is_one else scores
+    fixed, by_class = 0.0, None
+    if isinstance(temperature, Tensor):
+        by_class = temperature.expand(len(rows))
+    else:
+        fixed = temperature
+    can_need = torch.is_grad_enabled()
+    moves_temperature = can_need and by_class is not None and by_class.requires_grad
+    needs_slopes = moves_temperature or (can_need and scores.requires_grad)
+    found = torch.ops.imbalanced_losses.smooth_ap(
+        rows,
+        is_positive.unsqueeze(0) if is_one else is_positive,
+        fixed,
+        by_class,
+        sample_weight,
+        backend,
+        rows.shape[1] if num_live is None or moves_temperature else num_live,
+        needs_slopes,
+        moves_temperature,
+    )
+    ap, valid = found[0], found[1]
+    return SmoothAP(ap.squeeze(0), valid.squeeze(0)) if is_one else SmoothAP(ap, valid)
+
+
+@torch.library.custom_op(
+    "imbalanced_losses::smooth_ap",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, "
+    "Tensor? sample_weight, str backend, SymInt num_live, bool needs_slopes, "
+    "bool moves_temperature) "
+    "-> (Tensor ap, Tensor valid, Tensor slopes, Tensor slopes_in_temperature)",
+)
+def _operator(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    sample_weight: Tensor | None,
+    backend: Backend,
+    num_live: int,
+    needs_slopes: bool,
+    moves_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tau = temperature if temperatures is None else temperatures
+    of = _problems(scores, is_positive, tau, sample_weight)
+    ap, slopes = _ap_and_slopes(of, backend, num_live, needs_slopes)
+    if slopes is None:
+        return ap, of.valid, ap.new_empty(0, 0), ap.new_empty(0, dtype=torch.float64)
+    by_temperature = ap.new_empty(0, dtype=torch.float64)
+    if moves_temperature:
+        by_temperature = _slopes_in_temperature(of, slopes)
+    return ap, of.valid, slopes, by_temperature
+
+
+@_operator.register_fake
+def _shapes_of_operator(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    sample_weight: Tensor | None,
+    backend: Backend,
+    num_live: int,
+    needs_slopes: bool,
+    moves_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_problems, num_rows = scores.shape
+    ap = scores.new_empty(num_problems, dtype=_compute_dtype(scores))
+    return (
+        ap,
+        scores.new_empty(num_problems, dtype=torch.bool),
+        ap.new_empty((num_problems, num_rows) if needs_slopes else (0, 0)),
+        ap.new_empty(num_problems if moves_temperature else 0, dtype=torch.float64),
+    )
+
+
+def _remember_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, _, _, temperatures, *_, ctx.moves_temperature = inputs
+    _, _, slopes, slopes_in_temperature = output
+    ctx.dtypes = scores.dtype, None if temperatures is None else temperatures.dtype
+    ctx.save_for_backward(slopes, slopes_in_temperature)
+
+
+def _gradient_of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    slopes, slopes_in_temperature = ctx.saved_tensors
+    dtype, dtype_of_temperature = ctx.dtypes
+    by_scores = (grads[0][:, None] * slopes).to(dtype)
+    by_temperature = None
+    if ctx.moves_temperature:
+        by_temperature = (grads[0] * slopes_in_temperature).to(dtype_of_temperature)
+    return by_scores, None, None, by_temperature, None, None, None, None, None
+
+
+def _operator_of_batches(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """vmap: the problems of all batches are one longer list of problems."""
+    scores, is_positive, temperature, temperatures, sample_weight, *rest = (
+        argument if dim is None else argument.movedim(dim, 0)
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    )
+    size = info.batch_size
+    if in_dims[0] is None:
+        scores = scores.expand(size, *scores.shape)
+    _, num_problems, num_rows = scores.shape
+    is_positive = is_positive.expand(scores.shape)
+    if temperatures is not None:
+        temperatures = temperatures.expand(size, num_problems).reshape(-1)
+    if sample_weight is not None:
+        if in_dims[4] is not None and sample_weight.dim() == 2:
+            sample_weight = sample_weight[:, None]  # [B, M] of all problems
+        sample_weight = sample_weight.expand(scores.shape).reshape(-1, num_rows)
+    found = torch.ops.imbalanced_losses.smooth_ap(
+        scores.reshape(-1, num_rows),
+        is_positive.reshape(-1, num_rows),
+        temperature,
+        temperatures,
+        sample_weight,
+        *rest,
+    )
+    return tuple(
+        part.unflatten(0, (size, num_problems)) if len(part) else part.expand(size, *part.shape)
+        for part in found
+    ), (0, 0, 0, 0)
+
+
+_operator.register_autograd(_gradient_of_operator, setup_context=_remember_slopes)
+if hasattr(_operator, "register_vmap"):  # PyTorch 2.5
+    _operator.register_vmap(_operator_of_batches)
+
+
+def _is_batched(*arguments: object) -> bool:
+    """Whether vmap is at work on one of them."""
+    functorch = torch._C._functorch
+    for argument in arguments:
+        inner = argument
+        while isinstance(inner, Tensor) and functorch.is_functorch_wrapped_tensor(inner):
+            if functorch.is_batchedtensor(inner):
+                return True
+            inner = functorch.get_unwrapped(inner)
+    return False
 
 
 def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) -> Tensor | None:

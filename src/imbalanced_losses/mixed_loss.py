@@ -177,9 +177,13 @@ class MixedLoss(nn.Module):
         Raises:
             TypeError, ValueError: what the losses raise. The schedule has not moved then.
         """
-        is_counted = self.training and torch._C._current_graph_task_id() == -1
-        # Activation checkpointing computes the last call again.
-        is_again = self.training and not is_counted
+        # Activation checkpointing computes the last call again; compiled code never does.
+        is_again = (
+            self.training
+            and not torch.compiler.is_compiling()
+            and torch._C._current_graph_task_id() != -1
+        )
+        is_counted = self.training and not is_again
         weight = self._weight_at(self._last_step()) if is_again else self.main_weight
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         loss: Tensor | None = None
@@ -211,6 +215,11 @@ class MixedLoss(nn.Module):
 
     def _count(self) -> None:
         if self.calls_per_step is None:
+            return
+        # A number that changes would have code compiled anew in every step; a constant mix has no
+        # use for it.
+        is_constant = self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
+        if is_constant and torch.compiler.is_compiling():
             return
         self._num_calls += 1
         if self._num_calls == self.calls_per_step:

@@ -1,0 +1,208 @@
+"""torch.compile, torch.export, tensors without values and vmap: the same results, in one graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses.functional import smooth_ap
+from tests.cases import seeded
+from tests.rows import IGNORED, state_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+
+STEPS = 12
+OPERATOR = torch.ops.imbalanced_losses.smooth_ap
+
+
+def batches(num_classes: int, multilabel: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Steps whose number of positives changes."""
+    found = []
+    for step in range(STEPS):
+        generator = seeded(step)
+        shape = (64, num_classes) if multilabel else (64,)
+        labels = 2 if multilabel else max(2, num_classes)
+        targets = torch.randint(0, labels, shape, generator=generator)
+        is_kept = torch.rand(shape, generator=generator) < 0.1 * (1 + step % 5)
+        targets = targets * is_kept
+        if step % 3 == 0:
+            targets[1] = IGNORED
+        found.append((torch.randn(64, 8, generator=generator), targets))
+    return found
+
+
+def trained(loss_fn: nn.Module, steps: list[tuple[Tensor, Tensor]], compiled: Any) -> list[Tensor]:
+    """Losses and gradients; `compiled` makes a step of it."""
+    model = nn.Linear(
+        8, steps[0][1].shape[-1] if loss_fn_is_multilabel(loss_fn) else classes(loss_fn)
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, generator=seeded(5))
+
+    def forward(features: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = loss_fn(model(features), targets)
+        return loss
+
+    step = compiled(forward)
+    found = []
+    for features, targets in steps:
+        model.zero_grad()
+        loss = step(features, targets)
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]  # type: ignore[union-attr]
+    return found
+
+
+def classes(loss_fn: Any) -> int:
+    count: int = getattr(loss_fn, "main_loss", loss_fn).num_classes
+    return count
+
+
+def loss_fn_is_multilabel(loss_fn: Any) -> bool:
+    return bool(getattr(loss_fn, "main_loss", loss_fn).multilabel)
+
+
+LOSSES: dict[str, Any] = {
+    "binary": lambda: SmoothAPLoss(1, 0, 0.1),
+    "binary-queue": lambda: SmoothAPLoss(1, 150, 0.1),
+    "classes": lambda: SmoothAPLoss(10, 0, 0.1),
+    "classes-queue": lambda: SmoothAPLoss(10, 150, 0.1),
+    "labels-queue": lambda: SmoothAPLoss(3, 150, 0.1, multilabel=True),
+    "spread": lambda: SmoothAPLoss(1, 150, 0.1, temperature_unit="spread"),
+    "prior": lambda: SmoothAPLoss(1, 150, 0.1, target_prior=0.1, queue_follows_shift=True),
+    "mixed": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 50, 0.1), main_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_graph_with_the_results_of_eager_code(name: str, training: bool) -> None:
+    torch._dynamo.reset()
+    loss_fn = LOSSES[name]().train(training)
+    beside = copy.deepcopy(loss_fn)
+    counter = CompileCounterWithBackend("aot_eager")
+    steps = batches(classes(loss_fn), loss_fn_is_multilabel(loss_fn))
+    found = trained(loss_fn, steps, lambda f: torch.compile(f, fullgraph=True, backend=counter))
+    expected = trained(beside, steps, lambda f: f)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+    saved, other_state = state_of(loss_fn), state_of(beside)
+    for key, value in saved.items():
+        if not key.endswith(("num_steps", "num_calls")):  # which compiled code does not count
+            torch.testing.assert_close(value, other_state[key], rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_compiler() -> None:
+    torch._dynamo.reset()
+    loss_fn = SmoothAPLoss(1, 150, 0.1)
+    beside = copy.deepcopy(loss_fn)
+    found = trained(loss_fn, batches(1), lambda f: torch.compile(f, fullgraph=True))
+    for own, other in zip(found, trained(beside, batches(1), lambda f: f), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_temperature_that_changes_is_not_compiled_anew() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    loss_fn = SmoothAPLoss(1, 0)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend=counter)
+    logits, targets = torch.randn(40, 1, generator=seeded(0)), torch.arange(40) % 4 == 0
+    for tau in (1.0, 0.5, 0.2, 0.1, 0.05):
+        loss_fn.temperature = tau
+        expected = 1 - smooth_ap(logits[:, 0], targets, tau).ap
+        torch.testing.assert_close(compiled(logits, targets), expected)
+    assert counter.frame_count <= 2
+
+
+def test_bad_labels_raise_in_compiled_code_and_change_nothing() -> None:
+    torch._dynamo.reset()
+    loss_fn = SmoothAPLoss(1, 8)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(6, 1, generator=seeded(0)).requires_grad_()
+    compiled(logits, torch.tensor([0, 1, 0, 0, 1, 0]))
+    before = state_of(loss_fn)
+    with pytest.raises(RuntimeError, match="targets must be 0 or 1, or ignore_index=-100"):
+        compiled(logits, torch.tensor([0, 1, 0, 5, 1, 0]))
+    for key, value in state_of(loss_fn).items():
+        assert torch.equal(value, before[key])
+
+
+class Scored(nn.Module):
+    def __init__(self, queue_size: int) -> None:
+        super().__init__()
+        self.linear, self.loss_fn = nn.Linear(8, 3), SmoothAPLoss(3, queue_size, 0.1)
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.loss_fn(self.linear(features), targets)
+        return loss
+
+
+@pytest.mark.parametrize("queue_size", [0, 32])
+@pytest.mark.parametrize("training", [True, False])
+def test_export(queue_size: int, training: bool) -> None:
+    module = Scored(queue_size).train(training)
+    beside = copy.deepcopy(module)
+    features, targets = batches(3)[1]
+    exported = torch.export.export(module, (features, targets)).module()
+    for _ in range(2):
+        torch.testing.assert_close(exported(features, targets), beside(features, targets))
+
+
+@pytest.mark.parametrize("queue_size", [0, 32])
+def test_tensors_without_values(queue_size: int) -> None:
+    with FakeTensorMode():
+        logits = torch.randn(20, 3, requires_grad=True)
+        loss = SmoothAPLoss(3, queue_size)(logits, torch.arange(20) % 3)
+        loss.backward()
+        assert loss.shape == ()
+        assert logits.grad is not None
+    logits = torch.randn(20, 3, device="meta", requires_grad=True)
+    targets = torch.zeros(20, device="meta", dtype=torch.int64)
+    loss, per_class, valid = SmoothAPLoss(3, queue_size).to("meta")(logits, targets, True)
+    loss.backward()
+    assert (per_class.shape, valid.dtype, logits.grad.shape) == ((3,), torch.bool, (20, 3))
+
+
+@pytest.mark.parametrize("backend", ["dense", "panel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operator_is_registered_as_it_should_be(backend: str, dtype: torch.dtype) -> None:
+    scores = torch.randn(3, 30, generator=seeded(0), dtype=dtype).requires_grad_()
+    is_positive = torch.rand(3, 30, generator=seeded(1)) < 0.3
+    weights = torch.rand(3, 30, generator=seeded(2), dtype=dtype)
+    tau = torch.tensor([0.1, 0.2, 0.3], dtype=dtype).requires_grad_()
+    fixed = (scores, is_positive, 0.1, None, None, backend, 20, True, False)
+    by_class = (scores, is_positive, 0.0, tau, weights, backend, 30, True, True)
+    without = (scores.detach(), *fixed[1:-2], False, False)
+    for arguments in (fixed, by_class, without):
+        torch.library.opcheck(OPERATOR.default, arguments)
+
+
+@pytest.mark.parametrize("shared", ["nothing", "labels", "scores"])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_vmap_over_the_functional_form(shared: str, is_weighted: bool) -> None:
+    scores = torch.randn(4, 30, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
+    weights = torch.rand(4, 30, generator=seeded(2), dtype=torch.float64) if is_weighted else None
+    if shared == "scores":
+        scores = scores[:1].expand(4, 30)
+    if shared == "labels":
+        is_positive = is_positive[:1].expand(4, 30)
+
+    def ap(s: Tensor, p: Tensor, w: Tensor | None) -> Tensor:
+        return smooth_ap(s, p, 0.2, sample_weight=w).ap
+
+    dims = (None if shared == "scores" else 0, None if shared == "labels" else 0)
+    found = torch.func.vmap(ap, (*dims, 0 if is_weighted else None))(
+        scores[0] if shared == "scores" else scores,
+        is_positive[0] if shared == "labels" else is_positive,
+        weights,
+    )
+    torch.testing.assert_close(found, ap(scores, is_positive, weights), rtol=1e-12, atol=0)
