@@ -136,6 +136,7 @@ def test_under_autocast_with_a_scaler(dtype: torch.dtype) -> None:
         logits = torch.cat([model(rows) for rows in features.split(8)])
         scaler.scale(loss_fn(logits, targets)).backward()
         expected = gradients(model)
+    with torch.autocast("cpu", dtype):  # another: the copies of the weights are its own
         loss = backward_in_micro_batches(
             model, loss_fn, features.split(8), targets, scale=scaler.scale
         )

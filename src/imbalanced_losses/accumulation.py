@@ -76,7 +76,7 @@ def backward_in_micro_batches(
         for rows in inputs:
             random = _RandomState.now()
             seen.append(_Seen(model(rows), random))
-    torch.clear_autocast_cache()  # copies of the weights that gradient can't pass
+    torch.clear_autocast_cache()  # weights cast without gradient are not for the second pass
     after = _RandomState.now()
 
     logits = torch.cat([one.logits for one in seen]).requires_grad_()
