@@ -16,7 +16,7 @@ from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_traced
+from imbalanced_losses._tracing import is_recomputed, is_traced
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
@@ -275,12 +275,9 @@ class _QueuedRankingLoss(nn.Module):
     def _is_recomputed(self, batch: Pool) -> bool:
         """Whether the last forward pass is being computed again, by activation checkpointing.
 
-        Only that happens inside a backward pass. The queue and the draw of the first time are
-        used then, and nothing is remembered twice.
+        The queue and the draw of the first time are used then, and nothing is remembered twice.
         """
-        if torch.compiler.is_compiling():
-            return False  # compiled code recomputes what it chooses, but never the forward pass
-        if torch._C._current_graph_task_id() == -1 or not self._updates_queue():
+        if not is_recomputed() or not self._updates_queue():
             return False
         if self._depends_on_state() and not _is_same(self._last_batch, batch):
             raise RuntimeError(

@@ -45,9 +45,7 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> Any:
 
 def number_above_zero(name: str, value: Any) -> float:
     """A finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a float > 0, got {value!r} ({_kind(value)})")
-    number = float(value)
+    number = _real(name, value, "> 0")
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     return number
@@ -55,12 +53,16 @@ def number_above_zero(name: str, value: Any) -> float:
 
 def number_at_least_zero(name: str, value: Any) -> float:
     """A finite number from zero on."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a float >= 0, got {value!r} ({_kind(value)})")
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0):
+    number = _real(name, value, ">= 0")
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     return number
+
+
+def _real(name: str, value: Any, bound: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float {bound}, got {value!r} ({_kind(value)})")
+    return float(value)
 
 
 def ignore_index(value: Any, binary_labels: bool) -> int:

@@ -126,10 +126,11 @@ class MemoryQueue(nn.Module):
         """All rows, their slots (`size` for those that take none), and how many take one."""
         keep = rows.is_present(self.ignore_index) & rows.logits.isfinite().all(1)
         number = keep.cumsum(0)  # [N], 1 for the first row kept
-        surplus = (keep.sum() - self.size).clamp(min=0)
+        count = keep.sum()
+        surplus = (count - self.size).clamp(min=0)
         is_newest = keep & (number > surplus)
         slots = (self.cursor + number - 1 - surplus).remainder_(self.size)
-        return rows, torch.where(is_newest, slots, self.size), keep.sum() - surplus
+        return rows, torch.where(is_newest, slots, self.size), count - surplus
 
     @property
     def can_undo(self) -> bool:

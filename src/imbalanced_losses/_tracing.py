@@ -1,4 +1,4 @@
-"""Whether values can be looked at, or only the shapes of tensors are known."""
+"""In which circumstances code runs: with values or only shapes, for the first time or again."""
 
 from __future__ import annotations
 
@@ -10,3 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 def is_traced(tensor: Tensor) -> bool:
     """Whether the code is being compiled or exported, or the tensor has no values."""
     return torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def is_recomputed() -> bool:
+    """Whether activation checkpointing is computing a forward pass again.
+
+    Only that happens inside a backward pass. Compiled code recomputes what it chooses, but never
+    a forward pass that changes state.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

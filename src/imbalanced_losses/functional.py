@@ -538,17 +538,8 @@ def _operator(
 
 
 @_operator.register_fake
-def _shapes_of_operator(
-    scores: Tensor,
-    is_positive: Tensor,
-    temperature: float,
-    temperatures: Tensor | None,
-    sample_weight: Tensor | None,
-    backend: Backend,
-    num_live: int,
-    needs_slopes: bool,
-    moves_temperature: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shapes_of_operator(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_slopes, moves_temperature = rest
     num_problems, num_rows = scores.shape
     ap = scores.new_empty(num_problems, dtype=_compute_dtype(scores))
     return (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
+from imbalanced_losses._tracing import is_recomputed
 
 __all__ = ["MixedLoss"]
 
@@ -177,12 +178,7 @@ class MixedLoss(nn.Module):
         Raises:
             TypeError, ValueError: what the losses raise. The schedule has not moved then.
         """
-        # Activation checkpointing computes the last call again; compiled code never does.
-        is_again = (
-            self.training
-            and not torch.compiler.is_compiling()
-            and torch._C._current_graph_task_id() != -1
-        )
+        is_again = self.training and is_recomputed()
         is_counted = self.training and not is_again
         weight = self._weight_at(self._last_step()) if is_again else self.main_weight
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
