@@ -41,6 +41,7 @@ WEIGHT_DECAYS = (1e-4, 1e-1)
 BATCH_SIZE, STEPS, EVALUATE_EVERY = 1024, 500, 50
 ASSETS = _measure.RESULTS.parents[1] / "docs" / "assets"
 DEVELOPMENT_SEED = 100  # splits from here on are for choosing the recipe, never reported
+SECOND_MOMENT = 0.999  # of AdamW
 SAMPLED_POSITIVE = 0.25  # of a batch, where LibAUC asks for a sampler
 KEY = ("task", "split", "loss", "learning_rate", "weight_decay")
 
@@ -103,9 +104,16 @@ class Recipe(NamedTuple):
     unit: Literal["score", "spread"] = "spread"
     queue_size: int = 0
     upper_bound: bool = False  # SupAP in place of Smooth-AP
+    batch_size: int = BATCH_SIZE
+    second_moment: float = SECOND_MOMENT
+    last_temperature: float | None = None  # approached geometrically over the whole training
+    warmup: int = 0  # steps with the other loss alone, and as many to blend over
 
     def name(self) -> str:
-        parts = ["SupAP" if self.upper_bound else "SmoothAP", f"τ {self.temperature:g}"]
+        temperature = f"τ {self.temperature:g}"
+        if self.last_temperature is not None:
+            temperature += f" to {self.last_temperature:g}"
+        parts = ["SupAP" if self.upper_bound else "SmoothAP", temperature]
         if self.unit == "score":
             parts[-1] += " raw"
         if self.main_weight < 1:
@@ -116,7 +124,9 @@ class Recipe(NamedTuple):
             parts.append(f"{self.sampled_positive:.0%} positives")
         if self.at_prior:
             parts.append("at prior")
-        return ", ".join(parts)
+        if self.warmup:
+            parts.append(f"warm-up {self.warmup}")
+        return _trained_name(", ".join(parts), self.batch_size, self.second_moment)
 
     def __call__(self, labels: Tensor) -> Loss:
         from imbalanced_losses import MixedLoss, SmoothAPLoss
@@ -134,14 +144,27 @@ class Recipe(NamedTuple):
             bound = functools.partial(_upper_bound, temperature=self.temperature)
             w = self.main_weight
             return lambda x, y, _: w * bound(x, y) + (1 - w) * pointwise(x, y, _)
-        if self.main_weight == 1:
+        if self.main_weight == 1 and not self.warmup and self.last_temperature is None:
             return lambda logits, y, _: ranking(logits[:, None], y)
         mixed = MixedLoss(
             lambda logits, y: pointwise(logits.squeeze(1), y, y),
             ranking,
             main_weight=self.main_weight,
+            warmup_steps=self.warmup,
+            blend_steps=self.warmup,
+            temperature=None
+            if self.last_temperature is None
+            else (self.temperature, self.last_temperature, STEPS),
         )
         return lambda logits, y, _: mixed(logits[:, None], y)
+
+
+def _trained_name(name: str, batch_size: int, second_moment: float) -> str:
+    if batch_size != BATCH_SIZE:
+        name += f", batch {batch_size}"
+    if second_moment != SECOND_MOMENT:
+        name += f", β₂ {second_moment:g}"
+    return name
 
 
 def _upper_bound(logits: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -164,11 +187,13 @@ def _upper_bound(logits: Tensor, y: Tensor, temperature: float) -> Tensor:
     return 1 - (above / (above + counted.sum(1))).mean()
 
 
-class Sampled(NamedTuple):
-    """A loss whose batches have a share of positives of their own."""
+class Trained(NamedTuple):
+    """A loss with batches or an optimiser of its own."""
 
     make: Make
-    sampled_positive: float | None
+    sampled_positive: float | None = None
+    batch_size: int = BATCH_SIZE
+    second_moment: float = SECOND_MOMENT
 
     def __call__(self, labels: Tensor) -> Loss:
         return self.make(labels)
@@ -202,39 +227,59 @@ LOSSES: dict[str, Make] = {
     "SmoothAP": Recipe(0.1),
     "predecessor": _predecessor,
 }
-CANDIDATES: dict[str, Make] = {
-    recipe.name(): recipe
-    for recipe in (
-        # On all tasks.
-        *(Recipe(tau, w, SQRT) for tau, w in ((0.1, 0.2), (0.1, 0.5), (0.1, 0.8))),
-        *(Recipe(tau, w, SQRT) for tau, w in ((0.3, 0.5), (0.3, 0.8))),
-        *(Recipe(tau, w, BCE) for tau, w in ((0.1, 0.5), (0.3, 0.5), (0.3, 0.9))),
-        *(Recipe(0.3, w) for w in (0.5, 0.8, 0.9, 0.95)),
-        *(Recipe(tau, w) for tau, w in ((0.1, 0.8), (0.1, 0.95), (1.0, 0.8), (1.0, 0.9))),
-        Recipe(0.3, 0.8, HARD),
-        Recipe(0.3, 0.8, sampled_positive=0.1, at_prior=True),
-        Recipe(0.1, 0.8, upper_bound=True),
-        # On the two tasks with the fewest positives, and given up there.
-        *(Recipe(0.3, w, SQRT) for w in (0.02, 0.1, 0.3, 0.95)),
-        *(Recipe(0.3, w) for w in (0.02, 0.1, 0.3)),
-        *(Recipe(0.3, w, BCE) for w in (0.02, 0.1)),
-        *(Recipe(1.0, w, SQRT) for w in (0.1, 0.8)),
-        *(Recipe(tau, w) for tau, w in ((0.1, 0.1), (1.0, 0.3))),
-        Recipe(0.3, 0.3, HARD),
-        Recipe(0.3, 0.8, SQRT, queue_size=4096),
-        *(Recipe(0.3, 0.8, BCE, sampled_positive=share) for share in (0.1, 0.25)),
-        Recipe(0.3, 0.8, sampled_positive=0.1),
-        Recipe(0.3, 0.8, BCE, sampled_positive=0.1, at_prior=True),
-        Recipe(0.1, 0.3, BCE, sampled_positive=0.25, at_prior=True),
-        Recipe(1.0, 0.5, BCE, unit="score"),
-    )
-}
+CANDIDATES: dict[str, Make] = (
+    {
+        recipe.name(): recipe
+        for recipe in (
+            # On all tasks.
+            *(Recipe(tau, w, SQRT) for tau, w in ((0.1, 0.2), (0.1, 0.5), (0.1, 0.8))),
+            *(Recipe(tau, w, SQRT) for tau, w in ((0.3, 0.5), (0.3, 0.8))),
+            *(Recipe(tau, w, BCE) for tau, w in ((0.1, 0.5), (0.3, 0.5), (0.3, 0.9))),
+            *(Recipe(0.3, w) for w in (0.5, 0.8, 0.9, 0.95)),
+            *(Recipe(tau, w) for tau, w in ((0.1, 0.8), (0.1, 0.95), (1.0, 0.8), (1.0, 0.9))),
+            Recipe(0.3, 0.8, HARD),
+            Recipe(0.3, 0.8, sampled_positive=0.1, at_prior=True),
+            Recipe(0.1, 0.8, upper_bound=True),
+            # On the two tasks with the fewest positives, and given up there.
+            *(Recipe(0.3, w, SQRT) for w in (0.02, 0.1, 0.3, 0.95)),
+            *(Recipe(0.3, w) for w in (0.02, 0.1, 0.3)),
+            *(Recipe(0.3, w, BCE) for w in (0.02, 0.1)),
+            *(Recipe(1.0, w, SQRT) for w in (0.1, 0.8)),
+            *(Recipe(tau, w) for tau, w in ((0.1, 0.1), (1.0, 0.3))),
+            Recipe(0.3, 0.3, HARD),
+            *(Recipe(0.3, 0.8, BCE, sampled_positive=share) for share in (0.1, 0.25)),
+            Recipe(0.3, 0.8, sampled_positive=0.1),
+            Recipe(0.3, 0.8, BCE, sampled_positive=0.1, at_prior=True),
+            Recipe(0.1, 0.3, BCE, sampled_positive=0.25, at_prior=True),
+            Recipe(1.0, 0.5, BCE, unit="score"),
+            # Later, on all tasks: pools of 4,096, what Adam remembers, schedules.
+            *(
+                Recipe(tau, w, SQRT, batch_size=4096)
+                for tau, w in ((0.1, 0.8), (0.3, 0.8), (0.3, 0.5))
+            ),
+            Recipe(0.1, batch_size=4096),
+            *(Recipe(0.3, w, SQRT, second_moment=0.95) for w in (0.5, 0.8)),
+            Recipe(0.1, second_moment=0.95),
+            Recipe(0.3, 0.8, SQRT, queue_size=4096),
+            Recipe(1.0, 0.8, SQRT, last_temperature=0.1),
+            *(Recipe(tau, 0.8, SQRT, warmup=100) for tau in (0.1, 0.3)),
+        )
+    }
+    | {
+        _trained_name(name, 4096, SECOND_MOMENT): Trained(make, batch_size=4096)
+        for name, make in BCE_FAMILY.items()
+    }
+    | {
+        _trained_name(name, BATCH_SIZE, 0.95): Trained(make, second_moment=0.95)
+        for name, make in BCE_FAMILY.items()
+    }
+)
 # As many positives as negatives in every batch, and the prevalence known or not.
 REBALANCED: dict[str, Make] = {
     f"{name}, {how}": contender
     for how, share in (("as they come", None), ("50 % positives", 0.5))
     for name, contender in (
-        ("BCE", Sampled(_weighted(0.0), share)),
+        ("BCE", Trained(_weighted(0.0), share)),
         ("SmoothAP", Recipe(0.1, sampled_positive=share)),
         (OURS, Recipe(0.3, 0.8, SQRT, sampled_positive=share)),
     )
@@ -289,15 +334,17 @@ def _fit(model: nn.Module, task: Any, job: Job) -> tuple[int, float]:
 
         optimizer: Any = SOAP(model.parameters(), mode="adam", verbose=False, **rates)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **rates)
+        betas = (0.9, getattr(make, "second_moment", SECOND_MOMENT))
+        optimizer = torch.optim.AdamW(model.parameters(), betas=betas, fused=True, **rates)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=job.learning_rate, total_steps=STEPS, cycle_momentum=not is_libauc
     )
     sampled = SAMPLED_POSITIVE if is_libauc else getattr(make, "sampled_positive", None)
+    batch_size = getattr(make, "batch_size", BATCH_SIZE)
     batches = (
-        _batches(len(labels), job.split)
+        _batches(len(labels), batch_size, job.split)
         if sampled is None
-        else _quota_batches(labels, job.split, sampled)
+        else _quota_batches(labels, sampled, batch_size, job.split)
     )
     best_step, best_ap, best_weights = 0, -1.0, model.state_dict()
     for step, rows in zip(range(1, STEPS + 1), batches, strict=False):
@@ -317,24 +364,24 @@ def _fit(model: nn.Module, task: Any, job: Job) -> tuple[int, float]:
     return best_step, best_ap
 
 
-def _batches(num_rows: int, seed: int) -> Iterator[Tensor]:
+def _batches(num_rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Whole epochs, shuffled anew, full batches only."""
     generator = torch.Generator().manual_seed(seed)
-    size = min(BATCH_SIZE, num_rows)
+    size = min(batch_size, num_rows)
     while True:
         order = torch.randperm(num_rows, generator=generator)
         yield from (rows for rows in order.split(size) if len(rows) == size)
 
 
-def _quota_batches(labels: Tensor, seed: int, share: float) -> Iterator[Tensor]:
+def _quota_batches(labels: Tensor, share: float, batch_size: int, seed: int) -> Iterator[Tensor]:
     """A fixed share of positives in every batch, as LibAUC's samplers make them."""
     generator = torch.Generator().manual_seed(seed)
     rare, common = (labels == 1).nonzero().squeeze(1), (labels == 0).nonzero().squeeze(1)
-    num_rare = round(share * BATCH_SIZE)
+    num_rare = round(share * batch_size)
     while True:
         picks = [
             part[torch.randint(len(part), (number,), generator=generator)]
-            for part, number in ((rare, num_rare), (common, BATCH_SIZE - num_rare))
+            for part, number in ((rare, num_rare), (common, batch_size - num_rare))
         ]
         yield torch.cat(picks)
 

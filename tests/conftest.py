@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 from imbalanced_losses._engine import _panel
 from tests.ranks import Ranks
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
 settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None

@@ -54,9 +54,14 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_batches() -> None:
     labels = (torch.arange(5000) % 50 == 0).long()
-    epoch = [rows for rows, _ in zip(quality._batches(5000, 3), range(4), strict=False)]
+    epoch = [
+        rows
+        for rows, _ in zip(quality._batches(5000, quality.BATCH_SIZE, 3), range(4), strict=False)
+    ]
     assert len(torch.cat(epoch).unique()) == 4 * quality.BATCH_SIZE
-    for rows, _ in zip(quality._quota_batches(labels, 3, 0.25), range(3), strict=False):
+    for rows, _ in zip(
+        quality._quota_batches(labels, 0.25, quality.BATCH_SIZE, 3), range(3), strict=False
+    ):
         assert len(rows) == quality.BATCH_SIZE
         assert labels[rows].sum() == quality.BATCH_SIZE / 4
 

@@ -16,7 +16,7 @@ from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_recomputed, is_traced
+from imbalanced_losses._tracing import is_on_host, is_recomputed, is_traced
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
@@ -306,8 +306,7 @@ class _QueuedRankingLoss(nn.Module):
         Off the CPU that would wait for the device, and a compiler could not follow; there their
         weight of zero does the same.
         """
-        is_on_host = pool.logits.device.type == "cpu" and not is_traced(pool.logits)
-        if not is_on_host and self.max_pool_size is None:
+        if not is_on_host(pool.logits) and self.max_pool_size is None:
             return pool
         present = pool.is_present(self.ignore_index)
         return pool if present.all() else pool.select(present.nonzero().squeeze(1))

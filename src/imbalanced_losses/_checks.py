@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imbalanced_losses._tracing import is_traced
+from imbalanced_losses._tracing import is_on_host, is_traced
 
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURE_UNITS = ("score", "spread")
@@ -195,7 +195,7 @@ def row_values(
         targets, sample_weight: as given.
         weights: sample_weight in the dtype of the computation, where it has to be finite too.
     """
-    if weights is None and not targets.is_floating_point() and not is_traced(targets):
+    if weights is None and not targets.is_floating_point() and is_on_host(targets):
         if targets.dtype == torch.bool or targets.numel() == 0:
             return
         low, high = torch.stack(torch.aminmax(targets)).tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._engine import ALONE, Exchange
-from imbalanced_losses._tracing import is_traced
+from imbalanced_losses._tracing import is_on_host
 
 
 class Problems(NamedTuple):
@@ -76,7 +76,7 @@ class Pool(NamedTuple):
         weights = None
         if self.weights is not None:
             weights = (self.weights * counts).expand(num_classes, -1)
-        elif is_traced(counts) or not (counts.device.type == "cpu" and counts.all()):
+        elif not (is_on_host(counts) and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
         num_live = len(self.targets) - self.num_constant
         return Problems(self.logits.T, is_positive, weights, num_live)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._pool import Pool
-from imbalanced_losses._tracing import is_traced
+from imbalanced_losses._tracing import is_on_host
 
 
 class _Stored(NamedTuple):
@@ -91,7 +91,7 @@ class MemoryQueue(nn.Module):
         if self.size == 0:
             return
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
-        on_host = rows.logits.device.type == "cpu" and not is_traced(rows.logits)
+        on_host = is_on_host(rows.logits)
         slots: Tensor | slice
         rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)
         if rows.weights is not None and not self.is_weighted:

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Devices whose values cost nothing to look at: elsewhere a read waits for the device.
+HOSTS = ("cpu",)
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether the values are known and at hand."""
+    return tensor.device.type in HOSTS and not is_traced(tensor)
+
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether the code is being compiled or exported, or the tensor has no values."""

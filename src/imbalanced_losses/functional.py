@@ -13,11 +13,14 @@ from imbalanced_losses._engine import (
     BACKENDS,
     Backend,
     Exchange,
+    RankPlan,
     detached,
+    fused_plan,
+    has_kernels,
     rank_plan,
     sigmoid_sums,
 )
-from imbalanced_losses._tracing import is_traced
+from imbalanced_losses._tracing import is_on_host, is_traced
 
 __all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
 
@@ -113,8 +116,9 @@ def _smooth_ap_of_pool(
         return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
     constants = (is_positive, sample_weight, backend, num_live)
     of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight, exchange)
-    ap: Tensor = _SmoothAP.apply(scores, temperature, of, constants)
-    return SmoothAP(ap, of.valid.view(ap.shape))
+    positives = _positives(of)
+    ap: Tensor = _SmoothAP.apply(scores, temperature, of, positives, constants)
+    return SmoothAP(ap, positives.valid.view(ap.shape))
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -233,11 +237,42 @@ class _Problems(NamedTuple):
     temperature: float | Tensor  # or [C]
     weights: Tensor | None  # [C, M]
     is_positive: Tensor  # [C, M]
-    valid: Tensor  # [C]
-    problem: Tensor  # [Q] class of each positive of a valid class, ascending
-    row: Tensor  # [Q]
-    share: float | Tensor  # [Q] ω over the class's sum: precisions are averaged with these
     exchange: Exchange  # the processes that hold other rows of the problems
+
+
+class _Listed(NamedTuple):
+    """The positives of valid classes by their places, which takes reading how many there are."""
+
+    valid: Tensor  # [C]
+    share: float | Tensor  # [Q] ω over the class's sum: precisions are averaged with these
+    problem: Tensor  # [Q] the class of each, ascending
+    row: Tensor  # [Q]
+
+    def of_problem(self, values: Tensor) -> Tensor:
+        """A value [C] for each positive [Q]."""
+        return values[self.problem]
+
+    def total(self, values: Tensor, num_problems: int) -> Tensor:
+        """The sum [C] of values [Q] over the positives of each class."""
+        if num_problems == 1:
+            return values.sum(0, keepdim=True)
+        return values.new_zeros(num_problems).index_add_(0, self.problem, values)
+
+
+class _Masked(NamedTuple):
+    """The positives of valid classes as a mask: no value is read."""
+
+    valid: Tensor  # [C]
+    share: Tensor  # [C, M], 0 elsewhere
+    is_query: Tensor  # [C, M]
+
+    def of_problem(self, values: Tensor) -> Tensor:
+        """A value [C] for each row [C, 1]."""
+        return values[:, None]
+
+    def total(self, values: Tensor, num_problems: int) -> Tensor:
+        """The sum [C] of values [C, M]."""
+        return values.sum(1)
 
 
 def _problems(
@@ -269,22 +304,46 @@ def _problems(
     else:
         temperature = max(temperature, smallest)
 
-    positives = _positives(is_positive, weights, dtype, exchange)
-    return _Problems(scores, has_extremes, temperature, weights, is_positive, *positives, exchange)
+    return _Problems(scores, has_extremes, temperature, weights, is_positive, exchange)
 
 
 def _may_exceed(scores: Tensor, limit: float) -> bool:
     """Whether a score may be beyond ±limit, or NaN: known on the CPU, else assumed."""
-    if scores.device.type != "cpu" or scores.requires_grad or scores.numel() == 0:
+    if not is_on_host(scores) or scores.requires_grad or scores.numel() == 0:
         return True
     low, high = torch.aminmax(scores)
     return not (float(low) >= -limit and float(high) <= limit)
 
 
-def _positives(
-    is_positive: Tensor, weights: Tensor | None, dtype: torch.dtype, exchange: Exchange
-) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
-    """valid, problem, row and share of `_Problems`."""
+def _positives(of: _Problems) -> _Listed | _Masked:
+    """In the form that the plan for these scores takes."""
+    if of.exchange is ALONE and has_kernels(of.scores):
+        return _masked(of)
+    return _listed(of)
+
+
+def _masked(of: _Problems) -> _Masked:
+    is_query = of.is_positive
+    num_present: int | Tensor = of.scores.shape[1]
+    if of.weights is not None:
+        is_present = of.weights > 0
+        is_query, num_present = is_query & is_present, is_present.sum(1)
+    counts = is_query.sum(1)
+    valid = (counts > 0) & (counts < num_present)
+    is_query = is_query & valid[:, None]
+    mass = counts if of.weights is None else torch.where(is_query, of.weights, 0.0).sum(1)
+    own = of.scores.new_ones(()) if of.weights is None else of.weights
+    share = torch.where(is_query, own, 0) / torch.where(valid, mass, 1)[:, None]
+    return _Masked(valid, share, is_query)
+
+
+def _listed(of: _Problems) -> _Listed:
+    is_positive, weights, dtype, exchange = (
+        of.is_positive,
+        of.weights,
+        of.scores.dtype,
+        of.exchange,
+    )
     num_problems, num_rows = is_positive.shape
     is_query = is_positive if weights is None else is_positive & (weights > 0)
     problem, row = is_query.nonzero().unbind(1)
@@ -294,7 +353,7 @@ def _positives(
         valid = torch.full((1,), is_valid, device=row.device)
         if not is_valid:
             problem, row = problem[:0], row[:0]
-        return valid, problem, row, 1 / max(1, num_positives)
+        return _Listed(valid, 1 / max(1, num_positives), problem, row)
 
     counts = problem.bincount(minlength=num_problems)  # [C]
     num_present = counts.new_tensor(num_rows) if weights is None else (weights > 0).sum(1)
@@ -311,8 +370,8 @@ def _positives(
         kept = valid[problem].nonzero().squeeze(1)
         problem, row = problem[kept], row[kept]
     if weights is None:
-        return valid, problem, row, mass.reciprocal()[problem]
-    return valid, problem, row, weights[problem, row] / mass[problem]
+        return _Listed(valid, mass.reciprocal()[problem], problem, row)
+    return _Listed(valid, weights[problem, row] / mass[problem], problem, row)
 
 
 def _differentiable_smooth_ap(
@@ -326,44 +385,56 @@ def _differentiable_smooth_ap(
     of = _problems(scores, is_positive, temperature, sample_weight)
     weights = of.scores.new_ones(of.scores.shape) if of.weights is None else of.weights
     columns = torch.stack((weights, weights * of.is_positive), dim=-1)
-    queries = of.scores[of.problem, of.row]
-    sums = sigmoid_sums(queries, of.problem, of.scores, columns, of.temperature, backend=backend)
-    half = 0.5 if of.weights is None else 0.5 * of.weights[of.problem, of.row, None]
+    valid, share, problem, row = _listed(of)
+    queries = of.scores[problem, row]
+    sums = sigmoid_sums(queries, problem, of.scores, columns, of.temperature, backend=backend)
+    half = 0.5 if of.weights is None else 0.5 * of.weights[problem, row, None]
     among_all, among_positives = (sums + half).unbind(1)
     precision = among_positives / among_all
-    ap = precision.new_zeros(len(of.scores)).index_add(0, of.problem, of.share * precision)
-    return SmoothAP(ap.view(scores.shape[:-1]), of.valid.view(scores.shape[:-1]))
+    ap = precision.new_zeros(len(of.scores)).index_add(0, problem, share * precision)
+    return SmoothAP(ap.view(scores.shape[:-1]), valid.view(scores.shape[:-1]))
 
 
 def _ap_and_slopes(
-    of: _Problems, backend: Backend, num_live: int | None, is_differentiated: bool
+    of: _Problems,
+    positives: _Listed | _Masked,
+    backend: Backend,
+    num_live: int | None,
+    is_differentiated: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """AP [C], and its derivative by the scores [C, M] if asked for."""
-    plan = rank_plan(
+    plan = _rank_plan(of, positives, backend, num_live)
+    slopes = None
+    if not is_differentiated:
+        among_all, among_positives = plan.ranks()
+    else:
+        among_all, among_positives, slopes = plan.ranks_and_gradient(
+            _SlopesOfPrecision(positives, of.temperature)
+        )
+        if of.has_extremes:
+            # Nothing moves an infinity; where several tie, their slopes would be finite.
+            slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
+    weighted = among_positives.div_(among_all).mul_(positives.share)
+    return of.exchange.sum(positives.total(weighted, of.scores.shape[0])), slopes
+
+
+def _rank_plan(
+    of: _Problems, positives: _Listed | _Masked, backend: Backend, num_live: int | None
+) -> RankPlan:
+    if isinstance(positives, _Masked):
+        is_query = positives.is_query
+        return fused_plan(of.scores, is_query, of.weights, of.temperature, backend, num_live)
+    return rank_plan(
         of.scores,
         of.is_positive,
-        of.problem,
-        of.row,
+        positives.problem,
+        positives.row,
         of.weights,
         of.temperature,
         backend=backend,
         num_live=num_live,
         exchange=of.exchange,
     )
-    slopes = None
-    if not is_differentiated:
-        among_all, among_positives = plan.ranks()
-    else:
-        among_all, among_positives, slopes = plan.ranks_and_gradient(_SlopesOfPrecision(of))
-        if of.has_extremes:
-            # Nothing moves an infinity; where several tie, their slopes would be finite.
-            slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-    weighted = among_positives.div_(among_all).mul_(of.share)
-    if of.scores.shape[0] == 1:
-        ap = weighted.sum(0, keepdim=True)
-    else:
-        ap = of.scores.new_zeros(len(of.scores)).index_add_(0, of.problem, weighted)
-    return of.exchange.sum(ap), slopes
 
 
 class _SmoothAP(torch.autograd.Function):
@@ -380,13 +451,14 @@ class _SmoothAP(torch.autograd.Function):
         scores: Tensor,
         temperature: float | Tensor,
         of: _Problems,
+        positives: _Listed | _Masked,
         constants: tuple[Tensor, Tensor | None, Backend, int | None],
     ) -> Tensor:
         *_, backend, num_live = constants
         is_differentiated = of.exchange.is_differentiated or any(ctx.needs_input_grad)
         if is_differentiated and isinstance(temperature, Tensor):
             num_live = None  # what τ changes is told from the slopes of all rows
-        ap, slopes = _ap_and_slopes(of, backend, num_live, is_differentiated)
+        ap, slopes = _ap_and_slopes(of, positives, backend, num_live, is_differentiated)
         if slopes is not None:
             ctx.constants, ctx.exchange = constants, of.exchange
             ctx.fixed_temperature = temperature
@@ -404,23 +476,22 @@ class _SmoothAP(torch.autograd.Function):
         if torch.is_grad_enabled():
             _only_alone(ctx.exchange)
             found = _twice_differentiable_gradient(ctx, scores, temperature, grads[0])
-            return *found, None, None
+            return *found, None, None, None
         by_temperature = None
         if ctx.needs_input_grad[1]:
             by_temperature = (grads[0] * rest[1].view_as(grads[0])).sum_to_size(temperature.shape)
             by_temperature = by_temperature.to(temperature.dtype)
         by_scores = (grads[0] if scores.dim() == 1 else grads[0][:, None]) * slopes
-        return by_scores.to(scores.dtype), by_temperature, None, None
+        return by_scores.to(scores.dtype), by_temperature, None, None, None
 
 
 class _SlopesOfPrecision:
     """∂(share · R⁺ / R) / ∂(R, R⁺) of each positive, over τ."""
 
-    def __init__(self, of: _Problems) -> None:
-        temperature = of.temperature
+    def __init__(self, positives: _Listed | _Masked, temperature: float | Tensor) -> None:
         if isinstance(temperature, Tensor):
-            temperature = temperature[of.problem]
-        self.share = of.share / temperature  # float, or [Q]
+            temperature = positives.of_problem(temperature)
+        self.share = positives.share / temperature  # as positives are given, or a float for all
 
     def __call__(
         self, among_all: Tensor, among_positives: Tensor, queries: slice | Tensor
@@ -528,13 +599,15 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tau = temperature if temperatures is None else temperatures
     of = _problems(scores, is_positive, tau, sample_weight)
-    ap, slopes = _ap_and_slopes(of, backend, num_live, needs_slopes)
+    positives = _positives(of)
+    ap, slopes = _ap_and_slopes(of, positives, backend, num_live, needs_slopes)
+    valid = positives.valid
     if slopes is None:
-        return ap, of.valid, ap.new_empty(0, 0), ap.new_empty(0, dtype=torch.float64)
+        return ap, valid, ap.new_empty(0, 0), ap.new_empty(0, dtype=torch.float64)
     by_temperature = ap.new_empty(0, dtype=torch.float64)
     if moves_temperature:
         by_temperature = _slopes_in_temperature(of, slopes)
-    return ap, of.valid, slopes, by_temperature
+    return ap, valid, slopes, by_temperature
 
 
 @_operator.register_fake

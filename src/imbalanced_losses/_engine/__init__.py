@@ -29,11 +29,23 @@ from imbalanced_losses._engine._autograd import differentiable_sums
 from imbalanced_losses._engine._choose import choose
 from imbalanced_losses._engine._dense import DensePlan
 from imbalanced_losses._engine._dense_ranks import DenseRanks, DenseRanksOfMany
+from imbalanced_losses._engine._fused import fused_plan, has_kernels
 from imbalanced_losses._engine._panel import PanelPlan, PanelRanks
 from imbalanced_losses._engine._plan import ALONE, Exchange, Plan, RankPlan
 
 Backend = Literal["auto", "dense", "panel"]
-__all__ = ["ALONE", "BACKENDS", "Backend", "Exchange", "detached", "rank_plan", "sigmoid_sums"]
+__all__ = [
+    "ALONE",
+    "BACKENDS",
+    "Backend",
+    "Exchange",
+    "RankPlan",
+    "detached",
+    "fused_plan",
+    "has_kernels",
+    "rank_plan",
+    "sigmoid_sums",
+]
 
 BACKENDS: tuple[str, ...] = ("auto", "dense", "panel")
 

@@ -13,6 +13,12 @@ _PAIRS_OF = {
 }
 
 
+# Pairs, if all rows were positive, up to which a device compares them all: a guess from the rate of
+# its sigmoids against the launches and the sort of the panels.
+_MOST_FUSED_PAIRS = 1 << 29
+_FEW_FUSED_ROWS = 1 << 11
+
+
 def choose(
     device_type: str, dtype: torch.dtype, num_pairs: int, num_problems: int, num_rows: int
 ) -> str:
@@ -30,3 +36,10 @@ def choose(
     pairs_of = _PAIRS_OF[dtype]
     panels = pairs_of["call"] + pairs_of["problem"] * num_problems + pairs_of["row"] * num_rows
     return "panel" if num_pairs > panels else "dense"
+
+
+def choose_fused(num_problems: int, num_rows: int) -> str:
+    """The same for the kernels of a device, where the number of positives is not known."""
+    if num_rows <= _FEW_FUSED_ROWS or num_problems * num_rows**2 <= _MOST_FUSED_PAIRS:
+        return "dense"
+    return "panel"

@@ -40,7 +40,7 @@ two dozen panels and no sort.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -130,6 +130,8 @@ class Panels:
         temperature: float | Tensor,
         for_ranks: bool = False,
         exchange: Exchange = ALONE,
+        precisions: Sequence[Precision] | None = None,
+        is_asked: Tensor | None = None,
     ) -> None:
         # Ranks: queries are sources, and vmap, which cannot write to given memory, stays outside.
         self._is_plain = for_ranks
@@ -137,14 +139,16 @@ class Panels:
         if not isinstance(temperature, Tensor):
             temperature = sources.new_full((len(sources),), temperature, dtype=torch.float64)
         strangers = slice(0, 0) if for_ranks else slice(None)
-        precisions = PRECISIONS[sources.dtype]
+        precisions = precisions or PRECISIONS[sources.dtype]
         if exchange is not ALONE:
             precisions = precisions[-1:]  # the fewest moments to exchange
+        if is_asked is None:
+            is_asked = problem.new_zeros(len(sources)).index_fill_(0, problem, 1)
         self.precision, self.line = lay_line(
             sources,
             queries[strangers],
             problem[strangers],
-            problem.new_zeros(len(sources)).index_fill_(0, problem, 1),
+            is_asked,
             temperature.double()[:, None],
             precisions,
             exchange,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from imbalanced_losses._engine._plan import ALONE, Exchange
 from imbalanced_losses._engine._scratch import scratch
+from imbalanced_losses._tracing import is_on_host
 
 # Rows that tell where the bulk of the scores lies.
 _SAMPLE = 1024
@@ -214,6 +215,14 @@ def _range(sources: Tensor, queries: Tensor, problem: Tensor) -> tuple[Tensor, T
 
     [C] float64 each; +inf and −inf where there is no score.
     """
+    low, high = _lowest_and_highest(sources, queries, problem)
+    is_nan = low.isnan()
+    if not is_on_host(low) or bool(is_nan.any()):
+        low, high = _lowest_and_highest(sources.nan_to_num(), queries.nan_to_num(), problem)
+    return low, high, is_nan.double()
+
+
+def _lowest_and_highest(sources: Tensor, queries: Tensor, problem: Tensor) -> tuple[Tensor, Tensor]:
     if sources.shape[1]:
         low, high = sources.amin(1).double(), sources.amax(1).double()
     else:
@@ -222,11 +231,7 @@ def _range(sources: Tensor, queries: Tensor, problem: Tensor) -> tuple[Tensor, T
     if len(queries):
         low = low.scatter_reduce(0, problem, queries.double(), "amin")
         high = high.scatter_reduce(0, problem, queries.double(), "amax")
-    is_nan = low.isnan()
-    if not bool(is_nan.any()):
-        return low, high, is_nan.double()
-    low, high, _ = _range(sources.nan_to_num(), queries.nan_to_num(), problem)
-    return low, high, is_nan.double()
+    return low, high
 
 
 def _segments(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imbalanced_losses import _tracing
+
 # Elements from which memory is kept, and up to which: 16 MiB of float64.
 _FEWEST, _MOST = 1 << 14, 1 << 21
 
@@ -31,7 +33,7 @@ def scratch(
     other devices have an allocator that does this.
     """
     size = math.prod(shape)
-    if not _FEWEST <= size <= _MOST or like.device.type != "cpu":
+    if not _FEWEST <= size <= _MOST or like.device.type not in _tracing.HOSTS:
         return None
     if torch._C._are_functorch_transforms_active():
         return None  # vmap knows no `out=`

@@ -1,0 +1,342 @@
+"""Soft ranks on a CUDA device: fused kernels, shapes that do not depend on values.
+
+Nothing is read back to the host by `FusedDense`, so that a step can be captured as a CUDA graph;
+`FusedPanels` reads the range of the scores, once. Both therefore take and give whole [C, M] tensors
+with a mask of the positives, where the other plans take a list of them, whose length would have to
+be read.
+
+The kernels are Triton's, which comes with CUDA builds of PyTorch; without it the plans in plain
+PyTorch serve these devices too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._engine._choose import choose_fused
+from imbalanced_losses._engine._panel import PRECISIONS, Panels
+from imbalanced_losses._engine._plan import SlopesOf
+
+# Where the kernels run.
+DEVICES = ("cuda",)
+# A tile of pairs, and how many sources or query blocks are summed before float64 takes over.
+_QUERIES, _SOURCES, _CHUNK, _BLOCKS = 16, 64, 512, 16
+# Programs that keep a large device busy, if a tenth of the rows are positive.
+_PROGRAMS = 1 << 10
+# Rows of a panel that one program sums, items that another does, rows that a third evaluates.
+_ITEM, _ITEMS, _ROWS = 128, 128, 256
+# The last two dimensions of a grid.
+_MOST_PROBLEMS = (1 << 16) - 1
+
+
+def has_kernels(scores: Tensor) -> bool:
+    """Whether scores [C, M] can be ranked by kernels."""
+    return (
+        scores.device.type in DEVICES
+        and 0 < len(scores) <= _MOST_PROBLEMS
+        and scores.shape[1] > 0
+        and _has_triton()
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def fused_plan(
+    scores: Tensor,
+    is_query: Tensor,
+    weights: Tensor | None,
+    temperature: float | Tensor,
+    backend: str,
+    num_live: int | None,
+) -> FusedDense | FusedPanels:
+    """Soft ranks of the rows that are queries.
+
+    Args:
+        scores: [C, M] float32 or float64, detached.
+        is_query: [C, M] bool, the positives of valid problems.
+        weights: [C, M] ≥ 0, 0 for what ranks nowhere; None for 1 everywhere.
+        temperature: τ > 0, or [C].
+        backend: "auto", "dense" or "panel".
+        num_live: rows from here on are constants; None = M.
+    """
+    if backend == "auto":
+        backend = choose_fused(*scores.shape)
+    make: type[FusedDense] | type[FusedPanels] = FusedPanels if backend == "panel" else FusedDense
+    return make(scores, is_query, weights, temperature, num_live)
+
+
+class _FusedRanks:
+    """What both plans share; `_plan.RankPlan` with masks for lists.
+
+    Ranks are [C, M], 1 where a row is no query; `slopes_of` is called with such tensors, and has to
+    give 0 there.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        is_query: Tensor,
+        weights: Tensor | None,
+        temperature: float | Tensor,
+        num_live: int | None,
+    ) -> None:
+        self.scores, self.is_query = scores.contiguous(), is_query
+        self.weights = None if weights is None else weights.contiguous()
+        self.num_live = scores.shape[1] if num_live is None else num_live
+        if not isinstance(temperature, Tensor):
+            temperature = scores.new_full((len(scores),), temperature)
+        self.temperature = temperature
+
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        return self._ranked(self._sums(with_slopes=False))
+
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
+        sums = self._sums(with_slopes=True)
+        ranks = self._ranked(sums)
+        by_all, by_positives = slopes_of(*ranks, slice(None))
+        by_both = by_positives.add_(by_all)  # a positive moves both ranks, and they nearly cancel
+        gradient = self._as_sources(by_all, by_both)  # [C, num_live] float64
+        as_query = sums[2].mul_(by_all).add_(sums[3].mul_(by_both))
+        gradient -= as_query[:, : self.num_live]  # they cancel: in float64
+        rest = self.scores.shape[1] - self.num_live
+        if rest > 0:
+            gradient = torch.nn.functional.pad(gradient, (0, rest))
+        return *ranks, gradient.to(self.scores.dtype)
+
+    def _ranked(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ ω σ [2, C, M] -> both ranks."""
+        half = 0.5 if self.weights is None else 0.5 * self.weights
+        ranks = torch.where(self.is_query, sums[:2] + half, 1).to(self.scores.dtype)
+        return ranks[0], ranks[1]
+
+    def _sums(self, with_slopes: bool) -> Tensor:
+        """Σ ω σ of all and of positives, Σ ω σ′ of negatives and of positives: [2 or 4, C, M].
+
+        float64, new, finite at rows that are no queries; the pair of a query with itself, which
+        moves nothing, may be in the last of them if `_as_sources` has it too.
+        """
+        raise NotImplementedError
+
+    def _as_sources(self, by_all: Tensor, by_both: Tensor) -> Tensor:
+        """What live rows get as sources [C, num_live] float64, new.
+
+        From the derivatives by a query's rank among all, and by both ranks, [C, M].
+        """
+        raise NotImplementedError
+
+
+class FusedDense(_FusedRanks):
+    """The definition: O(|P|·M) pairs, none of which leaves the registers; O(C·M) memory."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        is_query: Tensor,
+        weights: Tensor | None,
+        temperature: float | Tensor,
+        num_live: int | None,
+    ) -> None:
+        super().__init__(scores, is_query, weights, temperature, num_live)
+        num_problems, num_rows = scores.shape
+        number = is_query.cumsum(1)  # [C, M], 1 for the first query
+        self._counts = number[:, -1].to(torch.int32)
+        # The queries one behind the other; other rows go to a place that nobody looks at.
+        slot = torch.where(is_query, number - 1, num_rows)
+        row = torch.arange(num_rows, dtype=torch.int32, device=scores.device)
+        self._rows = row.new_empty(num_problems, num_rows + 1)
+        self._rows.scatter_(1, slot, row.expand(num_problems, -1))
+        self._mask = is_query.contiguous().view(torch.uint8)
+        self._rates = self.temperature.reciprocal()
+
+    def _sums(self, with_slopes: bool) -> Tensor:
+        num_problems, num_rows = self.scores.shape
+        blocks = _ceil(num_rows, _QUERIES)
+        splits = min(_ceil(num_rows, _CHUNK), self._splits(blocks // 10))
+        stretch = _ceil(_ceil(num_rows, splits), _CHUNK) * _CHUNK
+        splits = _ceil(num_rows, stretch)
+        sums = self.scores.new_zeros(
+            4 if with_slopes else 2, splits, num_problems, num_rows, dtype=torch.float64
+        )
+        _kernels().rank_sums[(blocks * splits, num_problems)](
+            *self._geometry(),
+            sums,
+            num_rows,
+            num_rows + 1,
+            splits,
+            stretch,
+            WEIGHTED=self.weights is not None,
+            WITH_SLOPES=with_slopes,
+            BQ=_QUERIES,
+            BM=_SOURCES,
+            CHUNK=_CHUNK,
+        )
+        return sums[:, 0] if splits == 1 else sums.sum(1)
+
+    def _as_sources(self, by_all: Tensor, by_both: Tensor) -> Tensor:
+        num_problems, num_rows = self.scores.shape
+        blocks = _ceil(self.num_live, _SOURCES)
+        splits = self._splits(blocks)
+        slopes = self.scores.new_empty(splits, num_problems, self.num_live, dtype=torch.float64)
+        if self.num_live > 0:
+            _kernels().source_slopes[(blocks * splits, num_problems)](
+                *self._geometry(),
+                by_all.contiguous(),
+                by_both.contiguous(),
+                slopes,
+                num_rows,
+                num_rows + 1,
+                self.num_live,
+                splits,
+                WEIGHTED=self.weights is not None,
+                BQ=_QUERIES,
+                BM=_SOURCES,
+                BLOCKS=_BLOCKS,
+            )
+        return slopes[0] if splits == 1 else slopes.sum(0)
+
+    def _geometry(self) -> tuple[Tensor, ...]:
+        weights = self.scores if self.weights is None else self.weights
+        return self.scores, weights, self._mask, self._rows, self._counts, self._rates
+
+    def _splits(self, blocks: int) -> int:
+        """Into how many parts the sum of each block goes, so that small pools fill the device."""
+        return min(8, max(1, _PROGRAMS // max(1, blocks * len(self.scores))))
+
+
+class FusedPanels(_FusedRanks):
+    """Linear time by panels (`_panel`): moments of sorted rows, and evaluation, in kernels."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        is_query: Tensor,
+        weights: Tensor | None,
+        temperature: float | Tensor,
+        num_live: int | None,
+    ) -> None:
+        super().__init__(scores, is_query, weights, temperature, num_live)
+        self._panels = panels = Panels(
+            scores[0, :0],
+            torch.empty(0, dtype=torch.int64, device=scores.device),
+            scores,
+            self.temperature,
+            for_ranks=True,
+            precisions=PRECISIONS[scores.dtype][-1:],
+            is_asked=is_query.any(1),
+        )
+        slot, place = panels.line.locate(scores, None)
+        self._place = place.flatten()
+        self._slot = slot.flatten().to(torch.int32)
+        self._mask = is_query.flatten().contiguous().view(torch.uint8)
+        # The rows of each panel together, and cut into items of so many rows.
+        self._order, self._items = _sorted_items(self._slot, panels.line.num_panels)
+        own = scores.new_ones(scores.shape) if self.weights is None else self.weights
+        self._columns = torch.stack((own * ~is_query, own * is_query)).view(2, -1)  # ω of each side
+
+    def _sums(self, with_slopes: bool) -> Tensor:
+        panels = self._panels
+        moments = self._moments(self._columns)
+        fields = [panels.field(moments, order) for order in range(1 + with_slopes)]
+        sums = self._evaluated(torch.cat(fields), self._mask)
+        sums[0] += sums[1]
+        return sums
+
+    def _as_sources(self, by_all: Tensor, by_both: Tensor) -> Tensor:
+        cotangent = torch.stack((by_all, by_both)).view(2, -1)
+        field = self._panels.field(self._moments(cotangent), 1, transposed=True)
+        slopes = self._evaluated(field, None).mul_(self._columns.view(2, *self.scores.shape))
+        return slopes.sum(0)[:, : self.num_live]
+
+    def _moments(self, columns: Tensor) -> Tensor:
+        """Σ value · placeᵇ of each panel: columns [K, C·M] -> [K, p, S]."""
+        panels, degree = self._panels, self._panels.precision.degree
+        if panels.line.poison is not None:
+            columns = columns.nan_to_num()  # of the problem that is NaN anyhow
+        num_panels, num_items = panels.line.num_panels, len(self._items.panel)
+        partial = columns.new_zeros(len(columns), degree, num_items, dtype=torch.float64)
+        _kernels().panel_moments[(num_items, len(columns))](
+            self._order,
+            self._place,
+            columns.contiguous(),
+            self._items.panel,
+            self._items.begin,
+            self._items.row_ends,
+            partial,
+            len(self._place),
+            num_items,
+            num_panels,
+            DEGREE=degree,
+            ROWS=_ITEM,
+        )
+        moments = partial.new_empty(len(columns), degree, num_panels)
+        _kernels().panel_totals[(num_panels, len(columns))](
+            partial,
+            self._items.item_ends,
+            moments,
+            num_items,
+            num_panels,
+            DEGREE=degree,
+            BLOCK=_ITEMS,
+        )
+        return moments
+
+    def _evaluated(self, field: Tensor, mask: Tensor | None) -> Tensor:
+        """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, C, M] float64, 0 where masked."""
+        num_columns, degree, num_panels = field.shape
+        num_rows = len(self._place)
+        out = field.new_empty(num_columns, *self.scores.shape)
+        _kernels().panel_values[(_ceil(num_rows, _ROWS), num_columns)](
+            self._slot,
+            self._place,
+            self._slot if mask is None else mask,
+            field.contiguous(),
+            out,
+            num_rows,
+            num_panels,
+            MASKED=mask is not None,
+            DEGREE=degree,
+            BLOCK=_ROWS,
+        )
+        poison = self._panels.line.poison
+        return out if poison is None else out + poison[:, None]
+
+
+class _Items:
+    """Runs of at most `_ITEM` rows of one panel, so that crowded panels are shared by programs."""
+
+    def __init__(self, row_ends: Tensor, num_items: int) -> None:
+        begins = torch.nn.functional.pad(row_ends[:-1], (1, 0))
+        number = (row_ends - begins + (_ITEM - 1)).div_(_ITEM, rounding_mode="floor")  # [S]
+        self.row_ends, self.item_ends = row_ends, number.cumsum(0)
+        item = torch.arange(num_items, device=row_ends.device)
+        self.panel = torch.searchsorted(self.item_ends, item, right=True)  # S for those to spare
+        panel = self.panel.clamp(max=len(row_ends) - 1)
+        first = (self.item_ends - number)[panel]
+        self.begin = begins[panel] + (item - first) * _ITEM
+
+
+def _sorted_items(slot: Tensor, num_panels: int) -> tuple[Tensor, _Items]:
+    """Rows ordered by panel, stable; and the items that they make."""
+    ordered, order = slot.sort(stable=True)
+    panel = torch.arange(num_panels, dtype=slot.dtype, device=slot.device)
+    row_ends = torch.searchsorted(ordered, panel, right=True)
+    return order, _Items(row_ends, num_panels + len(slot) // _ITEM)
+
+
+def _kernels() -> Any:
+    """The module of the kernels, which imports Triton."""
+    from imbalanced_losses._engine import _kernels
+
+    return _kernels
+
+
+def _ceil(number: int, step: int) -> int:
+    return -(-number // step)

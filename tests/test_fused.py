@@ -1,0 +1,490 @@
+"""The kernels for CUDA devices: against the definition, in Triton's interpreter or on a device."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imbalanced_losses import MixedLoss, SmoothAPLoss, _tracing
+from imbalanced_losses._engine import _fused
+from imbalanced_losses._engine._choose import choose_fused
+from imbalanced_losses.functional import smooth_ap
+from tests.cases import seeded
+from tests.rows import IGNORED, state_of
+
+pytest.importorskip("triton")
+
+# The interpreter computes with numpy, which says where an infinity comes up.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+
+HAS_DEVICE = torch.cuda.is_available()
+BACKENDS = ("dense", "panel")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device whose pools the kernels rank: the CPU in disguise where there is no other."""
+    if HAS_DEVICE:
+        return "cuda"
+    monkeypatch.setattr(_fused, "DEVICES", ("cpu",))
+    monkeypatch.setattr(_tracing, "HOSTS", ())
+    return "cpu"
+
+
+def pool(
+    shape: tuple[int, int], seed: int = 0, *, share: float = 0.2, weighted: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores float64, positives, weights of which a fifth are zero."""
+    generator = seeded(seed)
+    scores = torch.randn(shape, generator=generator, dtype=torch.float64).float().double()
+    is_positive = torch.rand(shape, generator=generator) < share
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64)
+    weights *= torch.rand(shape, generator=generator) < 0.8
+    return scores, is_positive, weights if weighted else None
+
+
+def defined(
+    scores: Tensor, is_positive: Tensor, tau: float | Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(AP, validity, gradient of its sum) in float64 on the host, from all pairs."""
+    scores = scores.double().cpu().requires_grad_()
+    omega = torch.ones_like(scores) if weights is None else weights.double().cpu()
+    tau = torch.as_tensor(tau, dtype=torch.float64).cpu().expand(len(scores))
+    aps, valid = [], []
+    for s, p, w, t in zip(scores, is_positive.cpu(), omega, tau, strict=True):
+        own = p & (w > 0)
+        valid.append(bool(own.any() and (w[~p] > 0).any()))
+        if not valid[-1]:
+            aps.append(s.sum() * 0)
+            continue
+        above = torch.sigmoid((s - s[own, None]) / t) * w
+        half = 0.5 * w[own]
+        precision = (half + above[:, p].sum(1)) / (half + above.sum(1))
+        aps.append((w[own] * precision).sum() / w[own].sum())
+    ap = torch.stack(aps)
+    (gradient,) = torch.autograd.grad(ap.sum(), scores)
+    return ap.detach(), torch.tensor(valid, device="cpu"), gradient
+
+
+def ranked(
+    scores: Tensor, is_positive: Tensor, tau: float | Tensor, weights: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the library."""
+    scores = scores.detach().clone().requires_grad_()
+    ap, valid = smooth_ap(scores, is_positive, tau, sample_weight=weights, **options)
+    (gradient,) = torch.autograd.grad(ap.sum(), scores)
+    return ap.detach().cpu(), valid.cpu(), gradient.cpu()
+
+
+def assert_as_defined(
+    device: str,
+    dtype: torch.dtype,
+    case: tuple[Tensor, Tensor, Tensor | None],
+    tau: float | Tensor,
+    backend: str,
+) -> None:
+    scores, is_positive, weights = case
+    ap, valid, gradient = ranked(
+        scores.to(device, dtype),
+        is_positive.to(device),
+        tau.to(device, dtype) if isinstance(tau, Tensor) else tau,
+        None if weights is None else weights.to(device, dtype),
+        backend=backend,
+    )
+    weights = None if weights is None else weights.to(dtype)
+    expected = defined(scores.to(dtype), is_positive, tau, weights)
+    assert torch.equal(valid, expected[1])
+    tight = dtype == torch.float64
+    torch.testing.assert_close(ap.double(), expected[0], rtol=0, atol=1e-12 if tight else 2e-7)
+    largest = float(expected[2].abs().max())
+    atol = (1e-11 if tight else 3e-6) * max(largest, 0.01)
+    torch.testing.assert_close(gradient.double(), expected[2], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 77), (1, 1100)], ids=str)
+def test_as_defined(
+    device: str, backend: str, dtype: torch.dtype, weighted: bool, shape: tuple[int, int]
+) -> None:
+    case = pool(shape, weighted=weighted)
+    case[1][0, 0], case[1][0, 1] = True, False
+    case[0][0, 0] = case[0][0, 1] - 0.1
+    if case[2] is not None:
+        case[2][0, :2] = 1.0
+    assert_as_defined(device, dtype, case, 0.1, backend)
+
+
+SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "tied": torch.zeros_like,
+    "crowded": lambda s: torch.where(s < 1, 0.001 * s, s),
+    "outlier": lambda s: s.index_fill(1, torch.tensor([5], device="cpu"), 1e9),
+    "scattered": lambda s: 1e3 * s,
+    "offset": lambda s: s + 4096,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SPECIAL)
+def test_scores_of_every_range(device: str, backend: str, name: str) -> None:
+    scores, is_positive, weights = pool((1, 90), weighted=True)
+    scores = SPECIAL[name](scores)
+    assert_as_defined(device, torch.float32, (scores, is_positive, weights), 0.02, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_classes_without_positives_or_negatives_and_one_temperature_each(
+    device: str, backend: str
+) -> None:
+    scores, is_positive, _ = pool((4, 60))
+    is_positive[1], is_positive[2] = False, True
+    tau = torch.tensor([0.05, 0.1, 0.2, 1.0], dtype=torch.float64)
+    assert_as_defined(device, torch.float64, (scores, is_positive, None), tau, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinities_have_no_gradient_and_nan_stays_in_its_class(device: str, backend: str) -> None:
+    scores, is_positive, _ = pool((2, 60))
+    is_positive[:, :2] = torch.tensor([True, False])
+    scores[0, 0], scores[0, 1] = float("inf"), float("-inf")
+    far = scores.clone()
+    far[0, 0], far[0, 1] = 1e4, -1e4
+    expected = defined(far, is_positive, 0.1, None)
+    scores[1, 7] = float("nan")
+    ap, _, gradient = ranked(scores.to(device), is_positive.to(device), 0.1, None, backend=backend)
+    assert ap[0].item() == pytest.approx(expected[0][0].item(), abs=1e-12)
+    torch.testing.assert_close(gradient[0], expected[2][0], rtol=0, atol=1e-11)
+    assert ap[1].isnan()
+    assert gradient[1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_every_time(device: str, backend: str) -> None:
+    scores, is_positive, weights = pool((1, 300), weighted=True)
+    arguments = scores.float().to(device), is_positive.to(device), 0.1, weights.float().to(device)  # type: ignore[union-attr]
+    first, again = (ranked(*arguments, backend=backend) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_derivatives_by_scores_and_temperature(device: str, backend: str) -> None:
+    scores, is_positive, _ = pool((1, 8), share=0.5)
+    scores, is_positive = scores.to(device), is_positive.to(device)
+    tau = torch.tensor(0.2, dtype=torch.float64, device=device)
+
+    def ap(scores: Tensor, tau: Tensor) -> Tensor:
+        return smooth_ap(scores, is_positive, tau, backend=backend).ap  # type: ignore[arg-type]
+
+    inputs = scores.requires_grad_(), tau.requires_grad_()
+    assert torch.autograd.gradcheck(ap, inputs, rtol=1e-4)
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "binary": {"num_classes": 1},
+    "classes": {"num_classes": 5},
+    "labels": {"num_classes": 3, "multilabel": True},
+    "spread": {"num_classes": 1, "temperature_unit": "spread", "queue_follows_shift": True},
+    "prior": {"num_classes": 1, "target_prior": 0.05},
+}
+
+
+def batches(config: dict[str, Any], rows: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    num_classes = config["num_classes"]
+    for step in range(steps):
+        generator = seeded(step)
+        shape = (rows, num_classes) if config.get("multilabel") else (rows,)
+        labels = num_classes if num_classes > 1 and len(shape) == 1 else 2
+        targets = torch.randint(0, labels, shape, generator=generator)
+        targets[step] = IGNORED
+        logits = torch.randn(rows, num_classes, generator=generator)
+        yield logits, targets
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "dense") for name in CONFIGURATIONS), ("spread", "panel")],
+)
+def test_a_loss_is_that_of_the_host(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Losses, gradients and queue over some steps with ignored rows."""
+    config = CONFIGURATIONS[name]
+    monkeypatch.setattr(SmoothAPLoss, "backend", backend)
+
+    def trained(device: str) -> tuple[list[Tensor], dict[str, Any]]:
+        loss_fn = SmoothAPLoss(**config, queue_size=50, temperature=0.1)
+        found = []
+        for logits, targets in batches(config, 40, 3):
+            leaf = logits.to(device).requires_grad_()
+            loss = loss_fn(leaf, targets.to(device))
+            loss.backward()
+            assert leaf.grad is not None
+            found += [loss.detach().cpu(), leaf.grad.cpu()]
+        return found, state_of(loss_fn.cpu())
+
+    expected, state = trained("cpu")
+    got, own_state = trained(request.getfixturevalue("device"))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for key, value in own_state.items():
+        if not key.endswith("is_weighted"):  # which a device does not look at
+            torch.testing.assert_close(value, state[key])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that wait for a device: they return, or depend on, its values."""
+
+    NAMES = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "nonzero_numpy",
+        "masked_select",
+        "_unique",
+        "unique_dim",
+        "unique_consecutive",
+        "bincount",
+        "equal",
+        "repeat_interleave",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        has_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        is_copy = name == "_to_copy" and HAS_DEVICE and self._leaves_device(args, kwargs)
+        if has_mask or is_copy or name.strip("_") in [n.strip("_") for n in self.NAMES]:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _leaves_device(args: tuple[Any, ...], kwargs: Any) -> bool:
+        target = (kwargs or {}).get("device")
+        return target is not None and torch.device(target).type == "cpu" != args[0].device.type
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the kernels are called, without the reads of the interpreter where that runs them."""
+    found: list[str] = []
+    real = _fused._kernels()
+
+    class Quiet:
+        def __getattr__(self, name: str) -> Any:
+            kernel = getattr(real, name)
+
+            class Launch:
+                def __getitem__(self, grid: Any) -> Any:
+                    def launch(*args: Any, **options: Any) -> None:
+                        found.append(name)
+                        with torch.utils._python_dispatch._disable_current_modes():
+                            kernel[grid](*args, **options)
+
+                    return launch
+
+            return Launch()
+
+    monkeypatch.setattr(_fused, "_kernels", Quiet)
+    return found
+
+
+@pytest.fixture
+def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of `Tensor.tolist`, which reads the CPU in disguise without an operation."""
+    found: list[str] = []
+    real = Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        found.append("tolist")
+        return real(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    return found
+
+
+def losses_of(num_classes: int) -> dict[str, SmoothAPLoss | MixedLoss]:
+    return {
+        "plain": SmoothAPLoss(num_classes, 0),
+        "queue": SmoothAPLoss(num_classes, 32),
+        "spread": SmoothAPLoss(
+            num_classes, 64, 0.1, temperature_unit="spread", queue_follows_shift=True
+        ),
+        "prior": SmoothAPLoss(num_classes, 64, target_prior=[0.01] * num_classes),
+        "mixed": MixedLoss(
+            torch.nn.CrossEntropyLoss(), SmoothAPLoss(num_classes, 64), main_weight=0.5
+        ),
+    }
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["values unchecked", "values checked"])
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_host_reads_of_a_step(
+    num_classes: int,
+    checked: bool,
+    device: str,
+    launches: list[str],
+    lists: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None where values are not checked, else one; none in backward; whatever the classes."""
+    monkeypatch.setattr(SmoothAPLoss, "check_values", checked)
+    for name, loss_fn in losses_of(num_classes).items():
+        for logits, targets in batches({"num_classes": num_classes}, 30, 2):
+            leaf, labels = logits.to(device).requires_grad_(), targets.to(device)
+            with HostReads() as forward:
+                loss = loss_fn(leaf, labels)
+            with HostReads() as backward:
+                loss.backward()
+        # In the second step: the first one brings the queue to the device.
+        assert len(forward.found) == checked, (name, forward.found)
+        assert backward.found == lists == [], name
+        assert set(launches) == {"rank_sums", "source_slopes"}
+
+
+def test_host_reads_of_panels(device: str, launches: list[str], lists: list[str]) -> None:
+    scores, is_positive, _ = pool((1, 60))
+    leaf, is_positive = scores.to(device).requires_grad_(), is_positive.to(device)
+    with HostReads() as forward:
+        ap = smooth_ap(leaf, is_positive, 0.1, backend="panel").ap
+    with HostReads() as backward:
+        ap.sum().backward()
+    assert len(lists) == 1  # the range of the scores, and whether one is NaN
+    assert HAS_DEVICE or forward.found == []
+    assert backward.found == []
+    assert set(launches) == {"panel_moments", "panel_totals", "panel_values"}
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, imbalanced_losses; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_choice_by_rows_alone() -> None:
+    assert choose_fused(1, 4096) == choose_fused(100, 1280) == "dense"
+    assert choose_fused(1, 1 << 20) == choose_fused(100, 16384) == "panel"
+
+
+SIGNATURES = {
+    "rank_sums": (
+        "*{f} *{f} *u8 *i32 *i32 *{f} *fp64 i32 i32 i32 i32",
+        {"WEIGHTED": True, "WITH_SLOPES": True, "BQ": 16, "BM": 64, "CHUNK": 512},
+    ),
+    "source_slopes": (
+        "*{f} *{f} *u8 *i32 *i32 *{f} *{f} *{f} *fp64 i32 i32 i32 i32",
+        {"WEIGHTED": True, "BQ": 16, "BM": 64, "BLOCKS": 16},
+    ),
+    "panel_moments": (
+        "*i64 *fp64 *{f} *i64 *i64 *i64 *fp64 i32 i32 i32",
+        {"DEGREE": 10, "ROWS": 128},
+    ),
+    "panel_totals": ("*fp64 *i64 *fp64 i32 i32", {"DEGREE": 10, "BLOCK": 128}),
+    "panel_values": (
+        "*i32 *fp64 *u8 *fp64 *fp64 i32 i32",
+        {"MASKED": True, "DEGREE": 10, "BLOCK": 256},
+    ),
+}
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from imbalanced_losses._engine import _kernels
+
+name, types, constants = sys.argv[1], sys.argv[2].split(), eval(sys.argv[3])
+kernel = getattr(_kernels, name)
+names = [n for n in kernel.arg_names if n not in constants]
+signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
+source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+assert compiled.asm["cubin"]
+assert "atom" not in compiled.asm["ptx"] and ".local" not in compiled.asm["ptx"]
+"""
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_kernels_compile_without_atomics_and_spills(name: str, dtype: str) -> None:
+    """For a device of compute capability 9.0, which needs none."""
+    types, constants = SIGNATURES[name]
+    command = [sys.executable, "-c", COMPILE, name, types.format(f=dtype), repr(constants)]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=_environment_of_compilers()
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _environment_of_compilers() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return kept | {"TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+# On a device only --------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+def test_a_step_is_captured_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SmoothAPLoss, "check_values", False)
+    loss_fn = SmoothAPLoss(1, 0, 0.1).cuda()
+    beside = copy.deepcopy(loss_fn)
+    logits = torch.zeros(4096, 1, device="cuda", requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.int64, device="cuda")
+    logits.grad = torch.zeros_like(logits)
+
+    def step() -> Tensor:
+        logits.grad.zero_()  # type: ignore[union-attr]
+        loss: Tensor = loss_fn(logits, targets)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for seed in range(3):
+        generator = seeded(seed)
+        values = torch.randn(4096, 1, generator=generator)
+        labels = torch.randint(0, 2, (4096,), generator=generator)
+        with torch.no_grad():
+            logits.copy_(values)
+            targets.copy_(labels)
+        graph.replay()
+        leaf = values.cuda().requires_grad_()
+        expected = beside(leaf, labels.cuda())
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(logits.grad, leaf.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_on_a_device_is_linear(backend: str) -> None:
+    scores, is_positive, _ = pool((1, 1 << 17), share=0.5)
+    arguments = scores.float().cuda(), is_positive.cuda(), 0.1, None
+    ranked(*arguments, backend=backend)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ranked(*arguments, backend=backend)
+    assert torch.cuda.max_memory_allocated() - before < 1024 * scores.numel()
