@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -18,7 +19,23 @@ if not torch.cuda.is_available():
 settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
 )
+settings.register_profile(
+    "thorough", max_examples=400, derandomize=True, database=None, deadline=None
+)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let a test of random examples report how many there were, as its `cases`."""
+    report = yield
+    statistics = getattr(item, "hypothesis_statistics", None)
+    if call.when == "call" and statistics is not None:
+        examples = sum(map(int, re.findall(r"(\d+) passing", statistics)))
+        report.user_properties.append(("cases", examples))
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -74,6 +74,27 @@ BAD_CALLS: tuple[Callable[[SmoothAPLoss, Batch], Any], ...] = (
 )
 
 
+class Interrupted(BaseException):
+    """What comes at any moment, such as Ctrl-C."""
+
+
+def interrupt(*arguments: Any) -> Any:
+    raise Interrupted
+
+
+def load_refused(loss_fn: SmoothAPLoss, name: str, value: Tensor) -> None:
+    with pytest.raises(RuntimeError, match=name):
+        loss_fn.load_state_dict({**loss_fn.state_dict(), name: value})
+
+
+BAD_CHECKPOINTS: tuple[Callable[[SmoothAPLoss], Any], ...] = (
+    lambda loss_fn: load_refused(loss_fn, "temperature", torch.tensor(-1.0)),
+    lambda loss_fn: load_refused(loss_fn, "num_steps", torch.tensor(math.nan)),
+    lambda loss_fn: load_refused(loss_fn, "_queue.logits", torch.ones(5, 2)),
+    lambda loss_fn: load_refused(loss_fn, "no_such_key", torch.ones(5)),
+)
+
+
 class QueueMachine(RuleBasedStateMachine):
     """SmoothAPLoss beside a deque of the rows that its queue should hold."""
 
@@ -97,6 +118,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.max_pool_size = max_pool_size
         self.loss_fn = self.new_loss(size)
         self.rows: deque[Row] = deque(maxlen=size)
+        self.temperature, self.num_steps = 0.3, 0
 
     def new_loss(self, size: int) -> SmoothAPLoss:
         return SmoothAPLoss(
@@ -129,6 +151,7 @@ class QueueMachine(RuleBasedStateMachine):
         return Batch(logits.to(dtype), targets, weights if weighted else None)
 
     def remember(self, batch: Batch) -> None:
+        self.num_steps += self.loss_fn.training
         if self.loss_fn.training or self.update_queue_in_eval:
             self.rows.extend(
                 row
@@ -153,10 +176,17 @@ class QueueMachine(RuleBasedStateMachine):
         )
         return pool.through(alone)
 
-    @rule(kinds=BATCHES, seed=SEEDS, dtype=st.sampled_from(DTYPES), with_grad=st.booleans())
-    def forward(self, kinds: list[str], seed: int, dtype: torch.dtype, with_grad: bool) -> None:
+    @rule(
+        kinds=BATCHES,
+        seed=SEEDS,
+        dtype=st.sampled_from(DTYPES),
+        mode=st.sampled_from((torch.enable_grad, torch.no_grad, torch.inference_mode)),
+    )
+    def forward(
+        self, kinds: list[str], seed: int, dtype: torch.dtype, mode: Callable[[], Any]
+    ) -> None:
         batch = self.new_batch(kinds, seed, dtype)
-        with torch.set_grad_enabled(with_grad):
+        with mode():
             loss = batch.through(self.loss_fn)
         if self.max_pool_size is None:
             expected = self.expected_loss(batch)
@@ -187,13 +217,41 @@ class QueueMachine(RuleBasedStateMachine):
             call(self.loss_fn, batch)
         assert_same_state(self.loss_fn, before)
 
+    @rule(
+        kinds=BATCHES,
+        seed=SEEDS,
+        dtype=st.sampled_from(DTYPES),
+        where=st.sampled_from(("_extended", "_capped", "_per_class")),
+    )
+    def forward_interrupted(
+        self, kinds: list[str], seed: int, dtype: torch.dtype, where: str
+    ) -> None:
+        before = state_of(self.loss_fn)
+        setattr(self.loss_fn, where, interrupt)
+        with pytest.raises(Interrupted):
+            self.new_batch(kinds, seed, dtype).through(self.loss_fn)
+        delattr(self.loss_fn, where)
+        assert_same_state(self.loss_fn, before)
+
+    @rule(kinds=BATCHES, seed=SEEDS, dtype=st.sampled_from(DTYPES))
+    def diagnose(self, kinds: list[str], seed: int, dtype: torch.dtype) -> None:
+        before = state_of(self.loss_fn)
+        self.loss_fn.diagnose(*self.new_batch(kinds, seed, dtype)[:2])
+        assert_same_state(self.loss_fn, before)
+
+    @rule(load=st.sampled_from(BAD_CHECKPOINTS))
+    def load_refused(self, load: Callable[[SmoothAPLoss], Any]) -> None:
+        before = state_of(self.loss_fn)
+        load(self.loss_fn)
+        assert_same_state(self.loss_fn, before)
+
     @rule(training=st.booleans())
     def train(self, training: bool) -> None:
         self.loss_fn.train(training)
 
     @rule(temperature=st.sampled_from((0.05, 0.3, 2.0)))
     def assign_temperature(self, temperature: float) -> None:
-        self.loss_fn.temperature = temperature
+        self.loss_fn.temperature = self.temperature = temperature
 
     @rule()
     def reset_queue(self) -> None:
@@ -220,11 +278,13 @@ class QueueMachine(RuleBasedStateMachine):
     def queue_holds_the_rows_of_the_deque(self) -> None:
         if hasattr(self, "rows"):
             assert queued_rows(self.loss_fn) == list(self.rows)
+            assert self.loss_fn.temperature == self.temperature
+            assert self.loss_fn.state_dict()["num_steps"] == self.num_steps
 
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(
-    max_examples=200,
+    max_examples=2 * settings().max_examples,
     stateful_step_count=30,
     derandomize=True,
     deadline=None,

@@ -292,7 +292,7 @@ class _QueuedRankingLoss(nn.Module):
         if self.queue_size == 0:
             return batch
         rows = self._queue.rows_before_last_push() if again else self._queue.rows()
-        if rows.logits.dtype != batch.logits.dtype:  # float64 rows beside a float32 batch
+        if rows.logits.dtype != batch.logits.dtype:  # float64 beside float32
             weights = None if rows.weights is None else rows.weights.to(batch.logits.dtype)
             rows = rows._replace(logits=rows.logits.to(batch.logits.dtype), weights=weights)
         if self.queue_follows_shift:

@@ -90,6 +90,8 @@ class MemoryQueue(nn.Module):
         """Store the rows that are present and finite, over the oldest ones; others take no slot."""
         if self.size == 0:
             return
+        if rows.logits.dtype == torch.float64 != self.logits.dtype:
+            self._widen()
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
         on_host = is_on_host(rows.logits)
         slots: Tensor | slice
@@ -156,15 +158,10 @@ class MemoryQueue(nn.Module):
         self._undo = None
 
     def fit(self, rows: Pool) -> None:
-        """Take on the device of the rows, and float64 if that is their dtype."""
-        is_elsewhere = rows.logits.device != self.logits.device
-        is_wider = rows.logits.dtype == torch.float64 != self.logits.dtype
-        if is_elsewhere or is_wider:
+        """Take on the device of the rows."""
+        if rows.logits.device != self.logits.device:
             with torch.inference_mode(False):  # the buffers outlive it
-                if is_elsewhere:
-                    self.to(rows.logits.device)
-                if is_wider:
-                    self._widen()
+                self.to(rows.logits.device)
 
     def _stored(self) -> _Stored:
         return _Stored(self.logits, self.targets, self.weights)
@@ -174,7 +171,8 @@ class MemoryQueue(nn.Module):
         return Pool(logits, targets, weights if self.is_weighted else None)
 
     def _widen(self) -> None:
-        self.logits, self.weights = self.logits.double(), self.weights.double()
+        with torch.inference_mode(False):  # the buffers outlive it
+            self.logits, self.weights = self.logits.double(), self.weights.double()
         self._undo = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryQueue:
