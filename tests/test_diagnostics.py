@@ -118,6 +118,21 @@ def test_classes_without_a_problem_are_marked() -> None:
     assert found.advice()[0].startswith("class 1: no positive, or no negative")
 
 
+@pytest.mark.parametrize("role", [0, 1], ids=["negative", "positive"])
+def test_a_score_that_is_not_a_number(role: int) -> None:
+    """What a run that has just broken is asked about: the class says so, the others are as ever."""
+    logits, targets = torch.randn(20, 2, generator=seeded(0)), torch.arange(20) % 2
+    expected = SmoothAPLoss(2, 0).diagnose(logits, targets)
+    logits[role, 1] = math.nan
+    found = SmoothAPLoss(2, 0).diagnose(logits, targets)
+    assert found.ap.isnan().tolist() == found.smooth_ap.isnan().tolist() == [False, True]
+    assert found.ap[0] == expected.ap[0]
+    assert found.positives_in_pool.tolist() == [10, 10]
+    assert found.advice()[0].startswith("class 1: a score is NaN")
+    assert "NaN" not in "".join(expected.advice())
+    assert "nan" in str(found)
+
+
 def test_no_rows() -> None:
     found = SmoothAPLoss(1, 4).diagnose(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))
     assert found.ap.isnan().all()

@@ -23,8 +23,9 @@ class Diagnostics(NamedTuple):
     apart; beyond, the slope of the sigmoid is below a hundredth of its largest.
 
     Attributes:
-        ap: [C] in [0, 1], exact Average Precision of the pool, ties as in scikit-learn. NaN for a
-            class without a positive or without a negative, here and in all other floats.
+        ap: [C] in [0, 1], exact Average Precision of the pool, ties as in scikit-learn. NaN where
+            a score is; and for a class without a positive or without a negative, here and in all
+            other floats.
         smooth_ap: [C] in [0, 1], what the loss makes of it.
         temperature: [C] > 0, effective τ in units of the scores.
         spread: [C] > 0, standard deviation of the scores in the pool.
@@ -57,9 +58,14 @@ class Diagnostics(NamedTuple):
     def advice(self) -> list[str]:
         """What stands out, most serious first; empty where nothing does."""
         num_classes = len(self.ap)
-        invalid = self.ap.isnan()
+        invalid = (self.positives_in_pool == 0) | (self.positives_in_pool == self.pool_size)
         sharp = self.spread / self.temperature
         found = [
+            (
+                self.ap.isnan() & ~invalid,
+                "a score is NaN, and so is the loss: look at the inputs of the batch and at the "
+                "last update of the model. The queue has not kept the row",
+            ),
             (
                 invalid,
                 "no positive, or no negative, in the pool: the class has no loss. Larger batches, "
@@ -159,11 +165,11 @@ def _diagnosed(
     ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*classes, strict=True))
     valid = (num_positives > 0) & (num_positives < num_rows)
 
-    def marked(value: Tensor) -> Tensor:
-        return mark_invalid(value.to(problems.scores.dtype), valid)
+    def marked(value: Tensor, where: Tensor = valid) -> Tensor:
+        return mark_invalid(value.to(problems.scores.dtype), where)
 
     return Diagnostics(
-        marked(ap),
+        marked(ap, valid & ~smooth_ap.isnan()),
         marked(smooth_ap),
         marked(temperature),
         marked(spread),
@@ -188,7 +194,7 @@ def _of_class(
 
     queries, own = scores[is_positive], weights[is_positive]
     # Rows at least as high as each positive: a tie counts, as in scikit-learn.
-    first = torch.searchsorted(scores, queries)
+    first = torch.searchsorted(scores, queries).clamp(max=len(scores) - 1)  # NaN is beyond all
     above = [
         _sum_from(weights * chosen)[first] for chosen in (torch.ones_like(weights), is_positive)
     ]
