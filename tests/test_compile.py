@@ -18,7 +18,7 @@ from tests.rows import IGNORED, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 
-STEPS = 12
+STEPS = 30
 OPERATOR = torch.ops.imbalanced_losses.smooth_ap
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from imbalanced_losses.functional import score_spread, smooth_ap
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests import oracle
 from tests.cases import Case, all_equal, cases, random_batch, seeded
 
@@ -182,20 +179,30 @@ def _untied_scores(generator: torch.Generator, count: int) -> Tensor:
     return torch.randperm(count, generator=generator).double() / 7 - 3
 
 
+@pytest.mark.parametrize("backend", ["dense", "panel"])
 @pytest.mark.parametrize("weights", ["none", "counts", "real"])
 @pytest.mark.parametrize(
     ("count", "positives"), [(2, 1), (5, 4), (20, 1), (20, 8), (100, 3), (300, 30), (300, 290)]
 )
-def test_small_temperature_is_average_precision(count: int, positives: int, weights: str) -> None:
+def test_small_temperature_is_average_precision(
+    count: int,
+    positives: int,
+    weights: str,
+    backend: Backend,
+    record_property: Callable[[str, object], None],
+) -> None:
     """Without ties and with τ far below every gap, AP is scikit-learn's, weights included."""
     generator = seeded(1000 * count + positives)
-    for _ in range(17):  # 7 sizes × 3 kinds of weights × 17 = 357 rankings
+    record_property("cases", 17)
+    for _ in range(17):
         scores = _untied_scores(generator, count)
         is_positive = torch.arange(count) < positives
         sample_weight = random_batch(generator, count, 1, weights=weights).sample_weight
         if sample_weight is not None:
             sample_weight[[0, -1]] = 1  # a positive and a negative that count
-        ap, valid = smooth_ap(scores, is_positive, 1e-9, sample_weight=sample_weight)
+        ap, valid = smooth_ap(
+            scores, is_positive, 1e-9, sample_weight=sample_weight, backend=backend
+        )
         expected = average_precision_score(is_positive, scores, sample_weight=sample_weight)
         assert valid
         assert ap.item() == pytest.approx(expected, rel=0, abs=1e-12)
@@ -223,164 +230,6 @@ def test_sharper_is_nearer_to_average_precision() -> None:
     errors = [abs(smooth_ap(scores, is_positive, tau).ap.item() - truth) for tau in (1, 0.1, 0.02)]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-3
-
-
-# Invariants ---------------------------------------------------------------------------------------
-
-
-class Ranking(NamedTuple):
-    scores: Tensor  # [M] float64
-    is_positive: Tensor  # [M], both kinds present with weight > 0
-    weights: Tensor  # [M]
-    tau: float
-
-    def ap(self, **changed: object) -> float:
-        new = self._replace(**changed)
-        return smooth_ap(new.scores, new.is_positive, new.tau, sample_weight=new.weights).ap.item()
-
-    def loss_gradient(self) -> Tensor:
-        scores = self.scores.clone().requires_grad_()
-        ap, _ = smooth_ap(scores, self.is_positive, self.tau, sample_weight=self.weights)
-        (gradient,) = torch.autograd.grad(1 - ap, scores)
-        return gradient
-
-
-@st.composite
-def rankings(draw: st.DrawFn) -> Ranking:
-    """Two to ten rows: scores in [-4, 4], ties likely, τ from sharp to flat."""
-    score = st.one_of(
-        st.integers(-4, 4).map(float), st.floats(-4, 4, allow_subnormal=False, width=32)
-    )
-    weight = st.one_of(st.integers(0, 3).map(float), st.floats(0.125, 3, width=32))
-    row = st.tuples(score, st.booleans(), weight)
-    counting = st.tuples(score, weight.filter(bool))
-    rows = [(*draw(counting), True), (*draw(counting), False)]
-    rows = [(s, p, w) for s, w, p in rows] + draw(st.lists(row, max_size=8))
-    scores, is_positive, weights = zip(*draw(st.permutations(rows)), strict=True)
-    return Ranking(
-        torch.tensor(scores, dtype=torch.float64),
-        torch.tensor(is_positive),
-        torch.tensor(weights, dtype=torch.float64),
-        draw(st.sampled_from([0.01, 0.1, 0.5, 2.0, 20.0])),
-    )
-
-
-# Of a number in [0, 1] computed from scores that a change of unit or origin has rounded anew:
-# 1e-15 in a score is 1e-13 in score / τ at τ = 0.01, and sums of a dozen of them.
-CLOSE = {"rel": 0, "abs": 1e-11}
-
-
-@given(rankings())
-def test_range(ranking: Ranking) -> None:
-    """AP is in (0, 1]; rounding may add its last digit."""
-    assert 0 < ranking.ap() <= 1 + 1e-15
-
-
-@given(rankings(), st.floats(-100, 100))
-def test_shift(ranking: Ranking, by: float) -> None:
-    """Moving all scores together changes nothing."""
-    assert ranking.ap(scores=ranking.scores + by) == pytest.approx(ranking.ap(), **CLOSE)
-
-
-@given(rankings(), st.floats(0.01, 100))
-def test_scale_of_scores_and_temperature(ranking: Ranking, by: float) -> None:
-    """Scores and τ matter through their quotient alone."""
-    scaled = ranking.ap(scores=ranking.scores * by, tau=ranking.tau * by)
-    assert scaled == pytest.approx(ranking.ap(), **CLOSE)
-
-
-@given(rankings(), st.floats(0.01, 100), st.floats(-10, 10))
-def test_spread_unit_is_free_of_scale(ranking: Ranking, scale: float, shift: float) -> None:
-    """With τ in units of the spread, an affine map of the scores changes nothing."""
-
-    def ap(scores: Tensor) -> float:
-        return ranking.ap(scores=scores, tau=0.2 * score_spread(scores, ranking.weights))
-
-    if ranking.scores[ranking.weights > 0].std(correction=0) < 1e-3:
-        return  # what is left of such a spread after a shift is rounding
-    # 1e-15 in the scores over a spread of 1e-3, times 0.2⁻¹
-    assert ap(ranking.scores * scale + shift) == pytest.approx(
-        ap(ranking.scores), rel=0, abs=1e-8 / min(1, scale)
-    )
-
-
-@given(rankings(), st.randoms(use_true_random=False))
-def test_order_of_rows(ranking: Ranking, random: object) -> None:
-    """Rows may come in any order: same AP, and the gradient moves with its row."""
-    order = list(range(len(ranking.scores)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    permuted = Ranking(*(field[order] for field in ranking[:3]), ranking.tau)
-    assert permuted.ap() == pytest.approx(ranking.ap(), **CLOSE)
-    gradient = ranking.loss_gradient()
-    torch.testing.assert_close(permuted.loss_gradient(), gradient[order], rtol=0, atol=1e-10)
-
-
-@given(st.lists(rankings(), min_size=2, max_size=4), st.integers(0, 3))
-def test_problems_do_not_see_each_other(stack: list[Ranking], shift: int) -> None:
-    """Each of C stacked problems has the AP that it has alone, wherever it stands."""
-    stack = stack[shift % len(stack) :] + stack[: shift % len(stack)]
-    rows = max(len(ranking.scores) for ranking in stack)
-
-    def stacked(field: str) -> Tensor:  # padded with rows of weight 0
-        parts = [getattr(ranking, field) for ranking in stack]
-        return torch.stack([torch.cat((p, p.new_zeros(rows - len(p)))) for p in parts])
-
-    taus = torch.tensor([ranking.tau for ranking in stack], dtype=torch.float64)
-    weights = stacked("weights")
-    ap, valid = smooth_ap(stacked("scores"), stacked("is_positive"), taus, sample_weight=weights)
-    assert valid.all()
-    assert ap.tolist() == pytest.approx([ranking.ap() for ranking in stack], **CLOSE)
-
-
-@given(rankings())
-def test_gradient_never_raises_a_negative(ranking: Ranking) -> None:
-    """The loss never falls by raising a negative: no tolerance, the sign is exact."""
-    assert (ranking.loss_gradient()[~ranking.is_positive] >= 0).all()
-
-
-@given(rankings())
-def test_gradient_sums_to_zero(ranking: Ranking) -> None:
-    """Follows from the invariance to shifts."""
-    gradient = ranking.loss_gradient()
-    assert gradient.sum().item() == pytest.approx(0, abs=1e-13 * (1 + gradient.abs().sum().item()))
-
-
-@given(rankings())
-def test_weight_one_is_no_weight(ranking: Ranking) -> None:
-    """All weights 1, and all weights equal, are the same as none."""
-    ones = torch.ones_like(ranking.weights)
-    unweighted = ranking.ap(weights=None)
-    assert ranking.ap(weights=ones) == pytest.approx(unweighted, **CLOSE)
-    assert ranking.ap(weights=3 * ones) == pytest.approx(unweighted, **CLOSE)
-
-
-@given(rankings())
-def test_weight_zero_leaves_the_row_out(ranking: Ranking) -> None:
-    """A row of weight 0 is no row: same AP, gradient 0 there and unchanged elsewhere."""
-    kept = ranking.weights > 0
-    without = Ranking(*(field[kept] for field in ranking[:3]), ranking.tau)
-    assert ranking.ap() == pytest.approx(without.ap(), **CLOSE)
-    gradient = ranking.loss_gradient()
-    assert (gradient[~kept] == 0).all()
-    torch.testing.assert_close(gradient[kept], without.loss_gradient(), rtol=0, atol=1e-10)
-
-
-@given(rankings(), st.integers(1, 4))
-def test_weight_of_a_negative_counts_rows(ranking: Ranking, times: int) -> None:
-    """A negative of weight k is k copies of it. (Copies of a positive tie with each other, and a
-    tie counts half, so for positives this holds in the rank of others but not in their own.)
-    """
-    repeats = torch.where(ranking.is_positive, 1, times)
-    repeated = Ranking(*(field.repeat_interleave(repeats) for field in ranking[:3]), ranking.tau)
-    weights = ranking.weights * repeats
-    assert ranking.ap(weights=weights) == pytest.approx(repeated.ap(), **CLOSE)
-
-
-@given(rankings(), st.floats(1e-3, 1e3))
-def test_scale_of_weights(ranking: Ranking, by: float) -> None:
-    """Only the ratios of weights matter."""
-    scaled = ranking.ap(weights=ranking.weights * by)
-    assert scaled == pytest.approx(ranking.ap(), **CLOSE)
 
 
 # Derivatives --------------------------------------------------------------------------------------

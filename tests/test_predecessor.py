@@ -10,7 +10,7 @@ and a checkpoint saved there must continue here. What differs on purpose is in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -81,7 +81,8 @@ def test_the_cases_are_varied(steps: list[Step]) -> None:
     assert all(not step.theirs["warnings"] and not step.mine["warnings"] for step in steps)
 
 
-def test_same_losses(steps: list[Step]) -> None:
+def test_same_losses(steps: list[Step], record_property: Callable[[str, object], None]) -> None:
+    record_property("cases", NUM_CASES)
     for step in steps:
         tolerance = 1e-12 if step.is_float64 else 1e-6
         mine, theirs = step.mine, step.theirs
