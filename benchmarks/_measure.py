@@ -86,11 +86,11 @@ def header(num_threads: int, device: str) -> list[str]:
         machine += f", {torch.cuda.get_device_name()}"
     present = [name for name in _peers.PEERS if _peers.is_there(name)]
     versions = ", ".join(_peers.describe(name) for name in present)
-    module = Path(sys.argv[0]).stem
+    module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
     return [
         f"# machine: {machine}; threads: {num_threads}",
         f"# python {platform.python_version()}, torch {torch.__version__}, {versions}",
-        f"# command: {' '.join(['python -m benchmarks.' + module, *sys.argv[1:]])}",
+        f"# command: {' '.join(['python -m', module, *sys.argv[1:]])}",
     ]
 
 
