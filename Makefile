@@ -7,7 +7,7 @@ CACHE  := .cache
 # The peers are measured side by side; each lives in its own folder, never in the environment.
 PEERS  := $(CACHE)/peers
 
-.PHONY: help demo demo-quick examples test torture gpu check format docs bench peers clean
+.PHONY: help demo demo-quick examples test torture torture-quick gpu check format docs bench peers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ test: $(VENV)/.installed  ## run the tests and the docstring examples
 
 torture: peers  ## everything that is claimed, family by family, with a table of cases
 	$(BIN)/python -m tests.torture
+
+torture-quick: peers  ## the same with half of the random examples: what CI runs
+	$(BIN)/python -m tests.torture --quick
 
 gpu: $(VENV)/.installed  ## the tests of the CUDA kernels, on a machine with a CUDA device
 	$(BIN)/python -m pytest -q tests/test_fused.py

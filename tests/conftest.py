@@ -20,7 +20,7 @@ settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
 )
 settings.register_profile(
-    "thorough", max_examples=400, derandomize=True, database=None, deadline=None
+    "thorough", max_examples=200, derandomize=True, database=None, deadline=None
 )
 settings.load_profile("repeatable")
 

@@ -41,6 +41,12 @@ def test_a_family_without_tests_has_a_command() -> None:
     assert all(bool(family.tests) != bool(family.command) for family in FAMILIES.values())
 
 
+def test_the_documentation_lists_every_family() -> None:
+    page = (TESTS.parent / "docs" / "torture.md").read_text(encoding="utf-8")
+    for key, family in FAMILIES.items():
+        assert f"| {key} | {family.title} | {family.claim} |" in page, key
+
+
 class Report(NamedTuple):
     """What pytest tells of one phase of a test."""
 
