@@ -1,12 +1,13 @@
 """Run the families of the torture suite and tell what each has shown.
 
-    python -m tests.torture [--family T5 T8] [--quick] [--workers 2] [-x]
+    python -m tests.torture [--family T5 T8] [--quick] [--document] [--workers 2] [-x]
 
 A case is a test, or one of the examples that a test runs through. The outcome is 1 when anything
 failed, when a family ran fewer cases than it claims, or when a test was skipped for a reason that
 is not a missing device. A whole run is written to benchmarks/results/.
 
---quick runs fewer random examples and no commands: what CI has time for.
+--quick runs fewer random examples and no commands: what CI has time for. --document puts the table
+into docs/torture.md.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tests.families import FAMILIES, Family, family_of
 ROOT = Path(__file__).parent.parent
 OTHERS = Family("others", "Tests that no family names.", (), 1)
 MAY_BE_SKIPPED = "needs a CUDA device"
+PAGE = ROOT / "docs" / "torture.md"
+MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
 @dataclass
@@ -101,19 +104,25 @@ def run_command(command: tuple[str, ...], tally: Tally) -> None:
 
 
 def show(tallies: dict[str, Tally], problems: dict[str, str], wall_s: float, workers: int) -> None:
-    table = Table("", "family", "claim", title="torture", show_lines=True)
+    table = Table("", "family", title="torture")
     for name in ("cases", "failures", "skipped", "seconds"):
         table.add_column(name, justify="right")
     for key, tally in tallies.items():
         family = FAMILIES.get(key, OTHERS)
         numbers = (f"{tally.cases:,}", str(tally.failures), str(tally.skipped))
         title = f"{family.title}\n[red]{problems[key]}[/]" if key in problems else family.title
-        table.add_row(key, title, family.claim, *numbers, f"{tally.seconds:.1f}")
-    table.caption = f"{workers} processes, {wall_s:.0f} s in all"
+        table.add_row(key, title, *numbers, f"{tally.seconds:.1f}")
+    table.caption = f"{workers} at a time, {wall_s:.0f} s in all"
     Console().print(table)
 
 
-def write(tallies: dict[str, Tally], wall_s: float, workers: int) -> Path:
+def header(wall_s: float, workers: int) -> list[str]:
+    from benchmarks import _measure
+
+    return [*_measure.header(1, "cpu"), f"# {workers} at a time, {wall_s:.0f} s in all"]
+
+
+def write(tallies: dict[str, Tally], lines: list[str]) -> Path:
     from benchmarks import _measure
 
     rows = [
@@ -128,25 +137,34 @@ def write(tallies: dict[str, Tally], wall_s: float, workers: int) -> Path:
         }
         for key, tally in tallies.items()
     ]
-    lines = [*_measure.header(1, "cpu"), f"# {workers} processes, {wall_s:.0f} s in all"]
     return _measure.write_csv(rows, "torture", "cpu", lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=[], help="these only")
-    parser.add_argument("--quick", action="store_true", help="fewer examples, no commands")
-    parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
-    parser.add_argument("-x", action="store_true", help="stop at the first failure")
-    options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes are what runs side by side
-    os.chdir(ROOT)
+def documented(page: str, tallies: dict[str, Tally], lines: list[str]) -> str:
+    """The page with another table between its two marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    table = [
+        "```text",
+        *(line.removeprefix("# ") for line in lines),
+        "```",
+        "",
+        "| | family | claim | at least | cases | failures | skipped | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, tally in tallies.items():
+        family = FAMILIES.get(key, OTHERS)
+        numbers = (f"{family.at_least:,}", f"{tally.cases:,}", tally.failures, tally.skipped)
+        cells = (key, family.title, family.claim, *numbers, f"{tally.seconds:.0f}")
+        table.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([before + MARKS[0], "", *table, "", MARKS[1] + after])
 
+
+def run(options: argparse.Namespace) -> int:
+    """Tests, then commands, then the table."""
     started = time.perf_counter()
     counter, status = run_tests(options.family, options)
-    tallies = counter.by_family
-    if options.family:
-        tallies = {key: tallies[key] for key in options.family}
+    tallies = {key: counter.by_family[key] for key in options.family or counter.by_family}
     stopped = options.x and status != 0
     for key, tally in tallies.items():
         command = FAMILIES.get(key, OTHERS).command
@@ -157,19 +175,36 @@ def main() -> int:
     problems = {
         key: problem
         for key, tally in tallies.items()
-        if (
-            problem := tally.problem(
-                FAMILIES.get(key, OTHERS), is_complete=not (options.quick or stopped)
-            )
-        )
+        if (problem := tally.problem(FAMILIES.get(key, OTHERS), is_complete=not stopped))
     }
     show(tallies, problems, wall_s, options.workers)
-    if not options.family and not options.quick and not stopped:
-        path = write(tallies, wall_s, options.workers)
-        print(f"written: {path.relative_to(ROOT)}")
+    if not options.family and not stopped:
+        keep(tallies, header(wall_s, options.workers), options)
     for key, problem in problems.items():
         print(f"{key}: {problem}")
     return 1 if status or problems else 0
+
+
+def keep(tallies: dict[str, Tally], lines: list[str], options: argparse.Namespace) -> None:
+    """What a whole run leaves behind."""
+    if not options.quick:
+        print(f"written: {write(tallies, lines).relative_to(ROOT)}")
+    if options.document:
+        page = documented(PAGE.read_text(encoding="utf-8"), tallies, lines)
+        PAGE.write_text(page, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=[], help="these only")
+    parser.add_argument("--quick", action="store_true", help="fewer examples, no commands")
+    parser.add_argument("--document", action="store_true", help="put the table into the page")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
+    parser.add_argument("-x", action="store_true", help="stop at the first failure")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes are what runs side by side
+    os.chdir(ROOT)
+    return run(options)
 
 
 if __name__ == "__main__":
