@@ -1,0 +1,145 @@
+"""What the pages about coming from pytorch-metric-learning and LibAUC say of them.
+
+`make peers` fetches both; without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from benchmarks import _peers
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses.functional import smooth_ap
+
+
+def loaded(name: str) -> Iterator[ModuleType]:
+    if not _peers.is_there(name):
+        pytest.skip("fetch the peers with `make peers`")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield _peers.load(name)
+
+
+@pytest.fixture(scope="module")
+def metric_learning() -> Iterator[ModuleType]:
+    yield from loaded("pml")
+
+
+@pytest.fixture(scope="module")
+def libauc() -> Iterator[ModuleType]:
+    yield from loaded("libauc")
+
+
+def clusters(num_labels: int, each: int, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, 16] around one centre a label, labels in order."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_labels).repeat_interleave(each)
+    centres = normalize(torch.randn(num_labels, 16, generator=generator))
+    return centres[labels] + noise * torch.randn(len(labels), 16, generator=generator), labels
+
+
+def retrieval_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.01) -> Tensor:
+    """As on the page."""
+    vectors = normalize(embeddings)
+    same = labels[:, None] == labels
+    return 1 - smooth_ap(vectors @ vectors.T, same, temperature).ap.mean()
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_metric_learning_as_many_labels_as_rows_of_each(
+    metric_learning: ModuleType, size: int
+) -> None:
+    """The one case that it computes: value and gradient are the same here."""
+    embeddings, labels = clusters(size, size, noise=0.3)
+    embeddings.requires_grad_()
+    theirs = metric_learning.SmoothAPLoss()(embeddings, labels)
+    ours = retrieval_loss(embeddings, labels)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    gradients = [torch.autograd.grad(loss, embeddings)[0] for loss in (theirs, ours)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+PERFECT = {(2, 8): 0.66, (8, 2): 0.29, (8, 4): 0.31}
+
+
+@pytest.mark.parametrize(("shape", "says"), PERFECT.items(), ids=str)
+def test_metric_learning_other_shapes(
+    metric_learning: ModuleType, shape: tuple[int, int], says: float
+) -> None:
+    """Perfect clusters, whose AP is 1."""
+    embeddings, labels = clusters(*shape, noise=0.01)
+    loss = metric_learning.SmoothAPLoss()(embeddings, labels)
+    assert round(loss.item(), 2) == says
+    assert retrieval_loss(embeddings, labels) < 1e-6
+
+
+def test_metric_learning_order_of_rows(metric_learning: ModuleType) -> None:
+    embeddings, labels = clusters(4, 4, noise=0.01)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    loss_fn = metric_learning.SmoothAPLoss()
+    assert loss_fn(embeddings, labels) < 1e-6
+    assert round(loss_fn(embeddings[order], labels[order]).item(), 2) == 0.56
+    assert retrieval_loss(embeddings[order], labels[order]) < 1e-6
+
+
+def test_metric_learning_refuses(metric_learning: ModuleType) -> None:
+    embeddings, labels = clusters(4, 4)
+    loss_fn = metric_learning.SmoothAPLoss()
+    with pytest.raises(ValueError, match="same number of elements"):
+        loss_fn(embeddings[:15], labels[:15])
+    with pytest.raises(ValueError, match="ref_emb is not supported"):
+        loss_fn(embeddings, labels, ref_emb=torch.ones(4, 16), ref_labels=torch.arange(4))
+    with pytest.raises(Exception, match="CrossBatchMemory not supported"):
+        metric_learning.CrossBatchMemory(loss_fn, 16)
+    assert retrieval_loss(embeddings[:15], labels[:15]).isfinite()
+
+
+def libauc_batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, labels and row numbers; an eighth positive."""
+    probabilities = torch.rand(64, 1, generator=torch.Generator().manual_seed(seed))
+    return probabilities, (torch.arange(64) % 8 == 0)[:, None].long(), torch.arange(64)
+
+
+def test_libauc_keeps_its_averages_out_of_the_checkpoint(libauc: ModuleType) -> None:
+    loss_fn = libauc.APLoss(data_len=64)
+    loss_fn(*libauc_batch(0))
+    assert loss_fn.u_all.any()
+    assert not loss_fn.state_dict()
+    assert not list(loss_fn.buffers())
+    queued = SmoothAPLoss(1, queue_size=64)
+    assert queued.state_dict()
+
+
+def test_libauc_needs_a_positive(libauc: ModuleType) -> None:
+    probabilities, labels, rows = libauc_batch(0)
+    with pytest.raises(AssertionError, match="no positive sample"):
+        libauc.APLoss(data_len=64)(probabilities, torch.zeros_like(labels), rows)
+    assert SmoothAPLoss(1, queue_size=0)(probabilities, torch.zeros_like(labels)) == 0
+
+
+def test_libauc_has_no_value_to_watch(libauc: ModuleType) -> None:
+    """0 whatever the scores when a row is seen first; later of either sign."""
+    loss_fn = libauc.APLoss(data_len=64)
+    values = [loss_fn(*libauc_batch(seed)).item() for seed in range(3)]
+    assert abs(values[0]) < 1e-6
+    assert min(values[1:]) < 0 < max(values[1:])
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.9])
+def test_libauc_first_gradient_of_a_row(libauc: ModuleType, gamma: float) -> None:
+    """Averages begin at 0 and are not corrected: 1/γ of the gradient at rest."""
+    loss_fn = libauc.APLoss(data_len=64, gamma=gamma)
+    probabilities, labels, rows = libauc_batch(0)
+    probabilities.requires_grad_()
+    sizes = []
+    for _ in range(200):
+        (gradient,) = torch.autograd.grad(loss_fn(probabilities, labels, rows), probabilities)
+        sizes.append(gradient.norm().item())
+    assert sizes[0] / sizes[-1] == pytest.approx(1 / gamma, rel=1e-4)
