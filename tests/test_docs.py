@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import logging
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,3 +176,52 @@ def test_every_picture_is_shown() -> None:
     shown = "\n".join(prose(page) for page in PAGES)
     pictures = {path.name for path in (DOCS / "assets").iterdir()} - {"site.css"}
     assert {name for name in pictures if f"assets/{name})" not in shown} == set()
+
+
+@pytest.fixture
+def hooks() -> ModuleType:
+    """docs/hooks.py, which `mkdocs` loads while it builds the site."""
+    for needed in ("latex2mathml", "mkdocs"):
+        pytest.importorskip(needed)
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_formulas_become_mathml(hooks: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    inline = hooks.on_page_content(r'<p>a <span class="arithmatex">\(x &lt; \tau\)</span></p>')
+    assert inline.startswith("<p>a <math")
+    assert "arithmatex" not in inline
+    block = hooks.on_page_content('<div class="arithmatex">\\[\n\\frac12\n\\]</div>')
+    assert block.startswith('<div class="formula"><math')
+    assert "<mfrac>" in block
+    assert not caplog.records
+    hooks.on_page_content(r'<span class="arithmatex">\(\notacommand\)</span>')
+    assert "notacommand" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '<script src="https://cdn.example/a.js">',
+        '<img alt="plot" src="//cdn.example/a.png">',
+        '<link rel="stylesheet" href="https://cdn.example/a.css">',
+    ],
+)
+def test_the_build_refuses_other_hosts(
+    hooks: ModuleType, tag: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    with caplog.at_level(logging.WARNING):
+        hooks.on_post_page('<a href="https://arxiv.org/"><img src="assets/a.png">', page=page)
+        assert not caplog.records
+        hooks.on_post_page(tag, page=page)
+    assert "cdn.example" in caplog.text
+
+
+def test_pages_from_the_root_of_the_repository(hooks: ModuleType) -> None:
+    assert set(hooks.PAGES_OF_FILES) == MADE_AT_BUILD_TIME
+    assert all((ROOT / source).is_file() for source in hooks.PAGES_OF_FILES.values())
