@@ -16,37 +16,51 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import itertools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Grid
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.optim import swa_utils
 
 from benchmarks import _measure, _peers, tasks
 from benchmarks._measure import Row
+from benchmarks.recipes import (
+    ALL,
+    AVERAGED,
+    BATCH_SIZE,
+    BCE_FAMILY,
+    CANDIDATES,
+    LOSSES,
+    OURS,
+    REBALANCED,
+    REBALANCED_TASKS,
+    RECIPE,
+    SCREENED,
+    SECOND_MOMENT,
+    STEPS,
+    Make,
+    Recipe,
+)
 
 LEARNING_RATES = (3e-3, 1e-2)
 WEIGHT_DECAYS = (1e-4, 1e-1)
-BATCH_SIZE, STEPS, EVALUATE_EVERY = 1024, 500, 50
+EVALUATE_EVERY = 50
 ASSETS = _measure.RESULTS.parents[1] / "docs" / "assets"
 DEVELOPMENT_SEED = 100  # splits from here on are for choosing the recipe, never reported
-SECOND_MOMENT = 0.999  # of AdamW
 SAMPLED_POSITIVE = 0.25  # of a batch, where LibAUC asks for a sampler
 KEY = ("task", "split", "loss", "learning_rate", "weight_decay")
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [n], labels [n], rows [n] -> []
-Make = Callable[[Tensor], Loss]  # of the training labels [N]
+Metric = Callable[[Tensor, Tensor], float]  # of scores [n] or [n, C] and labels [n]
 
 
 class Job(NamedTuple):
@@ -57,239 +71,6 @@ class Job(NamedTuple):
     loss: str
     learning_rate: float
     weight_decay: float
-
-
-# --- Losses: from the training labels [N] to a function -------------------------------------------
-
-
-def _weighted(power: float) -> Make:
-    def make(labels: Tensor) -> Loss:
-        weight = ((labels == 0).sum() / (labels == 1).sum()) ** power
-        return lambda logits, y, _: bce(logits, y.float(), pos_weight=weight)
-
-    return make
-
-
-def _focal(labels: Tensor) -> Loss:
-    """Lin et al. 2017, γ = 2, without α."""
-
-    def loss(logits: Tensor, y: Tensor, _: Tensor) -> Tensor:
-        each = bce(logits, y.float(), reduction="none")
-        return ((1 - torch.exp(-each)).square() * each).mean()
-
-    return loss
-
-
-def _hard_negatives(labels: Tensor) -> Loss:
-    """BCE on all positives and the tenth of the negatives that has the highest scores."""
-
-    def loss(logits: Tensor, y: Tensor, _: Tensor) -> Tensor:
-        negatives = logits[y == 0]
-        hardest = negatives.topk(max(1, len(negatives) // 10)).values
-        kept = torch.cat((logits[y == 1], hardest))
-        is_positive = torch.arange(len(kept)) < len(kept) - len(hardest)
-        return bce(kept, is_positive.float())
-
-    return loss
-
-
-class Recipe(NamedTuple):
-    """Smooth-AP of the batch, in units of the spread, beside another loss; no queue."""
-
-    temperature: float
-    main_weight: float = 1.0
-    auxiliary: str = "focal"  # a key of BCE_FAMILY
-    sampled_positive: float | None = None  # share of positives in a batch; None: as they come
-    at_prior: bool = False  # rank at the prevalence of the training rows all the same
-    unit: Literal["score", "spread"] = "spread"
-    queue_size: int = 0
-    upper_bound: bool = False  # SupAP in place of Smooth-AP
-    batch_size: int = BATCH_SIZE
-    second_moment: float = SECOND_MOMENT
-    last_temperature: float | None = None  # approached geometrically over the whole training
-    warmup: int = 0  # steps with the other loss alone, and as many to blend over
-
-    def name(self) -> str:
-        temperature = f"τ {self.temperature:g}"
-        if self.last_temperature is not None:
-            temperature += f" to {self.last_temperature:g}"
-        parts = ["SupAP" if self.upper_bound else "SmoothAP", temperature]
-        if self.unit == "score":
-            parts[-1] += " raw"
-        if self.main_weight < 1:
-            parts += [f"w {self.main_weight:g}", self.auxiliary]
-        if self.queue_size:
-            parts.append(f"queue {self.queue_size}")
-        if self.sampled_positive is not None:
-            parts.append(f"{self.sampled_positive:.0%} positives")
-        if self.at_prior:
-            parts.append("at prior")
-        if self.warmup:
-            parts.append(f"warm-up {self.warmup}")
-        return _trained_name(", ".join(parts), self.batch_size, self.second_moment)
-
-    def __call__(self, labels: Tensor) -> Loss:
-        from imbalanced_losses import MixedLoss, SmoothAPLoss
-
-        ranking = SmoothAPLoss(
-            1,
-            queue_size=self.queue_size,
-            queue_follows_shift=self.queue_size > 0,
-            temperature=self.temperature,
-            temperature_unit=self.unit,
-            target_prior=labels.double().mean().item() if self.at_prior else None,
-        )
-        pointwise = BCE_FAMILY[self.auxiliary](labels)
-        if self.upper_bound:
-            bound = functools.partial(_upper_bound, temperature=self.temperature)
-            w = self.main_weight
-            return lambda x, y, _: w * bound(x, y) + (1 - w) * pointwise(x, y, _)
-        if self.main_weight == 1 and not self.warmup and self.last_temperature is None:
-            return lambda logits, y, _: ranking(logits[:, None], y)
-        mixed = MixedLoss(
-            lambda logits, y: pointwise(logits.squeeze(1), y, y),
-            ranking,
-            main_weight=self.main_weight,
-            warmup_steps=self.warmup,
-            blend_steps=self.warmup,
-            temperature=None
-            if self.last_temperature is None
-            else (self.temperature, self.last_temperature, STEPS),
-        )
-        return lambda logits, y, _: mixed(logits[:, None], y)
-
-
-def _trained_name(name: str, batch_size: int, second_moment: float) -> str:
-    if batch_size != BATCH_SIZE:
-        name += f", batch {batch_size}"
-    if second_moment != SECOND_MOMENT:
-        name += f", β₂ {second_moment:g}"
-    return name
-
-
-def _upper_bound(logits: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """SupAP, an upper bound of 1 − AP (Ramzi et al., NeurIPS 2021), of standardised scores.
-
-    Ranks among positives are the true ones; a negative counts by a sigmoid where it is below the
-    positive, by a sigmoid + ½ where it is barely above, and linearly beyond.
-    """
-    margin, slope = 2 * temperature, 1.0
-    scores = logits / logits.std()
-    positives, negatives = scores[y == 1], scores[y == 0]
-    if len(positives) == 0:
-        return 0 * logits.sum()
-    above = 1 + (positives > positives[:, None]).sum(1)
-    lead = negatives - positives[:, None]  # [P, N]
-    step = torch.sigmoid(lead / temperature)
-    edge = torch.sigmoid(torch.tensor(margin / temperature)) + 0.5
-    far = slope * (lead - margin) + edge
-    counted = torch.where(lead <= 0, step, torch.where(lead < margin, step + 0.5, far))
-    return 1 - (above / (above + counted.sum(1))).mean()
-
-
-class Trained(NamedTuple):
-    """A loss with batches or an optimiser of its own."""
-
-    make: Make
-    sampled_positive: float | None = None
-    batch_size: int = BATCH_SIZE
-    second_moment: float = SECOND_MOMENT
-
-    def __call__(self, labels: Tensor) -> Loss:
-        return self.make(labels)
-
-
-def _predecessor(labels: Tensor) -> Loss:
-    """With its own defaults: raw logits, τ = 0.01, a queue of 1,024."""
-    loss_fn = _peers.load("predecessor").SmoothAPLoss(1)
-    return lambda logits, y, _: loss_fn(logits[:, None], y)
-
-
-def _libauc(labels: Tensor) -> Loss:
-    loss_fn = _peers.load("libauc").APLoss(data_len=len(labels))
-    return lambda logits, y, rows: loss_fn(torch.sigmoid(logits)[:, None], y[:, None], rows)
-
-
-BCE_FAMILY: dict[str, Make] = {
-    "BCE": _weighted(0.0),
-    "sqrt-weighted BCE": _weighted(0.5),
-    "weighted BCE": _weighted(1.0),
-    "focal": _focal,
-    "hard-negative BCE": _hard_negatives,
-}
-SQRT, BCE, HARD = "sqrt-weighted BCE", "BCE", "hard-negative BCE"
-# The one recipe for all tasks, chosen on development splits among CANDIDATES.
-OURS = "SmoothAP + BCE"
-LOSSES: dict[str, Make] = {
-    **BCE_FAMILY,
-    "LibAUC APLoss": _libauc,
-    OURS: Recipe(0.3, 0.8, SQRT),
-    "SmoothAP": Recipe(0.1),
-    "predecessor": _predecessor,
-}
-CANDIDATES: dict[str, Make] = (
-    {
-        recipe.name(): recipe
-        for recipe in (
-            # On all tasks.
-            *(Recipe(tau, w, SQRT) for tau, w in ((0.1, 0.2), (0.1, 0.5), (0.1, 0.8))),
-            *(Recipe(tau, w, SQRT) for tau, w in ((0.3, 0.5), (0.3, 0.8))),
-            *(Recipe(tau, w, BCE) for tau, w in ((0.1, 0.5), (0.3, 0.5), (0.3, 0.9))),
-            *(Recipe(0.3, w) for w in (0.5, 0.8, 0.9, 0.95)),
-            *(Recipe(tau, w) for tau, w in ((0.1, 0.8), (0.1, 0.95), (1.0, 0.8), (1.0, 0.9))),
-            Recipe(0.3, 0.8, HARD),
-            Recipe(0.3, 0.8, sampled_positive=0.1, at_prior=True),
-            Recipe(0.1, 0.8, upper_bound=True),
-            # On the two tasks with the fewest positives, and given up there.
-            *(Recipe(0.3, w, SQRT) for w in (0.02, 0.1, 0.3, 0.95)),
-            *(Recipe(0.3, w) for w in (0.02, 0.1, 0.3)),
-            *(Recipe(0.3, w, BCE) for w in (0.02, 0.1)),
-            *(Recipe(1.0, w, SQRT) for w in (0.1, 0.8)),
-            *(Recipe(tau, w) for tau, w in ((0.1, 0.1), (1.0, 0.3))),
-            Recipe(0.3, 0.3, HARD),
-            *(Recipe(0.3, 0.8, BCE, sampled_positive=share) for share in (0.1, 0.25)),
-            Recipe(0.3, 0.8, sampled_positive=0.1),
-            Recipe(0.3, 0.8, BCE, sampled_positive=0.1, at_prior=True),
-            Recipe(0.1, 0.3, BCE, sampled_positive=0.25, at_prior=True),
-            Recipe(1.0, 0.5, BCE, unit="score"),
-            # Later, on all tasks: pools of 4,096, what Adam remembers, schedules.
-            *(
-                Recipe(tau, w, SQRT, batch_size=4096)
-                for tau, w in ((0.1, 0.8), (0.3, 0.8), (0.3, 0.5))
-            ),
-            Recipe(0.1, batch_size=4096),
-            *(Recipe(0.3, w, SQRT, second_moment=0.95) for w in (0.5, 0.8)),
-            Recipe(0.1, second_moment=0.95),
-            Recipe(0.3, 0.8, SQRT, queue_size=4096),
-            Recipe(1.0, 0.8, SQRT, last_temperature=0.1),
-            *(Recipe(tau, 0.8, SQRT, warmup=100) for tau in (0.1, 0.3)),
-        )
-    }
-    | {
-        _trained_name(name, 4096, SECOND_MOMENT): Trained(make, batch_size=4096)
-        for name, make in BCE_FAMILY.items()
-    }
-    | {
-        _trained_name(name, BATCH_SIZE, 0.95): Trained(make, second_moment=0.95)
-        for name, make in BCE_FAMILY.items()
-    }
-)
-# As many positives as negatives in every batch, and the prevalence known or not.
-REBALANCED: dict[str, Make] = {
-    f"{name}, {how}": contender
-    for how, share in (("as they come", None), ("50 % positives", 0.5))
-    for name, contender in (
-        ("BCE", Trained(_weighted(0.0), share)),
-        ("SmoothAP", Recipe(0.1, sampled_positive=share)),
-        (OURS, Recipe(0.3, 0.8, SQRT, sampled_positive=share)),
-    )
-} | {
-    "SmoothAP, 50 % positives, target_prior": Recipe(0.1, sampled_positive=0.5, at_prior=True),
-    f"{OURS}, 50 % positives, target_prior": Recipe(
-        0.3, 0.8, SQRT, sampled_positive=0.5, at_prior=True
-    ),
-}
-REBALANCED_TASKS = ("protein", "chess")
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -307,10 +88,15 @@ def run(job: Job) -> Row:
         table = tasks.load(job.task)
         _cached[job.task, job.split] = train.make_task(table, table.split(job.split))
     task = _cached[job.task, job.split]
-    started = time.perf_counter()
     model = train.make_model(task.train.features.shape[1], job.split)
-    best_step, validation_ap = _fit(model, task, job)
-    test_ap = train.average_precision(_scores(model, task.test.features), task.test.labels)
+    return trained(job, ALL[job.loss], model, task, train.average_precision)
+
+
+def trained(job: Job, make: Make, model: nn.Module, task: Any, metric: Metric) -> Row:
+    """Train, and score the test rows once; a loss may have batches of its own."""
+    started = time.perf_counter()
+    best_step, validation_ap = _fit(job, make, model, task, metric)
+    test_ap = metric(_scores(model, task.test.features), task.test.labels)
     return {
         **job._asdict(),
         "best_step": best_step,
@@ -320,12 +106,9 @@ def run(job: Job) -> Row:
     }
 
 
-def _fit(model: nn.Module, task: Any, job: Job) -> tuple[int, float]:
+def _fit(job: Job, make: Make, model: nn.Module, task: Any, metric: Metric) -> tuple[int, float]:
     """Train in place; step and AP of the best validation, whose weights the model has then."""
-    from demo import train
-
     features, labels = task.train
-    make = {**LOSSES, **CANDIDATES, **REBALANCED}[job.loss]
     loss_fn = make(labels)
     rates = {"lr": job.learning_rate, "weight_decay": job.weight_decay}
     is_libauc = job.loss == "LibAUC APLoss"
@@ -347,19 +130,28 @@ def _fit(model: nn.Module, task: Any, job: Job) -> tuple[int, float]:
         else _quota_batches(labels, sampled, batch_size, job.split)
     )
     best_step, best_ap, best_weights = 0, -1.0, model.state_dict()
+    decay = getattr(make, "averaging", None)
+    mean = (
+        None
+        if decay is None
+        else swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
+    )
     for step, rows in zip(range(1, STEPS + 1), batches, strict=False):
         optimizer.zero_grad()
         loss_fn(model(features[rows]), labels[rows], rows).backward()
         optimizer.step()
         schedule.step()
+        if mean is not None:
+            mean.update_parameters(model)
         if step % EVALUATE_EVERY == 0:
-            scores = _scores(model, task.validation.features)
+            evaluated = model if mean is None else mean.module
+            scores = _scores(evaluated, task.validation.features)
             if not bool(scores.isfinite().all()):
                 break
-            ap = train.average_precision(scores, task.validation.labels)
+            ap = metric(scores, task.validation.labels)
             if ap > best_ap:
                 best_step, best_ap = step, ap
-                best_weights = {name: w.clone() for name, w in model.state_dict().items()}
+                best_weights = {name: w.clone() for name, w in evaluated.state_dict().items()}
     model.load_state_dict(best_weights)
     return best_step, best_ap
 
@@ -403,7 +195,7 @@ def key_of(row: Row) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in KEY)
 
 
-def run_all(jobs: list[Job], path: Path, workers: int) -> None:
+def run_all(jobs: list[Job], path: Path, workers: int, run: Callable[[Job], Row] = run) -> None:
     """Run what is not in the file yet; the predecessor apart, for it has our import name."""
     done = {key_of(row) for row in finished(path)}
     left = [job for job in jobs if key_of(job._asdict()) not in done]
@@ -418,7 +210,7 @@ def run_all(jobs: list[Job], path: Path, workers: int) -> None:
             chunks = [list(own) for _, own in itertools.groupby(group, key=lambda j: j[:2])]
             peer = "predecessor" if group and group[0].loss == "predecessor" else "ours"
             with ProcessPoolExecutor(workers, context, _peers.load, (peer,)) as pool:
-                futures = [pool.submit(run_chunk, chunk) for chunk in chunks]
+                futures = [pool.submit(run_chunk, chunk, run) for chunk in chunks]
                 for future in track(as_completed(futures), "training", total=len(futures)):
                     for row in future.result():
                         if writer is None:
@@ -430,7 +222,7 @@ def run_all(jobs: list[Job], path: Path, workers: int) -> None:
                     file.flush()
 
 
-def run_chunk(jobs: list[Job]) -> list[Row]:
+def run_chunk(jobs: list[Job], run: Callable[[Job], Row]) -> list[Row]:
     return [run(job) for job in jobs]
 
 
@@ -453,8 +245,13 @@ def tuned(rows: list[Row]) -> dict[tuple[str, str], dict[int, Tuned]]:
     return found
 
 
-def report(rows: list[Row], rival: str | None = None, value: str = "test_ap") -> None:
-    """Mean AP of every loss, and its paired difference to `rival`, or the best of the BCE family.
+def report(
+    rows: list[Row],
+    rival: str | None = None,
+    value: str = "test_ap",
+    family: Iterable[str] = BCE_FAMILY,
+) -> None:
+    """Mean AP of every loss, and its paired difference to `rival`, or the best of the family.
 
     `value` is "validation_ap" where a recipe is to be chosen.
     """
@@ -468,7 +265,7 @@ def report(rows: list[Row], rival: str | None = None, value: str = "test_ap") ->
     names = list(dict.fromkeys(row["task"] for row in rows))
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     grid = Grid("loss", *names, "s")
-    rivals = {task: rival or rival_of(chosen, task) for task in names}
+    rivals = {task: rival or rival_of(chosen, task, family) for task in names}
     for loss in losses:
         cells, seconds = [], []
         for task in names:
@@ -481,7 +278,7 @@ def report(rows: list[Row], rival: str | None = None, value: str = "test_ap") ->
             seconds += [own[k].seconds for k in both]
             differences = [ap(own[k]) - ap(other[k]) for k in both]
             if loss == rivals[task]:
-                cells.append(f"{mean:.4f}\n{'rival' if rival else 'best BCE'}")
+                cells.append(f"{mean:.4f}\n{'rival' if rival else 'best of family'}")
                 continue
             wins = sum(d > 0 for d in differences)
             p = wilcoxon(differences).pvalue if any(differences) and len(both) > 1 else 1.0
@@ -489,17 +286,36 @@ def report(rows: list[Row], rival: str | None = None, value: str = "test_ap") ->
                 f"{mean:.4f}\n{statistics.mean(differences):+.4f} {wins}/{len(both)}\np {p:.3f}"
             )
         grid.add_row(loss, *cells, f"{statistics.mean(seconds):.1f}" if seconds else "–")
+    if value == "validation_ap":
+        recipes = [loss for loss in losses if isinstance(ALL[loss], Recipe)]
+        found = [gains(chosen, task, recipes, rivals[task]) for task in names]
+        cells = [f"{max(g):+.4f}\n{sum(x > 0 for x in g)}/{len(g)} ahead" for g in found if g]
+        grid.add_row("best recipe, by hindsight", *cells, "–")
     Console(width=140).print(grid)
 
 
-def rival_of(chosen: dict[tuple[str, str], dict[int, Tuned]], task: str) -> str:
-    """The member of the BCE family with the best mean validation AP; test AP plays no part."""
+def gains(
+    chosen: dict[tuple[str, str], dict[int, Tuned]], task: str, losses: list[str], rival: str
+) -> list[float]:
+    """Mean difference in validation AP to the rival, of each loss that has the rival's splits."""
+    base = chosen[task, rival]
+    return [
+        statistics.mean(own[k].validation_ap - base[k].validation_ap for k in base)
+        for own in (chosen.get((task, loss), {}) for loss in losses)
+        if own.keys() == base.keys()
+    ]
+
+
+def rival_of(
+    chosen: dict[tuple[str, str], dict[int, Tuned]], task: str, family: Iterable[str] = BCE_FAMILY
+) -> str:
+    """The member of the family with the best mean validation AP; test AP plays no part."""
 
     def mean_validation(loss: str) -> float:
         runs = chosen.get((task, loss), {})
         return statistics.mean(r.validation_ap for r in runs.values()) if runs else -1.0
 
-    return max(BCE_FAMILY, key=mean_validation)
+    return max(family, key=mean_validation)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -550,6 +366,9 @@ class Plan(NamedTuple):
     into: str
     rival: str | None = None
     value: str = "test_ap"
+    family: tuple[str, ...] = tuple(BCE_FAMILY)
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    weight_decays: tuple[float, ...] = WEIGHT_DECAYS
 
 
 PLANS = {
@@ -561,6 +380,35 @@ PLANS = {
         2,
         "quality-development",
         value="validation_ap",
+    ),
+    "screening": Plan(
+        [*BCE_FAMILY, RECIPE.name(), *SCREENED],
+        tuple(tasks.TASKS),
+        DEVELOPMENT_SEED,
+        1,
+        "quality-screening",
+        value="validation_ap",
+        weight_decays=WEIGHT_DECAYS[:1],
+    ),
+    "averaged": Plan(
+        [*BCE_FAMILY, "SmoothAP", RECIPE.name(), *AVERAGED],
+        tuple(tasks.TASKS),
+        DEVELOPMENT_SEED,
+        2,
+        "quality-averaged",
+        value="validation_ap",
+        family=tuple(name for name in AVERAGED if not name.startswith("SmoothAP")),
+        weight_decays=WEIGHT_DECAYS[:1],
+    ),
+    "rates": Plan(
+        [*BCE_FAMILY, "SmoothAP", RECIPE.name()],
+        tuple(tasks.TASKS),
+        DEVELOPMENT_SEED,
+        2,
+        "quality-rates",
+        value="validation_ap",
+        learning_rates=(1e-3, *LEARNING_RATES, 3e-2),
+        weight_decays=WEIGHT_DECAYS[:1],
     ),
     "prevalence": Plan(
         list(REBALANCED), REBALANCED_TASKS, 0, 5, "prevalence", "SmoothAP, 50 % positives"
@@ -575,7 +423,8 @@ def main() -> None:
         "--plan",
         choices=PLANS,
         default="final",
-        help="development: candidates for the recipe, by validation AP on other splits; "
+        help="by validation AP on other splits: candidates for the recipe (development), those "
+        "given up early (screening), means of weights (averaged), more learning rates (rates); "
         "prevalence: batches with 50 %% positives",
     )
     parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="instead of the plan's")
@@ -592,7 +441,7 @@ def main() -> None:
     jobs = [
         Job(*cell)
         for cell in itertools.product(
-            names, splits, options.losses or plan.losses, LEARNING_RATES, WEIGHT_DECAYS
+            names, splits, options.losses or plan.losses, plan.learning_rates, plan.weight_decays
         )
     ]
     if not options.report:
@@ -600,7 +449,7 @@ def main() -> None:
             tasks.load(name)  # once, before the workers ask for it
         run_all(jobs, path, options.workers)
     rows = finished(path)
-    report(rows, plan.rival, plan.value)
+    report(rows, plan.rival, plan.value, plan.family)
     if options.plan == "final":
         plot(rows, ASSETS / "quality.png")
 

@@ -84,18 +84,18 @@ def load_protein(cache: Path = CACHE) -> Protein:
 
 
 def row_split(labels: Tensor, seed: int) -> Split:
-    """Split rows at random, 60/20/20, with the same share of positives in each part.
+    """Split rows at random, 60/20/20, with the same share of every class in each part.
 
     Rows of one block land in all three parts, so this measures how well a model ranks more rows
     of blocks it has seen.
 
     Args:
-        labels: [N] in {0, 1}.
+        labels: [N], the class of each row.
         seed: fixes the split.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Tensor], ...] = ([], [], [])
-    for label in (0, 1):
+    for label in labels.unique():
         rows = (labels == label).nonzero().squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator)]
         cuts = (round(0.6 * len(rows)), round(0.8 * len(rows)))
