@@ -419,3 +419,11 @@ def test_float32_logits_beside_a_float64_queue_give_a_float32_loss() -> None:
     loss_fn = new_loss(num_classes=1)
     make_batch(4, dtype=torch.float64).through(loss_fn)
     assert make_batch(4).through(loss_fn).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_saved_tensors_have_a_storage_of_their_own(name: str) -> None:
+    """A part of a larger one is refused by safetensors, and so by load_state of Accelerate."""
+    loss_fn = SmoothAPLoss(**{"queue_size": 8, **CONFIGURATIONS[name]})
+    for key, value in loss_fn.state_dict().items():
+        assert value.untyped_storage().nbytes() == value.nbytes, key

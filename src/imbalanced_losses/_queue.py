@@ -196,7 +196,8 @@ class MemoryQueue(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _Stored._fields:  # without the row that is no slot
-            destination[prefix + name] = destination[prefix + name][: self.size]
+            # A part of a larger storage would be refused by safetensors.
+            destination[prefix + name] = destination[prefix + name][: self.size].clone()
         destination[prefix + "is_weighted"] = torch.tensor(self.is_weighted, device="cpu")
 
     def mismatch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
