@@ -25,13 +25,21 @@ demo: $(VENV)/.installed  ## train four losses on real data: table, plots, JSON 
 demo-quick: $(VENV)/.installed  ## the same in its quick form (under 40 seconds)
 	$(BIN)/python -m demo --quick
 
-TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+EXAMPLE  := OMP_NUM_THREADS=1 $(BIN)/python
+TORCHRUN := $(EXAMPLE) -m torch.distributed.run --standalone --nproc-per-node 2
 
-examples: $(VENV)/.installed  ## train on two processes with DDP, FSDP2, Accelerate and Lightning
+examples: $(VENV)/.installed  ## run every example: frameworks, evaluation, two processes (a minute or two)
+	$(EXAMPLE) examples/plain.py
+	$(EXAMPLE) examples/lightning_module.py
+	HF_HUB_OFFLINE=1 $(EXAMPLE) examples/huggingface_trainer.py
+	$(EXAMPLE) examples/skorch_grid.py
+	$(EXAMPLE) examples/torchmetrics_eval.py
+	$(EXAMPLE) examples/multilabel.py
+	$(EXAMPLE) examples/sequence_tagging.py
 	$(TORCHRUN) examples/ddp.py
 	$(TORCHRUN) examples/fsdp.py
 	$(TORCHRUN) examples/accelerate_ddp.py
-	OMP_NUM_THREADS=1 $(BIN)/python examples/lightning_ddp.py
+	$(EXAMPLE) examples/lightning_ddp.py
 
 test: $(VENV)/.installed  ## run the tests and the docstring examples
 	$(BIN)/python -m pytest -q

@@ -1,44 +1,34 @@
-"""What the examples share: data, a network, and the same training in one process."""
+"""What the examples with several processes share: data, a network, training in one process."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `demo`
-
-from demo.data import load_protein
 
 from imbalanced_losses import SmoothAPLoss
 
 STEPS, ROWS_A_RANK, LEARNING_RATE = 5, 128, 0.1
-NUM_ROWS = 4096
 TOLERANCE = 1e-12  # of float64 gradients
 
 
-def load_slice() -> TensorDataset:
-    """Features [4096, 74] float64, labels [4096], row numbers [4096]; 5 % positive."""
-    data = load_protein()
-    num_positives = NUM_ROWS // 20
-    positives, negatives = ((data.labels == label).nonzero().squeeze(1) for label in (1, 0))
-    rows = torch.cat((positives[:num_positives], negatives[: NUM_ROWS - num_positives]))
-    features = data.features[rows].double()
-    features = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
-    return TensorDataset(features, data.labels[rows], torch.arange(NUM_ROWS))
+def load_rows() -> TensorDataset:
+    """Is a digit an eight? Pixels [1797, 64] float64, labels [1797], 10 % positive, row numbers."""
+    pixels, digits = load_digits(return_X_y=True)
+    labels = torch.from_numpy(digits == 8).long()
+    return TensorDataset(torch.from_numpy(pixels) / 16, labels, torch.arange(len(labels)))
 
 
-def make_model(num_features: int) -> nn.Sequential:
+def make_model() -> nn.Sequential:
     """The same on every rank."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(num_features, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1)).double()
 
 
 def make_loss() -> SmoothAPLoss:

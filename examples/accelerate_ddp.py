@@ -6,15 +6,15 @@ torchrun --nproc-per-node 2 examples/accelerate_ddp.py
 from __future__ import annotations
 
 import torch
-from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_slice, make_loss, make_model
+from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_rows, make_loss, make_model
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
-    data = load_slice()
-    plain, loss_fn = make_model(num_features=74), make_loss()
+    data = load_rows()
+    plain, loss_fn = make_model(), make_loss()
     one_process = OneProcess("accelerate", plain, loss_fn, data)
 
     model, optimizer, loader = accelerator.prepare(

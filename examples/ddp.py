@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_slice, make_loss, make_model
+from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_rows, make_loss, make_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    data = load_slice()
+    data = load_rows()
     # drop_last: every rank has to make the same number of steps.
     sampler: DistributedSampler[object] = DistributedSampler(data, seed=1, drop_last=True)
     loader = DataLoader(data, batch_size=ROWS_A_RANK, sampler=sampler, drop_last=True)
-    plain, loss_fn = make_model(num_features=74), make_loss()
+    plain, loss_fn = make_model(), make_loss()
     one_process = OneProcess("ddp", plain, loss_fn, data)
 
     model = DistributedDataParallel(plain)

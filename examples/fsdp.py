@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_slice, make_loss, make_model
+from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_rows, make_loss, make_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 def main() -> None:
     dist.init_process_group("gloo")
-    data = load_slice()
+    data = load_rows()
     # drop_last: every rank has to make the same number of steps.
     sampler: DistributedSampler[object] = DistributedSampler(data, seed=1, drop_last=True)
     loader = DataLoader(data, batch_size=ROWS_A_RANK, sampler=sampler, drop_last=True)
-    model, loss_fn = make_model(num_features=74), make_loss()
+    model, loss_fn = make_model(), make_loss()
     one_process = OneProcess("fsdp", model, loss_fn, data)
 
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))

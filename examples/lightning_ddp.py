@@ -10,7 +10,7 @@ import warnings
 
 import lightning
 import torch
-from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_slice, make_loss, make_model
+from _shared import LEARNING_RATE, ROWS_A_RANK, STEPS, OneProcess, load_rows, make_loss, make_model
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 class Classifier(lightning.LightningModule):
     def __init__(self, data: TensorDataset) -> None:
         super().__init__()
-        self.model, self.loss_fn = make_model(num_features=74), make_loss()
+        self.model, self.loss_fn = make_model(), make_loss()
         self._compared = [OneProcess("lightning", self.model, self.loss_fn, data)]  # no submodule
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
@@ -41,7 +41,7 @@ class Classifier(lightning.LightningModule):
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    data = load_slice()
+    data = load_rows()
     # Lightning gives every rank a sampler of its own; drop_last keeps the steps even.
     loader = DataLoader(data, batch_size=ROWS_A_RANK, shuffle=True, drop_last=True)
     trainer = lightning.Trainer(
