@@ -53,10 +53,12 @@ torture-quick: peers  ## the same with half of the random examples: what CI runs
 gpu: $(VENV)/.installed  ## the tests of the CUDA kernels, on a machine with a CUDA device
 	$(BIN)/python -m pytest -q tests/test_fused.py
 
-check: $(VENV)/.installed  ## formatting, lint and strict types
+check: $(VENV)/.installed  ## formatting, lint, strict types, and those of a user's strict project
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	cd tests/typing && ../../$(BIN)/mypy
+	cd tests/typing && ../../$(BIN)/basedpyright --pythonpath ../../$(BIN)/python
 
 format: $(VENV)/.installed  ## put the formatting right
 	$(BIN)/ruff format .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
 from imbalanced_losses._tracing import is_on_host, is_recomputed, is_traced
+from imbalanced_losses._typing import typed_as
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
@@ -139,6 +140,16 @@ class _QueuedRankingLoss(nn.Module):
         sample_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        return_per_class: bool,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+
     def forward(
         self,
         logits: Tensor,
@@ -179,6 +190,11 @@ class _QueuedRankingLoss(nn.Module):
             self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
         return (loss, mark_invalid(losses, valid), valid) if return_per_class else loss
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _per_class(self, problems: Problems) -> PerClass:
         """The loss [C] of each ranking problem, and where it means something [C]."""

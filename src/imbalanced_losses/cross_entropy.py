@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from imbalanced_losses import _checks
+from imbalanced_losses._typing import typed_as
 
 __all__ = ["CrossEntropy"]
 
@@ -129,6 +132,11 @@ class CrossEntropy(nn.Module):
         total = (weights * factor * terms).sum()
         mass = weights.sum()
         return total / torch.where(mass > 0, mass, 1.0)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _focus(self, terms: Tensor) -> Tensor:
         """(1 − p)^γ of terms −log p."""

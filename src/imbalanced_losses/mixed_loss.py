@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
 from imbalanced_losses._tracing import is_recomputed
+from imbalanced_losses._typing import typed_as
 
 __all__ = ["MixedLoss"]
 
@@ -181,20 +182,25 @@ class MixedLoss(nn.Module):
         is_again = self.training and is_recomputed()
         is_counted = self.training and not is_again
         weight = self._weight_at(self._last_step()) if is_again else self.main_weight
-        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         loss: Tensor | None = None
         if weight > 0:
             # First, since ranks that rank together all have to hear of bad input on one of them.
             if is_counted:
                 self._prepare(logits, targets, sample_weight)
-            loss = weight * self.main_loss(logits, targets, **weights)
+            loss = weight * self.main_loss(logits, targets, sample_weight=sample_weight)
         if weight < 1:
+            weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             auxiliary = (1 - weight) * self.auxiliary_loss(logits, targets, **weights)
             loss = auxiliary if loss is None else loss + auxiliary
         assert loss is not None
         if is_counted:
             self._count()
         return loss
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _prepare(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> None:
         """Set the main loss's temperature; at the end of the warm-up also empty its queue."""
