@@ -265,7 +265,7 @@ class _QueuedRankingLoss(nn.Module):
 
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
-        logits = _checks.logits(logits, self.num_classes)
+        logits = _checks.logits(logits, self.num_classes, targets)
         targets = _checks.targets(targets, logits, self.multilabel)
         if sample_weight is not None:
             sample_weight = _checks.sample_weight(sample_weight, logits)

@@ -1,6 +1,6 @@
 """Every check of an argument and the wording of its error.
 
-One style: the argument, what was expected, what came; and the fix where it is not obvious.
+One style: the argument, what was expected, what came; and the fix where there is one (`_fixes`).
 A check returns nothing or the argument in its canonical form, and changes no state.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imbalanced_losses import _fixes
 from imbalanced_losses._tracing import is_on_host, is_traced
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -61,7 +62,8 @@ def number_at_least_zero(name: str, value: Any) -> float:
 
 def _real(name: str, value: Any, bound: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a float {bound}, got {value!r} ({_kind(value)})")
+        fix = _fixes.of_number(value)
+        raise TypeError(f"{name} must be a float {bound}, got {value!r} ({_kind(value)}){fix}")
     return float(value)
 
 
@@ -76,18 +78,14 @@ def ignore_index(value: Any, binary_labels: bool) -> int:
     return index
 
 
-def logits(value: Any, num_classes: int) -> Tensor:
-    """Floating [N, num_classes]."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, got {_kind(value)}")
+def logits(given: Any, num_classes: int, targets: Any = None) -> Tensor:
+    """Floating [N, num_classes]; the targets that came with them are for the wording alone."""
+    value = _tensor("logits", given)
     if not value.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {value.dtype}")
+        fix = _fixes.of_swapped(value, targets, num_classes) or _fixes.of_dtype("logits", value)
+        raise TypeError(f"logits must be floating point, got {value.dtype}{fix}")
     if value.dim() != 2 or value.shape[1] != num_classes:
-        fix = ""
-        if value.dim() == 1 and num_classes == 1:
-            fix = "; use logits.unsqueeze(1)"
-        elif value.dim() > 2:
-            fix = "; flatten sequences first: logits.reshape(-1, num_classes)"
+        fix = _fixes.of_logits(value, num_classes, targets)
         raise ValueError(
             f"logits must be [N, {num_classes}] (num_classes={num_classes}), "
             f"got {list(value.shape)}{fix}"
@@ -95,10 +93,9 @@ def logits(value: Any, num_classes: int) -> Tensor:
     return value
 
 
-def targets(value: Tensor, logits: Tensor, multilabel: bool) -> Tensor:
+def targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N], or [N, C] for multi-label; [N, 1] becomes [N] for one class."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"targets must be a torch.Tensor, got {_kind(value)}")
+    value = _tensor("targets", given)
     if value.is_complex():
         raise TypeError(f"targets must be integers (or integral floats), got {value.dtype}")
     num_rows, num_classes = logits.shape
@@ -106,9 +103,7 @@ def targets(value: Tensor, logits: Tensor, multilabel: bool) -> Tensor:
     if not multilabel and num_classes == 1 and value.shape == (num_rows, 1):
         value = value.squeeze(1)
     if list(value.shape) != expected:
-        fix = ""
-        if not multilabel and value.shape == logits.shape:
-            fix = "; for 0/1 labels per class use multilabel=True"
+        fix = _fixes.of_targets(value, logits, multilabel)
         raise ValueError(
             f"targets must be {expected} to fit logits {list(logits.shape)}, "
             f"got {list(value.shape)}{fix}"
@@ -116,24 +111,25 @@ def targets(value: Tensor, logits: Tensor, multilabel: bool) -> Tensor:
     if value.device != logits.device:
         raise ValueError(
             f"targets must be on the device of logits ({logits.device}), got {value.device}"
+            f"{_fixes.of_device('targets', 'logits')}"
         )
     return value
 
 
-def sample_weight(value: Any, logits: Tensor) -> Tensor:
+def sample_weight(given: Any, logits: Tensor) -> Tensor:
     """Real [N]."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"sample_weight must be a torch.Tensor, got {_kind(value)}")
+    value = _tensor("sample_weight", given)
     if value.is_complex():
         raise TypeError(f"sample_weight must be real, got {value.dtype}")
     if value.shape != logits.shape[:1]:
         raise ValueError(
             f"sample_weight must be [{len(logits)}], one weight a row of logits, "
-            f"got {list(value.shape)}"
+            f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits)}"
         )
     if value.device != logits.device:
         raise ValueError(
             f"sample_weight must be on the device of logits ({logits.device}), got {value.device}"
+            f"{_fixes.of_device('sample_weight', 'logits')}"
         )
     return value
 
@@ -160,14 +156,15 @@ def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
 def _share(name: str, value: Any) -> float:
     share = number_above_zero(name, value)
     if share >= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}{_fixes.of_share(share)}")
     return share
 
 
 def prior_weights(is_positive: Any, target_prior: Any, sample_weight: Any) -> None:
     """The arguments of functional.prior_weights."""
     if not isinstance(is_positive, Tensor) or is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be a bool tensor, got {_kind(is_positive)}")
+        kind = is_positive.dtype if isinstance(is_positive, Tensor) else _kind(is_positive)
+        raise TypeError(f"is_positive must be a bool tensor, got {kind}; use targets == 1")
     if is_positive.dim() not in (1, 2):
         raise ValueError(f"is_positive must be [M] or [C, M], got {list(is_positive.shape)}")
     if not isinstance(target_prior, Tensor):
@@ -219,7 +216,10 @@ def row_values(
         return
     if not bool(good_targets.all()):
         first = targets[~good_targets][0].item()
-        raise ValueError(f"targets must be {labels}, or ignore_index={ignore_index}, got {first}")
+        fix = _fixes.of_labels(targets, num_labels, ignore_index)
+        raise ValueError(
+            f"targets must be {labels}, or ignore_index={ignore_index}, got {first}{fix}"
+        )
     if sample_weight is not None:
         first = sample_weight[~good_weights][0].item()
         raise ValueError(f"sample_weight must be finite and >= 0, got {first}")
@@ -254,12 +254,57 @@ def temperature_schedule(value: Any) -> tuple[float, float, int]:
     )
 
 
+def losses_to_mix(auxiliary_loss: Any, main_loss: Any, ranking: type) -> None:
+    """A loss that gives one number, and a ranking loss that does."""
+    for name, value in (("auxiliary_loss", auxiliary_loss), ("main_loss", main_loss)):
+        if isinstance(value, type):
+            raise TypeError(
+                f"{name} must be a loss, got the class {value.__name__}; construct it: "
+                f"{value.__name__}(...)"
+            )
+    if not callable(auxiliary_loss):
+        raise TypeError(f"auxiliary_loss must be callable, got {auxiliary_loss!r}")
+    if not isinstance(main_loss, ranking):
+        is_swapped = isinstance(auxiliary_loss, ranking)
+        fix = "; auxiliary_loss comes first, then main_loss" if is_swapped else ""
+        raise TypeError(
+            f"main_loss must be a ranking loss of this library, got {_kind(main_loss)}{fix}"
+        )
+    for name, loss in (("auxiliary_loss", auxiliary_loss), ("main_loss", main_loss)):
+        if getattr(loss, "reduction", None) == "none":
+            raise ValueError(f'{name} must have reduction "mean" or "sum", got "none"')
+
+
+def micro_batches(value: Any) -> None:
+    """A sequence of at least one."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            "inputs must be a sequence of micro-batches, got one Tensor; use inputs.split(rows)"
+        )
+    if not hasattr(value, "__len__"):
+        raise TypeError(
+            f"inputs must be a sequence, since it is gone through twice, got {_kind(value)}; "
+            "use list(inputs)"
+        )
+    if len(value) == 0:
+        raise ValueError("inputs must hold at least one micro-batch, got none")
+
+
+def one_number(name: str, value: Tensor) -> None:
+    """What a loss returns where one number is needed."""
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        got = list(value.shape) if isinstance(value, Tensor) else _kind(value)
+        raise ValueError(
+            f'{name} must return one number [], got {got}; use reduction "mean" or "sum"'
+        )
+
+
 def class_weight(value: Any, num_classes: int) -> None:
     """[C] floating, finite and > 0."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"class_weight must be a torch.Tensor, got {_kind(value)}")
+    value = _tensor("class_weight", value)
     if not value.is_floating_point():
-        raise TypeError(f"class_weight must be floating point, got {value.dtype}")
+        fix = _fixes.of_dtype("class_weight", value)
+        raise TypeError(f"class_weight must be floating point, got {value.dtype}{fix}")
     if value.shape != (num_classes,):
         raise ValueError(
             f"class_weight must be [num_classes] = [{num_classes}], got {list(value.shape)}"
@@ -298,10 +343,10 @@ def _one_number(name: str, value: Any) -> float:
 
 def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: Any) -> None:
     """The arguments of `functional.smooth_ap`."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a torch.Tensor, got {_kind(scores)}")
+    scores = _tensor("scores", scores)
     if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+        fix = _fixes.of_dtype("scores", scores)
+        raise TypeError(f"scores must be floating point, got {scores.dtype}{fix}")
     if scores.dim() not in (1, 2):
         raise ValueError(f"scores must be [M] or [C, M], got {list(scores.shape)}")
     if isinstance(is_positive, Tensor) and is_positive.dtype != torch.bool:
@@ -309,7 +354,8 @@ def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: An
     _fits("is_positive", is_positive, scores, scores.shape)
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
-            raise TypeError(f"temperature must be floating point, got {temperature.dtype}")
+            fix = _fixes.of_dtype("temperature", temperature)
+            raise TypeError(f"temperature must be floating point, got {temperature.dtype}{fix}")
         _fits("temperature", temperature, scores, scores.shape[:-1], torch.Size(()))
     else:
         number_above_zero("temperature", temperature)
@@ -319,19 +365,27 @@ def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: An
 
 def _fits(name: str, value: Any, scores: Tensor, *shapes: torch.Size) -> None:
     """A real tensor of one of the shapes, on the device of the scores."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}")
+    value = _tensor(name, value)
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
     if value.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(
-            f"{name} must be {expected} to fit scores {list(scores.shape)}, got {list(value.shape)}"
+            f"{name} must be {expected} to fit scores {list(scores.shape)}, got "
+            f"{list(value.shape)}{_fixes.of_shape(name, value, shapes)}"
         )
     if value.dim() > 0 and value.device != scores.device:
         raise ValueError(
             f"{name} must be on the device of scores ({scores.device}), got {value.device}"
+            f"{_fixes.of_device(name, 'scores')}"
         )
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        fix = _fixes.of_type(name, value)
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}{fix}")
+    return value
 
 
 def _kind(value: Any) -> str:

@@ -113,7 +113,9 @@ def gather(
         if name not in _OWN and any(value != values[0] for value in values):
             is_word = isinstance(settings.get(name), str)
             shown = ", ".join(_WORDS[int(v)] if is_word else f"{v:.17g}" for v in values)
-            raise RuntimeError(f"ranks disagree on {name}: rank 0, 1, … have {shown}")
+            raise RuntimeError(
+                f"ranks disagree on {name}: rank 0, 1, … have {shown}; it has to be the same on all"
+            )
 
     is_weighted = any(header["weighted"] for header in headers)
     is_differentiated = any(header["differentiated"] for header in headers)

@@ -210,7 +210,8 @@ class MemoryQueue(nn.Module):
         if got != expected:
             return (
                 f"{prefix}logits and {prefix}targets must have columns {expected} "
-                f"(num_classes and multilabel of this loss), got {got}"
+                f"(num_classes and multilabel of this loss), got {got}; to begin with an empty "
+                "queue leave its keys out and load with strict=False"
             )
         if not len(saved.logits) == len(saved.targets) == len(saved.weights):
             lengths = [len(field) for field in saved]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from imbalanced_losses import _checks
+
 __all__ = ["backward_in_micro_batches"]
 
 
@@ -52,7 +54,8 @@ def backward_in_micro_batches(
         those of the parameters.
 
     Raises:
-        ValueError: no micro-batch.
+        TypeError: inputs that are one tensor, or can only be gone through once.
+        ValueError: no micro-batch, or a loss that is not one number.
         RuntimeError: a micro-batch whose logits have another shape in the second pass. What the
             loss raises, before any gradient has changed.
 
@@ -69,8 +72,7 @@ def backward_in_micro_batches(
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
     2021, arXiv 2101.06983 (gradient cache).
     """
-    if len(inputs) == 0:
-        raise ValueError("inputs must hold at least one micro-batch, got none")
+    _checks.micro_batches(inputs)
     seen: list[_Seen] = []
     with torch.no_grad(), _buffers_kept(model):
         for rows in inputs:
@@ -82,6 +84,7 @@ def backward_in_micro_batches(
     logits = torch.cat([one.logits for one in seen]).requires_grad_()
     weights = {} if sample_weight is None else {"sample_weight": sample_weight}
     loss = loss_fn(logits, targets, **weights)
+    _checks.one_number("loss_fn", loss)
     (gradient,) = torch.autograd.grad(loss if scale is None else scale(loss), logits)
 
     parts = gradient.split([len(one.logits) for one in seen])

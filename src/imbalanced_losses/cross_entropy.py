@@ -93,7 +93,7 @@ class CrossEntropy(nn.Module):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit.
         """
-        logits = _checks.logits(logits, self.num_classes)
+        logits = _checks.logits(logits, self.num_classes, targets)
         targets = _checks.targets(targets, logits, self.multilabel)
         if sample_weight is not None:
             sample_weight = _checks.sample_weight(sample_weight, logits)

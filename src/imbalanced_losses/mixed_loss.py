@@ -82,14 +82,7 @@ class MixedLoss(nn.Module):
         calls_per_step: int | None = 1,
     ) -> None:
         super().__init__()
-        if not callable(auxiliary_loss):
-            raise TypeError(f"auxiliary_loss must be callable, got {auxiliary_loss!r}")
-        if not isinstance(main_loss, _QueuedRankingLoss):
-            raise TypeError(
-                f"main_loss must be a ranking loss of this library, got {type(main_loss).__name__}"
-            )
-        if main_loss.reduction == "none":
-            raise ValueError('main_loss must have reduction "mean" or "sum", got "none"')
+        _checks.losses_to_mix(auxiliary_loss, main_loss, _QueuedRankingLoss)
         self.auxiliary_loss = auxiliary_loss
         self.main_loss = main_loss
         self.final_main_weight = _checks.number_above_zero("main_weight", main_weight)

@@ -1,0 +1,354 @@
+"""Errors show the fix: each of these is a mistake that is made often, and what to write instead.
+
+That a fix is the right one is tested too, where it is code: with it the call is accepted.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses.accumulation import backward_in_micro_batches
+from imbalanced_losses.functional import prior_weights, smooth_ap
+
+
+class Mistake(NamedTuple):
+    """Arguments of a loss and of its call, and the end of the error that they give."""
+
+    num_classes: int
+    logits: Any
+    targets: Any
+    fix: str
+    mended: dict[str, str] | None = None  # argument -> expression of the call that is right
+    sample_weight: Any = None
+    multilabel: bool = False
+    ignore_index: int = -100
+    options: dict[str, Any] | None = None  # arguments of the loss that is right
+
+
+ROWS = torch.linspace(-1, 1, 6)
+BINARY, ONE = torch.tensor([0, 1, 0, 1, 0, 1]), ROWS.unsqueeze(1)  # [N], [N, 1]
+CLASSES, THREE = torch.arange(6) % 3, torch.stack((ROWS, -ROWS, ROWS**2), dim=1)  # [N], [N, 3]
+ONE_HOT = torch.nn.functional.one_hot(CLASSES)  # [N, 3]
+
+MISTAKES = {
+    "logits-list": Mistake(
+        1,
+        ONE.tolist(),
+        BINARY,
+        "use torch.as_tensor(logits)",
+        {"logits": "torch.as_tensor(logits)"},
+    ),
+    "logits-numpy": Mistake(
+        1, ONE.numpy(), BINARY, "use torch.as_tensor(logits)", {"logits": "torch.as_tensor(logits)"}
+    ),
+    "logits-model-output": Mistake(
+        1, SimpleNamespace(logits=ONE), BINARY, "use logits.logits", {"logits": "logits.logits"}
+    ),
+    "logits-tuple": Mistake(
+        1, (ONE[:3], ONE[3:]), BINARY, "torch.cat(logits)", {"logits": "torch.cat(logits)"}
+    ),
+    "logits-integer": Mistake(
+        1, ONE.long(), BINARY, "use logits.float()", {"logits": "logits.float()"}
+    ),
+    "logits-vector": Mistake(
+        1, ROWS, BINARY, "use logits.unsqueeze(1)", {"logits": "logits.unsqueeze(1)"}
+    ),
+    "logits-one-row": Mistake(
+        3,
+        torch.zeros(3),
+        torch.tensor([1]),
+        "for one row use logits.unsqueeze(0)",
+        {"logits": "logits.unsqueeze(0)"},
+    ),
+    "logits-two-outputs": Mistake(
+        1,
+        THREE[:, :2],
+        BINARY,
+        "use logits[:, 1:] - logits[:, :1], or num_classes=2",
+        {"logits": "logits[:, 1:] - logits[:, :1]"},
+    ),
+    "logits-more-classes": Mistake(
+        2,
+        THREE,
+        BINARY,
+        "for 3 outputs construct the loss with num_classes=3",
+        options={"num_classes": 3},
+    ),
+    "logits-transposed": Mistake(3, THREE.T, CLASSES, "use logits.T", {"logits": "logits.T"}),
+    "logits-sequences": Mistake(
+        3,
+        THREE.reshape(2, 3, 3),
+        CLASSES.reshape(2, 3),
+        "logits.reshape(-1, num_classes), and targets in the same order",
+        {"logits": "logits.reshape(-1, num_classes)", "targets": "targets.reshape(-1)"},
+    ),
+    "logits-images": Mistake(
+        3,
+        torch.zeros(1, 3, 2, 4),
+        (torch.arange(8) % 3).reshape(1, 2, 4),
+        "logits.movedim(1, -1).reshape(-1, num_classes), and targets in the same order",
+        {
+            "logits": "logits.movedim(1, -1).reshape(-1, num_classes)",
+            "targets": "targets.flatten()",
+        },
+    ),
+    "swapped": Mistake(
+        3, CLASSES, THREE, "they seem to be swapped", {"logits": "targets", "targets": "logits"}
+    ),
+    "targets-list": Mistake(
+        1, ONE, [0, 1] * 3, "use torch.as_tensor(targets)", {"targets": "torch.as_tensor(targets)"}
+    ),
+    "targets-minus-one": Mistake(
+        1,
+        ONE,
+        2 * BINARY - 1,
+        "for labels -1 and 1 use targets > 0",
+        {"targets": "targets > 0"},
+    ),
+    "targets-from-one": Mistake(
+        1, ONE, BINARY + 1, "for labels that begin at 1 use targets - 1", {"targets": "targets - 1"}
+    ),
+    "targets-from-one-of-classes": Mistake(
+        3,
+        THREE,
+        CLASSES + 1,
+        "for labels that begin at 1 use targets - 1",
+        {"targets": "targets - 1"},
+    ),
+    "targets-soft": Mistake(
+        1, ONE, BINARY * 0.8 + 0.1, "use targets > 0.5", {"targets": "targets > 0.5"}
+    ),
+    "targets-of-classes": Mistake(
+        1,
+        ONE,
+        CLASSES,
+        "for one class c against the others use targets == c",
+        {"targets": "targets == 2"},
+    ),
+    "targets-one-hot": Mistake(
+        3,
+        THREE,
+        ONE_HOT,
+        "for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)",
+        {"targets": "targets.argmax(1)"},
+    ),
+    "targets-of-labels": Mistake(
+        3, THREE, ONE_HOT, "use multilabel=True, for one-hot", options={"multilabel": True}
+    ),
+    "targets-one-hot-binary": Mistake(
+        1,
+        ONE,
+        torch.nn.functional.one_hot(BINARY),
+        "for one-hot rows use targets.argmax(1)",
+        {"targets": "targets.argmax(1)"},
+    ),
+    "targets-column": Mistake(
+        3, THREE, CLASSES[:, None], "use targets.reshape(-1)", {"targets": "targets.reshape(-1)"}
+    ),
+    "targets-numbers-in-multilabel": Mistake(
+        3,
+        THREE,
+        CLASSES,
+        "for the number of one class a row leave out multilabel=True",
+        multilabel=True,
+        options={"multilabel": False},
+    ),
+    "targets-flat-in-multilabel": Mistake(
+        3,
+        THREE,
+        ONE_HOT.flatten(),
+        "use targets.reshape(-1, num_classes)",
+        {"targets": "targets.reshape(-1, num_classes)"},
+        multilabel=True,
+    ),
+    "targets-void": Mistake(
+        3,
+        THREE,
+        torch.where(CLASSES == 2, 255, CLASSES),
+        "construct the loss with ignore_index=255",
+        options={"ignore_index": 255},
+    ),
+    "targets-void-minus-one": Mistake(
+        3, THREE, CLASSES - 1, "with ignore_index=-1", options={"ignore_index": -1}
+    ),
+    "targets-wrapped": Mistake(
+        1,
+        ONE,
+        torch.tensor([156, 1, 0, 1, 0, 1], dtype=torch.uint8),
+        "torch.uint8 cannot hold -100: use targets.long() before filling in",
+        {"targets": "targets.long().masked_fill(targets == 156, -100)"},
+    ),
+    "targets-more-classes": Mistake(
+        3,
+        torch.cat((THREE, THREE[:, :1]), dim=1)[:, :3],
+        torch.arange(6) % 5,
+        "for labels up to 4 construct the loss with num_classes=5",
+        {"logits": "torch.cat((logits, logits[:, :2]), dim=1)"},
+        options={"num_classes": 5},
+    ),
+    "weights-column": Mistake(
+        1,
+        ONE,
+        BINARY,
+        "use sample_weight.reshape(-1)",
+        {"sample_weight": "sample_weight.reshape(-1)"},
+        sample_weight=torch.ones(6, 1),
+    ),
+    "weights-of-classes": Mistake(
+        3,
+        THREE,
+        CLASSES,
+        "for weights of classes use sample_weight[targets]",
+        {"sample_weight": "sample_weight[targets]"},
+        sample_weight=torch.ones(3),
+    ),
+    "weights-list": Mistake(
+        1,
+        ONE,
+        BINARY,
+        "use torch.as_tensor(sample_weight)",
+        {"sample_weight": "torch.as_tensor(sample_weight)"},
+        sample_weight=[1.0] * 6,
+    ),
+}
+
+
+@pytest.mark.parametrize("loss_class", [SmoothAPLoss, CrossEntropy])
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_call(mistake: Mistake, loss_class: Any) -> None:
+    arguments = {
+        "logits": mistake.logits,
+        "targets": mistake.targets,
+        "sample_weight": mistake.sample_weight,
+    }
+    settings = {
+        "num_classes": mistake.num_classes,
+        "multilabel": mistake.multilabel,
+        "ignore_index": mistake.ignore_index,
+    }
+    with pytest.raises((TypeError, ValueError)) as caught:
+        loss_class(**settings)(**arguments)
+    assert mistake.fix in str(caught.value).partition("; ")[2], str(caught.value)
+
+    assert mistake.mended or mistake.options
+    names = {"torch": torch, **arguments, "num_classes": mistake.num_classes}
+    right = {name: eval(code, dict(names)) for name, code in (mistake.mended or {}).items()}
+    loss = loss_class(**(settings | (mistake.options or {})))(**(arguments | right))
+    assert loss.isfinite()
+
+
+NO_FIX = {
+    "fractions-of-classes": (3, THREE, CLASSES + 0.25),
+    "nan": (1, ONE, torch.where(BINARY == 1, torch.nan, 0.0)),
+    "far-beyond": (3, THREE, CLASSES * 1000),
+    "wrong-length": (1, ONE, BINARY[:4]),
+    "none": (1, None, BINARY),
+}
+
+
+@pytest.mark.parametrize(("num_classes", "logits", "targets"), NO_FIX.values(), ids=NO_FIX.keys())
+def test_no_guess_where_nothing_suggests_itself(
+    num_classes: int, logits: Any, targets: Tensor
+) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        SmoothAPLoss(num_classes)(logits, targets)
+    assert ";" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["targets", "sample_weight"])
+def test_another_device(name: str) -> None:
+    arguments = {"logits": ONE, "targets": BINARY, name: torch.ones(6, device="meta")}
+    with pytest.raises(ValueError, match=rf"; use {name}\.to\(logits\.device\)$"):
+        SmoothAPLoss(1)(**arguments)
+
+
+RANKING, AUXILIARY = SmoothAPLoss(1), CrossEntropy(1)
+ELSEWHERE = {
+    "temperature-tensor": (
+        lambda: SmoothAPLoss(1, temperature=torch.tensor(0.1)),  # type: ignore[arg-type]
+        "use its .item()",
+    ),
+    "prior-in-per-cent": (
+        lambda: SmoothAPLoss(1, target_prior=2.5),
+        "a share, not per cent: 0.025",
+    ),
+    "class-weight-list": (
+        lambda: CrossEntropy(1, class_weight=[3.0]),  # type: ignore[arg-type]
+        "use torch.as_tensor(class_weight)",
+    ),
+    "class-weight-integers": (
+        lambda: CrossEntropy(1, class_weight=torch.tensor([3])),
+        "use class_weight.float()",
+    ),
+    "auxiliary-class": (
+        lambda: MixedLoss(CrossEntropy, RANKING, main_weight=0.5),  # type: ignore[arg-type]
+        "construct it: CrossEntropy(...)",
+    ),
+    "mixed-swapped": (
+        lambda: MixedLoss(RANKING, AUXILIARY, main_weight=0.5),  # type: ignore[arg-type]
+        "auxiliary_loss comes first, then main_loss",
+    ),
+    "scores-list": (
+        lambda: smooth_ap([0.5, 0.1], BINARY == 1),  # type: ignore[arg-type]
+        "use torch.as_tensor(scores)",
+    ),
+    "scores-integers": (lambda: smooth_ap(BINARY, BINARY == 1), "use scores.float()"),
+    "labels-for-bool": (lambda: smooth_ap(ROWS, BINARY), "use targets == 1"),
+    "labels-for-bool-weights": (lambda: prior_weights(BINARY, 0.1), "use targets == 1"),
+    "is-positive-transposed": (
+        lambda: smooth_ap(THREE.T, ONE_HOT == 1),
+        "one row a class: use is_positive.T",
+    ),
+    "inputs-tensor": (
+        lambda: backward_in_micro_batches(nn.Linear(1, 1), RANKING, ONE, BINARY),  # type: ignore[arg-type]
+        "use inputs.split(rows)",
+    ),
+    "inputs-generator": (
+        lambda: backward_in_micro_batches(
+            nn.Linear(1, 1),
+            RANKING,
+            (rows for rows in [ONE]),
+            BINARY,  # type: ignore[arg-type]
+        ),
+        "use list(inputs)",
+    ),
+    "loss-not-reduced": (
+        lambda: backward_in_micro_batches(
+            nn.Linear(1, 3), SmoothAPLoss(3, reduction="none"), [ONE], CLASSES
+        ),
+        'use reduction "mean" or "sum"',
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "fix"), ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_elsewhere(call: Any, fix: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert str(caught.value).endswith(f"; {fix}"), str(caught.value)
+
+
+def test_an_auxiliary_loss_without_reduction() -> None:
+    loss = nn.BCEWithLogitsLoss(reduction="none")
+    with pytest.raises(ValueError, match='auxiliary_loss must have reduction "mean" or "sum"'):
+        MixedLoss(loss, RANKING, main_weight=0.5)
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    assert SmoothAPLoss(1, temperature=np.float32(0.5)).temperature == 0.5
+
+
+def test_a_queue_of_other_classes_says_how_to_go_on() -> None:
+    saved = SmoothAPLoss(2, 4).state_dict()
+    loss_fn = SmoothAPLoss(3, 4)
+    with pytest.raises(RuntimeError, match=r"leave its keys out and load with strict=False"):
+        loss_fn.load_state_dict(saved)
+    kept = {name: value for name, value in saved.items() if not name.startswith("_queue.")}
+    loss_fn.load_state_dict(kept, strict=False)
