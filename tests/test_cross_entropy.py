@@ -183,6 +183,6 @@ def test_bad_batches() -> None:
 
 def test_repr_and_state() -> None:
     loss_fn = CrossEntropy(2, torch.tensor([1.0, 2.0]))
-    assert repr(loss_fn) == "CrossEntropy(num_classes=2, class_weight=[1.0, 2.0], multilabel=False)"
+    assert repr(loss_fn) == "CrossEntropy(num_classes=2, class_weight=tensor([1.0, 2.0]))"
     assert loss_fn.state_dict() == {}
-    assert repr(CrossEntropy(1, gamma=2.0)).endswith("multilabel=False, gamma=2)")
+    assert repr(CrossEntropy(1, gamma=2.0)).endswith("gamma=2.0)")

@@ -201,7 +201,7 @@ def test_print() -> None:
     batch = make_batch(30, 12)
     text = str(SmoothAPLoss(12, 0, 0.3).diagnose(batch.logits, batch.targets))
     assert text.startswith("ap  ")
-    assert "(the first 8 of 12 classes)" in text
+    assert "(the first 5 of 12 classes)" in text
     assert "- 6 classes (6, 7, 8, 9, 10, …): fewer than three positives" in text
 
 

@@ -62,6 +62,7 @@ class _QueuedRankingLoss(nn.Module):
         gather: Gather = "rows",
         target_prior: float | Sequence[float] | Tensor | None = None,
     ) -> None:
+        """See the class for the arguments."""
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
         self.queue_size = _checks.integer("queue_size", queue_size, minimum=0)
@@ -117,7 +118,7 @@ class _QueuedRankingLoss(nn.Module):
         self._temperature_now = torch.tensor(self._temperature, dtype=torch.float64, device="cpu")
 
     def reset_queue(self) -> None:
-        """Empty the queue."""
+        """Empty the queue: the next batch is ranked by itself."""
         self._queue.reset()
 
     @overload
@@ -161,24 +162,30 @@ class _QueuedRankingLoss(nn.Module):
         """The loss of a batch, ranked together with the rows in the queue.
 
         Args:
-            logits: [N, C] floating; float16 and bfloat16 are computed in float32.
-            targets: [N] integers (any dtype, bool, or floats with integral values) in {0..C-1},
-                {0, 1} for one class, or ignore_index; [N, 1] is taken for one class. With
-                multilabel=True [N, C] in {0, 1, ignore_index}.
+            logits: [N, C] floating; float16 and bfloat16 are computed in
+                float32.
+            targets: [N] integers (any dtype, bool, or floats with integral
+                values) in {0..C-1}, {0, 1} for one class, or ignore_index;
+                [N, 1] is taken for one class. With multilabel=True [N, C] in
+                {0, 1, ignore_index}.
             return_per_class: also return the loss of each class.
-            sample_weight: [N], finite and ≥ 0: how many rows each row stands for, in the sense of
-                scikit-learn's `average_precision_score`. 0 is the same as leaving the row out.
+            sample_weight: [N], finite and ≥ 0: how many rows each row stands
+                for, in the sense of scikit-learn's `average_precision_score`. 0
+                is the same as leaving the row out.
 
         Returns:
-            loss: [] float32 (float64 for float64 logits), [C] for reduction="none". Exactly 0,
-                attached to the graph, when no class is valid.
-            per_class: [C], NaN at classes without a positive or without a negative in the pool.
-                Only with return_per_class=True.
-            valid: [C] bool, False at those classes. Only with return_per_class=True.
+            loss: [] float32 (float64 for float64 logits), [C] for
+                reduction="none". Exactly 0, attached to the graph, when no
+                class is valid.
+            per_class: [C], NaN at classes without a positive or without a
+                negative in the pool. Only with return_per_class=True.
+            valid: [C] bool, False at those classes. Only with
+                return_per_class=True.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: a shape or a value that does not fit. Nothing has changed then.
+            ValueError: a shape or a value that does not fit. Nothing has
+                changed then.
         """
         batch, exchange = self._batch(logits, targets, sample_weight)
         self._queue.fit(batch)
@@ -349,7 +356,12 @@ class _QueuedRankingLoss(nn.Module):
         if self._depends_on_state():
             self._last_batch = batch._replace(logits=batch.logits.detach())
 
+    def __repr__(self) -> str:
+        """The call that constructs such a loss, defaults left out but for the first few."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
+        """The arguments in `repr`."""
         named = ("num_classes", "queue_size", "temperature", "reduction", "multilabel")
         rest = {
             "ignore_index": -100,
@@ -358,6 +370,7 @@ class _QueuedRankingLoss(nn.Module):
             "max_pool_size": None,
             "temperature_unit": "score",
             "queue_follows_shift": False,
+            "process_group": None,
             "grad_reduce": "mean",
             "gather": "rows",
             "target_prior": None,

@@ -23,54 +23,59 @@ def backward_in_micro_batches(
     sample_weight: Tensor | None = None,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`loss_fn(model(all rows), targets).backward()`, with memory for one micro-batch at a time.
+    """`loss_fn(model(rows), targets).backward()` in the memory of a micro-batch.
 
-    A ranking loss does not split: the sum of the losses of micro-batches ranks each of them by
-    itself, and its gradient is not that of the batch. This makes a first pass without gradient for
-    the logits of all rows, takes the loss and its gradient there, and sends that gradient through
-    a second pass, micro-batch by micro-batch. The network runs forward twice, the loss once.
+    A ranking loss does not split: the sum of the losses of micro-batches ranks
+    each of them by itself, and its gradient is not that of the batch. This
+    makes a first pass without gradient for the logits of all rows, takes the
+    loss and its gradient there, and sends that gradient through a second pass,
+    micro-batch by micro-batch. The network runs forward twice, the loss once.
 
-    The second pass draws the random numbers of the first (dropout), and running statistics in
-    buffers (batch normalisation) move in the second only. What differs from one pass with all rows:
-    batch normalisation takes the statistics of a micro-batch, as with any accumulation, and where a
-    network draws random numbers they fall otherwise.
+    The second pass draws the random numbers of the first (dropout), and running
+    statistics in buffers (batch normalisation) move in the second only. What
+    differs from one pass with all rows: batch normalisation takes the
+    statistics of a micro-batch, as with any accumulation, and where a network
+    draws random numbers they fall otherwise.
 
-    A model with `no_sync`, such as DistributedDataParallel, synchronises gradients in the last
-    micro-batch alone; every rank needs as many micro-batches. Under autocast, call it within the
-    context (equal then to the rounding of the low precision); with a GradScaler, pass
-    `scale=scaler.scale` and step as usual.
+    A model with `no_sync`, such as DistributedDataParallel, synchronises
+    gradients in the last micro-batch alone; every rank needs as many
+    micro-batches. Under autocast, call it within the context (equal then to the
+    rounding of the low precision); with a GradScaler, pass `scale=scaler.scale`
+    and step as usual.
 
     Args:
         model: inputs of a micro-batch -> logits [n, C].
-        loss_fn: (logits [N, C], targets) -> [], such as `SmoothAPLoss` or `MixedLoss`; also gets
-            sample_weight where there is one.
-        inputs: one for each micro-batch, at least one. Their rows follow each other as in targets.
+        loss_fn: (logits [N, C], targets) -> [], such as `SmoothAPLoss` or
+            `MixedLoss`; also gets sample_weight where there is one.
+        inputs: one for each micro-batch, at least one. Their rows follow each
+            other as in targets.
         targets: of all rows, as for the loss.
         sample_weight: [N], as for the loss.
         scale: what multiplies the loss before its gradient is taken.
 
     Returns:
-        [], the loss of the whole batch, detached and not scaled. Gradients have been added to
-        those of the parameters.
+        [], the loss of the whole batch, detached and not scaled. Gradients have
+        been added to those of the parameters.
 
     Raises:
         TypeError: inputs that are one tensor, or can only be gone through once.
         ValueError: no micro-batch, or a loss that is not one number.
-        RuntimeError: a micro-batch whose logits have another shape in the second pass. What the
-            loss raises, before any gradient has changed.
+        RuntimeError: a micro-batch whose logits have another shape in the
+            second pass. What the loss raises, before any gradient has changed.
 
     Example:
         >>> from imbalanced_losses import SmoothAPLoss
         >>> features, targets = torch.randn(64, 5), torch.arange(64) % 4 == 0
         >>> model, loss_fn = nn.Linear(5, 1), SmoothAPLoss(1, queue_size=0)
-        >>> loss = backward_in_micro_batches(model, loss_fn, features.split(16), targets)
+        >>> parts = features.split(16)
+        >>> loss = backward_in_micro_batches(model, loss_fn, parts, targets)
         >>> gradient, model.weight.grad = model.weight.grad, None
         >>> loss_fn(model(features), targets).backward()
         >>> torch.allclose(gradient, model.weight.grad, atol=1e-6)
         True
 
-    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-    2021, arXiv 2101.06983 (gradient cache).
+    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under
+    Memory Limited Setup", 2021, arXiv 2101.06983 (gradient cache).
     """
     _checks.micro_batches(inputs)
     seen: list[_Seen] = []

@@ -17,37 +17,49 @@ __all__ = ["CrossEntropy"]
 class CrossEntropy(nn.Module):
     """PyTorch's cross-entropies with the arguments of `SmoothAPLoss`.
 
-    Binary cross-entropy for one class and for multi-label targets, softmax cross-entropy for
-    several classes; the mean over what is not ignored. A partner for a ranking loss in `MixedLoss`:
-    same targets, same `ignore_index`, same `sample_weight`, and 0 rather than NaN without rows.
+    Binary cross-entropy for one class and for multi-label targets, softmax
+    cross-entropy for several classes; the mean over what is not ignored. A
+    partner for a ranking loss in `MixedLoss`: same targets, same
+    `ignore_index`, same `sample_weight`, and 0 rather than NaN without rows.
 
     Args:
         num_classes: C; 1 for binary targets.
-        class_weight: [C] floating, > 0. Multi-class: the factor of rows of each class, as `weight`
-            of `torch.nn.CrossEntropyLoss`. Binary and multi-label: the factor of the positives, as
-            `pos_weight` of `torch.nn.BCEWithLogitsLoss`; √(negatives / positives) is the baseline
-            to beat on imbalanced data. None = 1.
+        class_weight: [C] floating, > 0. Multi-class: the factor of rows of each
+            class, as `weight` of `torch.nn.CrossEntropyLoss`. Binary and
+            multi-label: the factor of the positives, as `pos_weight` of
+            `torch.nn.BCEWithLogitsLoss`; √(negatives / positives) is the
+            baseline to beat on imbalanced data. None = 1.
         ignore_index: target that marks rows, or labels of rows, to leave out.
         multilabel: targets are [N, C] in {0, 1, ignore_index}.
-        gamma: focusing parameter γ ≥ 0: every term is multiplied by (1 − p)^γ, with p the
-            probability of the true label, so that what is right already counts little. 0 is plain
-            cross-entropy, 2 the published choice.
+        gamma: focusing parameter γ ≥ 0: every term is multiplied by (1 − p)^γ,
+            with p the probability of the true label, so that what is right
+            already counts little. 0 is plain cross-entropy, 2 the published
+            choice.
+
+    Attributes:
+        check_values: False skips the check of the values of targets and
+            sample_weight, which reads one bool back from the device. On the
+            class or on one loss.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
 
     Example:
         >>> import torch
         >>> loss_fn = CrossEntropy(1, class_weight=torch.tensor([10.0]))
-        >>> round(loss_fn(torch.zeros(2, 1), torch.tensor([0, 1])).item(), 4)  # (1 + 10)/2 · log 2
+        >>> logits, targets = torch.zeros(2, 1), torch.tensor([0, 1])
+        >>> round(loss_fn(logits, targets).item(), 4)  # (1 + 10)/2 · log 2
         3.8123
-
-        >>> CrossEntropy(1, gamma=2.0)(torch.zeros(2, 1), torch.tensor([0, 1]))  # ¼ · log 2
+        >>> CrossEntropy(1, gamma=2.0)(logits, targets)  # ¼ · log 2
         tensor(0.1733)
 
     Note:
-        In distributed training it is the mean over the rank's rows, and trainers average that over
-        ranks: the mean over all rows where ranks hold as many.
+        In distributed training it is the mean over the rank's rows, and
+        trainers average that over ranks: the mean over all rows where ranks
+        hold as many.
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, eq. 4,
-    for gamma.
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
+    arXiv 1708.02002, eq. 4, for gamma.
     """
 
     class_weight: Tensor | None
@@ -65,6 +77,7 @@ class CrossEntropy(nn.Module):
         multilabel: bool = False,
         gamma: float = 0.0,
     ) -> None:
+        """See the class for the arguments."""
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
         self.multilabel = _checks.boolean("multilabel", multilabel)
@@ -80,14 +93,16 @@ class CrossEntropy(nn.Module):
         """The mean cross-entropy of a batch.
 
         Args:
-            logits: [N, C] floating; float16 and bfloat16 are computed in float32.
-            targets: [N] integers in {0..C-1}, {0, 1} for one class, or ignore_index; [N, C] with
-                multilabel=True.
-            sample_weight: [N], finite and ≥ 0: how many rows each row stands for.
+            logits: [N, C] floating; float16 and bfloat16 are computed in
+                float32.
+            targets: [N] integers in {0..C-1}, {0, 1} for one class, or
+                ignore_index; [N, C] with multilabel=True.
+            sample_weight: [N], finite and ≥ 0: how many rows each row stands
+                for.
 
         Returns:
-            [] ≥ 0, float32 (float64 for float64 logits); 0, attached to the graph, where every row
-            is ignored or there is none.
+            [] ≥ 0, float32 (float64 for float64 logits); 0, attached to the
+            graph, where every row is ignored or there is none.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
@@ -146,8 +161,11 @@ class CrossEntropy(nn.Module):
         return (-torch.expm1(-terms)).clamp(min=torch.finfo(terms.dtype).tiny) ** self.gamma
 
     def extra_repr(self) -> str:
-        weight = None if self.class_weight is None else self.class_weight.tolist()
-        text = (
-            f"num_classes={self.num_classes}, class_weight={weight}, multilabel={self.multilabel}"
-        )
-        return text if self.gamma == 0 else f"{text}, gamma={self.gamma:g}"
+        """The arguments in `repr`, defaults left out."""
+        parts = [f"num_classes={self.num_classes}"]
+        if self.class_weight is not None:
+            parts.append(f"class_weight=tensor({self.class_weight.tolist()})")
+        for name, default in {"ignore_index": -100, "multilabel": False, "gamma": 0.0}.items():
+            if (value := getattr(self, name)) != default:
+                parts.append(f"{name}={value!r}")
+        return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import TextWrapper
 from typing import NamedTuple
 
 import torch
@@ -17,26 +18,28 @@ REACH = 6.0
 
 
 class Diagnostics(NamedTuple):
-    """What `SmoothAPLoss.diagnose` found for each class; `print` it for a table and advice.
+    """What `SmoothAPLoss.diagnose` found for each class; `print` shows advice too.
 
-    A positive and a negative *carry gradient* for each other while their scores are less than 6 τ
-    apart; beyond, the slope of the sigmoid is below a hundredth of its largest.
+    A positive and a negative *carry gradient* for each other while their scores
+    are less than 6 τ apart; beyond, the slope of the sigmoid is below a
+    hundredth of its largest.
 
     Attributes:
-        ap: [C] in [0, 1], exact Average Precision of the pool, ties as in scikit-learn. NaN where
-            a score is; and for a class without a positive or without a negative, here and in all
-            other floats.
+        ap: [C] in [0, 1], exact Average Precision of the pool, ties as in
+            scikit-learn. NaN where a score is; and for a class without a positive
+            or without a negative, here and in all other floats.
         smooth_ap: [C] in [0, 1], what the loss makes of it.
         temperature: [C] > 0, effective τ in units of the scores.
         spread: [C] > 0, standard deviation of the scores in the pool.
-        active_pairs: [C] in [0, 1], share of the pairs of a positive and a negative that carry
-            gradient.
-        active_positives: [C] in [0, 1], share of the positives with a negative that does.
+        active_pairs: [C] in [0, 1], share of the pairs of a positive and a
+            negative that carry gradient.
+        active_positives: [C] in [0, 1], share of the positives with a negative
+            that does.
         positives_in_batch: [C] int64.
         positives_in_pool: [C] int64, those of the queue included.
         pool_size: [C] int64, rows ranked.
-        queue_age: steps since the oldest row in the queue came; 0 without a queue. Rows of a
-            checkpoint count from its loading.
+        queue_age: steps since the oldest row in the queue came; 0 without a
+            queue. Rows of a checkpoint count from its loading.
     """
 
     ap: Tensor
@@ -113,7 +116,7 @@ class Diagnostics(NamedTuple):
 
     def __str__(self) -> str:
         names = [name for name in self._fields if name != "queue_age"]
-        shown = [min(8, len(self.ap)), len(self.ap)]
+        shown = [min(5, len(self.ap)), len(self.ap)]  # as many as 80 columns hold
         lines = []
         for name in names:
             values = getattr(self, name)[: shown[0]].tolist()
@@ -122,7 +125,8 @@ class Diagnostics(NamedTuple):
         if shown[0] < shown[1]:
             lines.append(f"(the first {shown[0]} of {shown[1]} classes)")
         lines.append(f"{'queue_age':<20}{self.queue_age:>11,}")
-        return "\n".join([*lines, *("- " + line for line in self.advice())])
+        wrapped = TextWrapper(width=80, initial_indent="- ", subsequent_indent="  ")
+        return "\n".join([*lines, *map(wrapped.fill, self.advice())])
 
 
 def _classes(where: Tensor) -> str:

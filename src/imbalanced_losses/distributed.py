@@ -23,29 +23,34 @@ def even_steps(
 ) -> Iterator[Batch]:
     """This rank's batches, then empty ones until every rank has had its last.
 
-    A loss that ranks the rows of all ranks, and a trainer that averages their gradients, need
-    every rank in every step. A rank whose batches run out takes part with zero rows, which leave
-    loss and gradient as those of the rows that there are. `torch.distributed`'s `Join` can't do
-    that: it repeats the collectives of the trainer, not those within a forward pass.
+    A loss that ranks the rows of all ranks, and a trainer that averages their
+    gradients, need every rank in every step. A rank whose batches run out takes
+    part with zero rows, which leave loss and gradient as those of the rows that
+    there are. `torch.distributed`'s `Join` can't do that: it repeats the
+    collectives of the trainer, not those within a forward pass.
 
-    One all-reduce of one number a step. Without torch.distributed, or alone, the batches as they
-    are.
+    One all-reduce of one number a step. Without torch.distributed, or alone,
+    the batches as they are.
 
     Args:
-        batches: tensors, or nested tuples, lists, named tuples and dicts of them; the first
-            dimension of every tensor is the batch's. Other values are repeated as they were.
+        batches: tensors, or nested tuples, lists, named tuples and dicts of
+            them; the first dimension of every tensor is the batch's. Other
+            values are repeated as they were.
         process_group: the ranks; None: all.
-        device: of the all-reduce; None: the current CUDA device for NCCL, else the CPU.
+        device: of the all-reduce; None: the current CUDA device for NCCL, else
+            the CPU.
 
     Yields:
-        The batches; then, while other ranks have more, the last one with its tensors cut to zero
-        rows.
+        The batches; then, while other ranks have more, the last one with its
+        tensors cut to zero rows.
 
     Raises:
-        RuntimeError: on every rank, where one has no batch at all: there is nothing to cut.
+        RuntimeError: on every rank, where one has no batch at all: there is
+            nothing to cut.
 
     Example:
-        >>> sum(len(batch) for batch in even_steps([torch.zeros(3, 2), torch.zeros(1, 2)]))
+        >>> batches = [torch.zeros(3, 2), torch.zeros(1, 2)]
+        >>> sum(len(batch) for batch in even_steps(batches))
         4
     """
     group = Group(process_group)

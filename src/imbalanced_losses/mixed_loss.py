@@ -22,41 +22,59 @@ _STATE = ("num_calls", "num_steps", "has_switched", "temperature_scale")
 class MixedLoss(nn.Module):
     """(1 − w) · auxiliary + w · main, where w may start at 0 and grow.
 
-    A constant mix is the first choice: cross-entropy gives every row a gradient and the logits a
-    scale, the ranking loss aims at Average Precision. Optionally training begins with the
-    auxiliary loss alone (w = 0), then blends linearly to `main_weight`, and the temperature of the
-    main loss is annealed from the moment when it takes part.
+    A constant mix is the first choice: cross-entropy gives every row a gradient
+    and the logits a scale, the ranking loss aims at Average Precision.
+    Optionally training begins with the auxiliary loss alone (w = 0), then
+    blends linearly to `main_weight`, and the temperature of the main loss is
+    annealed from the moment when it takes part.
 
-    The schedule counts training-mode calls, so there is nothing to call but the loss itself, and
-    is part of the checkpoint: a resumed run goes on exactly.
+    The schedule counts training-mode calls, so there is nothing to call but the
+    loss itself, and is part of the checkpoint: a resumed run goes on exactly.
 
     Args:
-        auxiliary_loss: (logits, targets) -> [], such as `CrossEntropy`; also gets sample_weight
-            where a call has one.
+        auxiliary_loss: (logits, targets) -> [], such as `CrossEntropy`; also
+            gets sample_weight where a call has one.
         main_loss: a ranking loss, with reduction "mean" or "sum".
-        main_weight: w in the end, 0 < w ≤ 1; 1 hands over to the main loss altogether. Smooth-AP
-            and a tenth as much cross-entropy is w = 10/11.
-        warmup_steps: steps of the auxiliary loss alone, ≥ 0. At their end the main loss's queue is
-            emptied.
-        blend_steps: steps after the warm-up in which w grows linearly from 0 to main_weight, ≥ 0.
-        temperature: (start, end, steps): the main loss's temperature goes geometrically from start
-            to end in the first `steps` steps in which it takes part. None leaves it alone.
-        refit_temperature: at the end of the warm-up, multiply the main loss's temperature, from
-            then on, by the standard deviation of the scores in that batch (the mean over classes):
-            cross-entropy has given the logits a scale that a temperature in units of the scores
-            does not know. temperature_unit="spread" does so at every step and needs no refit.
-        calls_per_step: training-mode calls that make one step: the number of micro-batches with
-            gradient accumulation. None: steps are counted by `step()` alone, such as once an epoch.
+        main_weight: w in the end, 0 < w ≤ 1; 1 hands over to the main loss
+            altogether. Smooth-AP and a tenth as much cross-entropy is w =
+            10/11.
+        warmup_steps: steps of the auxiliary loss alone, ≥ 0. At their end the
+            main loss's queue is emptied.
+        blend_steps: steps after the warm-up in which w grows linearly from 0 to
+            main_weight, ≥ 0.
+        temperature: (start, end, steps): the main loss's temperature goes
+            geometrically from start to end in the first `steps` steps in which
+            it takes part. None leaves it alone.
+        refit_temperature: at the end of the warm-up, multiply the main loss's
+            temperature, from then on, by the standard deviation of the scores
+            in that batch (the mean over classes): cross-entropy has given the
+            logits a scale that a temperature in units of the scores does not
+            know. temperature_unit="spread" does so at every step and needs no
+            refit.
+        calls_per_step: training-mode calls that make one step: the number of
+            micro-batches with gradient accumulation. None: steps are counted by
+            `step()` alone, such as once an epoch.
+
+    Attributes:
+        final_main_weight: the argument main_weight; the attribute main_weight is
+            that of the next call.
+        temperature_schedule: the argument temperature.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, or settings that would do nothing.
+        TypeError, ValueError: an argument that does not fit, or settings that
+            would do nothing.
 
     Example:
         >>> import torch
         >>> from imbalanced_losses import CrossEntropy, SmoothAPLoss
-        >>> ranking = SmoothAPLoss(1, queue_size=0, temperature=0.1, temperature_unit="spread")
-        >>> loss_fn = MixedLoss(CrossEntropy(1), ranking, main_weight=0.9, warmup_steps=2)
-        >>> logits, targets = torch.randn(8, 1, requires_grad=True), torch.arange(8) % 2
+        >>> loss_fn = MixedLoss(
+        ...     CrossEntropy(1),
+        ...     SmoothAPLoss(1, 0, temperature=0.1, temperature_unit="spread"),
+        ...     main_weight=0.9,
+        ...     warmup_steps=2,
+        ... )
+        >>> logits = torch.randn(8, 1, requires_grad=True)
+        >>> targets = torch.arange(8) % 2
         >>> for _ in range(3):
         ...     w = loss_fn.main_weight
         ...     loss_fn(logits, targets).backward()
@@ -66,7 +84,8 @@ class MixedLoss(nn.Module):
         0.9
 
     Note:
-        Compare runs by a metric, not by the value of this loss, which changes with w.
+        Compare runs by a metric, not by the value of this loss, which changes
+        with w.
     """
 
     def __init__(
@@ -81,6 +100,7 @@ class MixedLoss(nn.Module):
         refit_temperature: bool = False,
         calls_per_step: int | None = 1,
     ) -> None:
+        """See the class for the arguments."""
         super().__init__()
         _checks.losses_to_mix(auxiliary_loss, main_loss, _QueuedRankingLoss)
         self.auxiliary_loss = auxiliary_loss
@@ -136,7 +156,7 @@ class MixedLoss(nn.Module):
 
     @property
     def current_temperature(self) -> float:
-        """τ of the main loss in the next call, in its unit; a refit to come not included."""
+        """τ of the main loss in the next call, a refit to come not included."""
         if self.temperature_schedule is None:
             return self.main_loss.temperature
         start, end, steps = self.temperature_schedule
@@ -170,7 +190,8 @@ class MixedLoss(nn.Module):
             [] in the dtype of the losses.
 
         Raises:
-            TypeError, ValueError: what the losses raise. The schedule has not moved then.
+            TypeError, ValueError: what the losses raise. The schedule has not
+                moved then.
         """
         is_again = self.training and is_recomputed()
         is_counted = self.training and not is_again
@@ -235,7 +256,10 @@ class MixedLoss(nn.Module):
         return self._num_steps - has_ended
 
     def extra_repr(self) -> str:
+        """The settings in `repr`, defaults left out; the losses follow."""
         parts = [f"main_weight={self.final_main_weight:g}"]
+        if not isinstance(self.auxiliary_loss, nn.Module):
+            parts.insert(0, f"auxiliary_loss={_name_of(self.auxiliary_loss)}")
         rest = {
             "warmup_steps": 0,
             "blend_steps": 0,
@@ -282,3 +306,7 @@ class MixedLoss(nn.Module):
             return
         for name, value in found.items():
             setattr(self, "_" + name, value)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
