@@ -7,7 +7,8 @@ CACHE  := .cache
 # The peers are measured side by side; each lives in its own folder, never in the environment.
 PEERS  := $(CACHE)/peers
 
-.PHONY: help demo demo-quick examples test torture torture-quick gpu check format docs bench peers clean
+.PHONY: help demo demo-quick examples test torture torture-quick gpu check format docs dist matrix \
+        bench peers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +67,24 @@ format: $(VENV)/.installed  ## put the formatting right
 
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.installed  ## build sdist and wheel, and try them in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.check_dist dist
+
+# An environment of its own, with whatever build of torch the registry has: some gigabytes where
+# that is one for CUDA. `make matrix TORCH=2.4.1 PYTHON=python3.10`
+TORCH  ?= 2.4.1
+MATRIX := $(CACHE)/matrix/torch-$(TORCH)
+# Neither what needs more packages nor what takes many processes.
+MATRIX_WITHOUT := demo docs examples quality predecessor predecessor_differences worlds distributed
+
+matrix:  ## the tests on another version of torch (TORCH=2.4.1) and Python (PYTHON=python3.10)
+	@test -x $(MATRIX)/bin/python || $(PYTHON) -m venv $(MATRIX)
+	$(MATRIX)/bin/python -m pip install -qq --disable-pip-version-check torch==$(TORCH) -e '.[test]'
+	$(MATRIX)/bin/python -m pytest -q $(MATRIX_WITHOUT:%=--ignore tests/test_%.py)
 
 $(PEERS)/.installed:
 	@echo "-- fetching the peers into $(PEERS)"

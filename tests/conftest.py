@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from imbalanced_losses import _engine
 from imbalanced_losses._engine import _panel
 from tests.ranks import Ranks
 
@@ -51,6 +53,23 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plan", help="dotted name of a plan that stands in for the dense backend's")
+
+
+@pytest.fixture(autouse=True)
+def _other_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --plan: another backend in the place of the dense one, whose tests become its tests."""
+    name = request.config.getoption("--plan")
+    if name is None:
+        return
+    if request.node.get_closest_marker("of_dense") is not None:
+        pytest.skip("about the means of the dense backend")
+    module, _, attribute = name.rpartition(".")
+    plan = getattr(importlib.import_module(module), attribute)
+    monkeypatch.setitem(_engine.PLANS, "dense", plan)
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ def test_arguments_that_are_not_contiguous() -> None:
     assert torch.equal(sigmoid_sums(*expanded), sigmoid_sums(*ones))
 
 
+@pytest.mark.of_dense
 @pytest.mark.parametrize("tile", [1, 7, 64, 1000])
 @pytest.mark.parametrize("num_problems", [1, 3])
 def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, tile: int) -> None:
@@ -215,6 +216,7 @@ def test_the_same_twice() -> None:
 # Ranks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.of_dense
 @pytest.mark.parametrize(
     "tile", [None, 1, 50], ids=["one tile", "a row a tile", "some rows a tile"]
 )
@@ -282,6 +284,7 @@ def test_rank_plan_is_the_same_sums(
     torch.testing.assert_close(gradient, expected_gradient, rtol=10 * exact, atol=exact)
 
 
+@pytest.mark.of_dense
 @pytest.mark.parametrize("tile", [None, 1, 100, 700])
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 def test_problems_of_unequal_size(
@@ -440,6 +443,7 @@ def small_tile(monkeypatch: pytest.MonkeyPatch) -> int:
     return 1024
 
 
+@pytest.mark.of_dense
 @pytest.mark.parametrize("num_problems", [1, 4])
 def test_no_tensor_of_all_pairs(small_tile: int, num_problems: int) -> None:
     """Forward, backward and double backward make nothing larger than a tile a weight column."""
@@ -454,6 +458,7 @@ def test_no_tensor_of_all_pairs(small_tile: int, num_problems: int) -> None:
     assert 0 < largest.elements <= num_columns * small_tile
 
 
+@pytest.mark.of_dense
 @pytest.mark.parametrize("num_problems", [1, 4])
 def test_nothing_of_all_pairs_is_kept(small_tile: int, num_problems: int) -> None:
     """What is saved for backward, and for double backward, is no larger than the arguments."""
@@ -474,6 +479,7 @@ def test_nothing_of_all_pairs_is_kept(small_tile: int, num_problems: int) -> Non
     assert max(saved) <= max(given.weights.numel(), out.numel())
 
 
+@pytest.mark.of_dense
 @pytest.mark.parametrize("order", [1, 2], ids=["first", "second"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("num_problems", [1, 4])

@@ -56,8 +56,8 @@ class MixedLoss(nn.Module):
             `step()` alone, such as once an epoch.
 
     Attributes:
-        final_main_weight: the argument main_weight; the attribute main_weight is
-            that of the next call.
+        final_main_weight: the argument main_weight; the attribute main_weight
+            is that of the next call.
         temperature_schedule: the argument temperature.
 
     Raises:

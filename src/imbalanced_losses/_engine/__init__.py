@@ -21,6 +21,7 @@ ranks and their first derivative. `_plan` has both contracts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -37,6 +38,7 @@ Backend = Literal["auto", "dense", "panel"]
 __all__ = [
     "ALONE",
     "BACKENDS",
+    "PLANS",
     "Backend",
     "Exchange",
     "RankPlan",
@@ -47,7 +49,12 @@ __all__ = [
     "sigmoid_sums",
 ]
 
-BACKENDS: tuple[str, ...] = ("auto", "dense", "panel")
+#: The plans of `sigmoid_sums` by name.
+PLANS: dict[str, Callable[[Tensor, Tensor, Tensor, float | Tensor], Plan]] = {
+    "dense": DensePlan,
+    "panel": PanelPlan,
+}
+BACKENDS: tuple[str, ...] = ("auto", *PLANS)
 
 
 def sigmoid_sums(
@@ -89,8 +96,7 @@ def sigmoid_sums(
         tensor([1., 2., 3.])
     """
     chosen = _chosen(backend, len(queries), sources)
-    make: type[DensePlan] | type[PanelPlan] = PanelPlan if chosen == "panel" else DensePlan
-    plan: Plan = make(queries.detach(), problem, sources.detach(), detached(temperature))
+    plan = PLANS[chosen](queries.detach(), problem, sources.detach(), detached(temperature))
     return differentiable_sums(plan, queries, sources, temperature, weights)
 
 
