@@ -51,8 +51,10 @@ torture: peers  ## everything that is claimed, family by family, with a table of
 torture-quick: peers  ## the same with half of the random examples: what CI runs
 	$(BIN)/python -m tests.torture --quick
 
-gpu: $(VENV)/.installed  ## the tests of the CUDA kernels, on a machine with a CUDA device
-	$(BIN)/python -m pytest -q tests/test_fused.py
+gpu: peers  ## on a machine with a CUDA device: test the kernels there, measure and plot (some 10 minutes)
+	$(BIN)/python -m benchmarks.gpu --is-there
+	$(BIN)/python -m pytest -q tests/test_fused.py tests/test_gpu_benchmark.py
+	$(BIN)/python -m benchmarks.gpu
 
 check: $(VENV)/.installed  ## formatting, lint, strict types, and those of a user's strict project
 	$(BIN)/ruff format --check .

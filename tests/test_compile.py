@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses.functional import smooth_ap
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import seeded
 from tests.rows import IGNORED, state_of
 
@@ -206,3 +207,56 @@ def test_vmap_over_the_functional_form(shared: str, is_weighted: bool) -> None:
         weights,
     )
     torch.testing.assert_close(found, ap(scores, is_positive, weights), rtol=1e-12, atol=0)
+
+
+def of_batch(loss: Callable[..., Tensor], *batch: Tensor) -> Tensor:
+    """What vmap shall give, by a loop."""
+    return torch.stack([loss(*row) for row in zip(*batch, strict=True)])
+
+
+@pytest.mark.parametrize("backend", ["dense", "panel"])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("unit", ["float", "tensor", "spread"])
+def test_vmap_and_grad_in_either_order(unit: str, is_weighted: bool, backend: Backend) -> None:
+    """Gradients by scores and by temperature."""
+    scores = torch.randn(4, 30, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
+    is_positive[2] = False  # a problem that is not valid
+    weights = torch.rand(4, 30, generator=seeded(2), dtype=torch.float64)
+    tau = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+
+    def ap(s: Tensor, p: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        temperature = {"float": 0.2, "tensor": t, "spread": t * score_spread(s)}[unit]
+        sample_weight = w if is_weighted else None
+        return smooth_ap(s, p, temperature, sample_weight=sample_weight, backend=backend).ap
+
+    def total(*batch: Tensor) -> Tensor:
+        return torch.func.vmap(ap)(*batch).sum()
+
+    batch = (scores, is_positive, weights, tau)
+    for argument in (0,) if unit == "float" else (0, 3):
+        gradient = torch.func.grad(ap, argnums=argument)
+        expected = of_batch(gradient, *batch)
+        assert expected.abs().max() > 0.01
+        for found in (
+            torch.func.vmap(gradient)(*batch),
+            torch.func.grad(total, argnums=argument)(*batch),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    leaf = scores.clone().requires_grad_()
+    (found,) = torch.autograd.grad(total(leaf, *batch[1:]), leaf)
+    torch.testing.assert_close(found, of_batch(torch.func.grad(ap), *batch), rtol=1e-10, atol=1e-14)
+
+
+def test_second_derivatives_of_vmap_say_that_there_are_none() -> None:
+    scores = torch.randn(4, 30, generator=seeded(0))
+    is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
+
+    def ap(s: Tensor, p: Tensor) -> Tensor:
+        return smooth_ap(s, p, 0.2).ap
+
+    gradient = torch.func.grad(ap)
+    of_norm = torch.func.grad(lambda s, p: gradient(s, p).square().sum())
+    with pytest.raises(NotImplementedError, match=r"under torch\.func\.vmap has first derivatives"):
+        torch.func.vmap(of_norm)(scores, is_positive)
+    assert of_norm(scores[0], is_positive[0]).abs().max() > 0  # without vmap there are

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from imbalanced_losses import MixedLoss, SmoothAPLoss, _tracing
+from imbalanced_losses import CrossEntropy, SmoothAPLoss, _tracing
 from imbalanced_losses._engine import _fused
 from imbalanced_losses._engine._choose import choose_fused
 from imbalanced_losses.functional import smooth_ap
+from tests import far_device
 from tests.cases import seeded
 from tests.rows import IGNORED, state_of
 
@@ -241,134 +243,40 @@ def test_a_loss_is_that_of_the_host(
             torch.testing.assert_close(value, state[key])
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the operations that wait for a device: they return, or depend on, its values."""
-
-    NAMES = (
-        "_local_scalar_dense",
-        "item",
-        "nonzero",
-        "nonzero_numpy",
-        "masked_select",
-        "_unique",
-        "unique_dim",
-        "unique_consecutive",
-        "bincount",
-        "equal",
-        "repeat_interleave",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        has_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        is_copy = name == "_to_copy" and HAS_DEVICE and self._leaves_device(args, kwargs)
-        if has_mask or is_copy or name.strip("_") in [n.strip("_") for n in self.NAMES]:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _leaves_device(args: tuple[Any, ...], kwargs: Any) -> bool:
-        target = (kwargs or {}).get("device")
-        return target is not None and torch.device(target).type == "cpu" != args[0].device.type
+@pytest.fixture(scope="module")
+def crossings() -> list[dict[str, Any]]:
+    """What a training step sends between host and device: a row a configuration."""
+    if HAS_DEVICE:
+        pytest.skip("the device tells by itself: test_how_often_a_step_waits")
+    command = [sys.executable, "-m", "tests.far_device"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the kernels are called, without the reads of the interpreter where that runs them."""
-    found: list[str] = []
-    real = _fused._kernels()
-
-    class Quiet:
-        def __getattr__(self, name: str) -> Any:
-            kernel = getattr(real, name)
-
-            class Launch:
-                def __getitem__(self, grid: Any) -> Any:
-                    def launch(*args: Any, **options: Any) -> None:
-                        found.append(name)
-                        with torch.utils._python_dispatch._disable_current_modes():
-                            kernel[grid](*args, **options)
-
-                    return launch
-
-            return Launch()
-
-    monkeypatch.setattr(_fused, "_kernels", Quiet)
-    return found
-
-
-@pytest.fixture
-def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Calls of `Tensor.tolist`, which reads the CPU in disguise without an operation."""
-    found: list[str] = []
-    real = Tensor.tolist
-
-    def tolist(tensor: Tensor) -> Any:
-        found.append("tolist")
-        return real(tensor)
-
-    monkeypatch.setattr(Tensor, "tolist", tolist)
-    return found
-
-
-def losses_of(num_classes: int) -> dict[str, SmoothAPLoss | MixedLoss]:
-    return {
-        "plain": SmoothAPLoss(num_classes, 0),
-        "queue": SmoothAPLoss(num_classes, 32),
-        "spread": SmoothAPLoss(
-            num_classes, 64, 0.1, temperature_unit="spread", queue_follows_shift=True
-        ),
-        "prior": SmoothAPLoss(num_classes, 64, target_prior=[0.01] * num_classes),
-        "mixed": MixedLoss(
-            torch.nn.CrossEntropyLoss(), SmoothAPLoss(num_classes, 64), main_weight=0.5
-        ),
-    }
+DENSE, LINEAR = {"rank_sums", "source_slopes"}, {"panel_moments", "panel_totals", "panel_values"}
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["values unchecked", "values checked"])
-@pytest.mark.parametrize("num_classes", [2, 10])
-def test_host_reads_of_a_step(
-    num_classes: int,
-    checked: bool,
-    device: str,
-    launches: list[str],
-    lists: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("num_classes", [1, 10, 100])
+def test_a_step_on_a_device(
+    num_classes: int, checked: bool, crossings: list[dict[str, Any]]
 ) -> None:
-    """None where values are not checked, else one; none in backward; whatever the classes."""
-    monkeypatch.setattr(SmoothAPLoss, "check_values", checked)
-    for name, loss_fn in losses_of(num_classes).items():
-        for logits, targets in batches({"num_classes": num_classes}, 30, 2):
-            leaf, labels = logits.to(device).requires_grad_(), targets.to(device)
-            with HostReads() as forward:
-                loss = loss_fn(leaf, labels)
-            with HostReads() as backward:
-                loss.backward()
-        # In the second step: the first one brings the queue to the device.
-        assert len(forward.found) == checked, (name, forward.found)
-        assert backward.found == lists == [], name
-        assert set(launches) == {"rank_sums", "source_slopes"}
-
-
-def test_host_reads_of_panels(device: str, launches: list[str], lists: list[str]) -> None:
-    scores, is_positive, _ = pool((1, 60))
-    leaf, is_positive = scores.to(device).requires_grad_(), is_positive.to(device)
-    with HostReads() as forward:
-        ap = smooth_ap(leaf, is_positive, 0.1, backend="panel").ap
-    with HostReads() as backward:
-        ap.sum().backward()
-    assert len(lists) == 1  # the range of the scores, and whether one is NaN
-    assert HAS_DEVICE or forward.found == []
-    assert backward.found == []
-    assert set(launches) == {"panel_moments", "panel_totals", "panel_values"}
+    """Nothing is copied to the device; one value is read for each loss that checks some, none
+    otherwise, and one more of a linear pool; a cap on the pool reads some, whatever the classes.
+    """
+    rows = [row for row in crossings if (row["classes"], row["checked"]) == (num_classes, checked)]
+    assert len(rows) == 16
+    for row in rows:
+        expected = ["_local_scalar_dense"] * checked
+        if row["loss"] == "mixed":
+            expected *= 2
+        elif row["loss"] == "linear":
+            expected.append("to the host")
+        elif row["loss"] == "capped":
+            expected += ["_local_scalar_dense", "nonzero", "to the device", "_unique2"]
+        assert row["forward"] == expected, row
+        assert row["backward"] == [], row
+        assert set(row["kernels"]) == (LINEAR if row["loss"] == "linear" else DENSE)
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -439,46 +347,93 @@ def _environment_of_compilers() -> dict[str, str]:
 # On a device only --------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
-def test_a_step_is_captured_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SmoothAPLoss, "check_values", False)
-    loss_fn = SmoothAPLoss(1, 0, 0.1).cuda()
-    beside = copy.deepcopy(loss_fn)
-    logits = torch.zeros(4096, 1, device="cuda", requires_grad=True)
-    targets = torch.zeros(4096, dtype=torch.int64, device="cuda")
-    logits.grad = torch.zeros_like(logits)
+needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
 
-    def step() -> Tensor:
-        logits.grad.zero_()  # type: ignore[union-attr]
-        loss: Tensor = loss_fn(logits, targets)
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("queue_size", [0, 1024])
+@pytest.mark.parametrize("num_classes", [1, 10])
+def test_a_training_step_is_captured_as_a_cuda_graph(
+    num_classes: int, queue_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network, loss, backward pass and optimiser, replayed on other batches."""
+    monkeypatch.setattr(SmoothAPLoss, "check_values", False)
+    model = torch.nn.Linear(16, num_classes).cuda()
+    loss_fn = SmoothAPLoss(num_classes, queue_size, 0.1, target_prior=[0.1] * num_classes).cuda()
+    features = torch.randn(2048, 16, device="cuda")
+    targets = torch.randint(0, max(2, num_classes), (2048,), device="cuda")
+
+    def step(model: torch.nn.Module, loss_fn: SmoothAPLoss, *batch: Tensor) -> Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss: Tensor = loss_fn(model(batch[0]), batch[1])
         loss.backward()
-        return loss
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(parameter.grad, alpha=-0.1)  # type: ignore[arg-type]
+        return loss.detach()
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
+        for _ in range(3):
+            step(model, loss_fn, features, targets)
+    torch.cuda.current_stream().wait_stream(stream)
+    beside = copy.deepcopy(model), copy.deepcopy(loss_fn)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = step()
+        loss = step(model, loss_fn, features, targets)
     for seed in range(3):
-        generator = seeded(seed)
-        values = torch.randn(4096, 1, generator=generator)
-        labels = torch.randint(0, 2, (4096,), generator=generator)
-        with torch.no_grad():
-            logits.copy_(values)
-            targets.copy_(labels)
+        features.copy_(torch.randn(2048, 16, generator=seeded(seed)))
+        targets.copy_(torch.randint(0, max(2, num_classes), (2048,), generator=seeded(seed)))
+        targets[:seed] = IGNORED
         graph.replay()
-        leaf = values.cuda().requires_grad_()
-        expected = beside(leaf, labels.cuda())
-        expected.backward()
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(logits.grad, leaf.grad)
+        torch.testing.assert_close(loss, step(*beside, features, targets))
+        for own, other in zip(model.parameters(), beside[0].parameters(), strict=True):
+            torch.testing.assert_close(own, other)
+    other_state = state_of(beside[1])
+    for key, value in state_of(loss_fn).items():
+        if not key.endswith("num_steps"):  # which a replay does not count
+            torch.testing.assert_close(value, other_state[key])
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+@needs_device
+@pytest.mark.parametrize("checked", [False, True], ids=["values unchecked", "values checked"])
+@pytest.mark.parametrize("num_classes", far_device.CLASSES)
+def test_how_often_a_step_waits(
+    num_classes: int, checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `test_a_step_on_a_device` says, told by CUDA."""
+    for kind in (SmoothAPLoss, CrossEntropy):
+        monkeypatch.setattr(kind, "check_values", checked)
+    for name, loss_fn in far_device.losses_of(num_classes).items():
+        monkeypatch.setattr(SmoothAPLoss, "backend", "panel" if name == "linear" else "dense")
+        batches = far_device.batches(num_classes, name == "labels")
+        for logits, targets, _ in batches:
+            leaf, labels = logits.cuda().requires_grad_(), targets.cuda()
+            loss, of_forward = waiting(lambda: loss_fn(leaf, labels))  # noqa: B023
+            _, of_backward = waiting(loss.backward)
+        if name != "capped":
+            assert of_forward == checked * (1 + (name == "mixed")) + (name == "linear"), name
+        assert of_backward == 0, name
+
+
+def waiting(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function returns, and how often the host waited for the device."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return result, sum("synchronizing CUDA operation" in str(one.message) for one in found)
+
+
+@pytest.mark.gpu
+@needs_device
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_on_a_device_is_linear(backend: str) -> None:
     scores, is_positive, _ = pool((1, 1 << 17), share=0.5)

@@ -78,8 +78,15 @@ def test_low_precision_logits(
     assert loss.dtype == torch.float32
     assert torch.equal(loss, single)
     assert loss.item() == pytest.approx(exact.item(), rel=0, abs=2e-6)
+    _assert_exact_within_two_ulp(gradient, exact_gradient, dtype)
+
+
+def _assert_exact_within_two_ulp(
+    gradient: Tensor | None, exact_gradient: Tensor, dtype: torch.dtype
+) -> None:
+    assert gradient is not None
     assert gradient.dtype == dtype
-    # Entries in which much cancels are as good as float32's sums over 364 rows.
+    # Entries in which much cancels are as good as float32's sums over some 400 rows.
     rounding = 1e-6 * exact_gradient.abs().max()
     error = (gradient.double() - exact_gradient).abs()
     assert (error <= 2 * _ulp(exact_gradient, dtype) + rounding).all()
@@ -190,7 +197,7 @@ def test_autocast_changes_nothing(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
 def test_autocast_model(dtype: torch.dtype, config: dict[str, Any]) -> None:
     """Behind a layer that autocast runs in low precision, the loss is that of its logits as they
-    are, in float32.
+    are, in float32, and the gradient that reaches the layer is exact within 2 ulp.
     """
     _, targets, _ = random_batch(
         seeded(0), 300, config["num_classes"], multilabel=config.get("multilabel", False)
@@ -199,8 +206,12 @@ def test_autocast_model(dtype: torch.dtype, config: dict[str, Any]) -> None:
     loss_fn, outside = (SmoothAPLoss(**config, queue_size=0, temperature=0.1) for _ in range(2))
     with torch.autocast("cpu", dtype=dtype):
         logits = layer(features)
+        logits.retain_grad()
         loss = loss_fn(logits, targets)
     loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    (exact_gradient,) = torch.autograd.grad(outside(exact, targets), exact)
+    _assert_exact_within_two_ulp(logits.grad, exact_gradient, dtype)
     assert logits.dtype == dtype
     assert loss.dtype == torch.float32
     _assert_within_rounding(loss.detach(), outside(logits.detach().float(), targets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -66,7 +66,7 @@ class _QueuedRankingLoss(nn.Module):
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
         self.queue_size = _checks.integer("queue_size", queue_size, minimum=0)
-        self.temperature = temperature
+        self._temperature = _checks.number_above_zero("temperature", temperature)
         self.reduction: Reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         self.multilabel = _checks.boolean("multilabel", multilabel)
         self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
@@ -98,6 +98,7 @@ class _QueuedRankingLoss(nn.Module):
         self._queue = MemoryQueue(
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
+        self._place_numbers()
         self._num_steps = 0  # training-mode forward passes, the counter of the draws
         self._last_batch: Pool | None = None  # the last one remembered
 
@@ -114,8 +115,7 @@ class _QueuedRankingLoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._temperature = _checks.number_above_zero("temperature", value)
-        # For compiled code, to which a float is a constant: a new one would compile it anew.
-        self._temperature_now = torch.tensor(self._temperature, dtype=torch.float64, device="cpu")
+        self._temperature_now = self._as_tensor(self._temperature)
 
     def reset_queue(self) -> None:
         """Empty the queue: the next batch is ranked by itself."""
@@ -188,7 +188,7 @@ class _QueuedRankingLoss(nn.Module):
                 changed then.
         """
         batch, exchange = self._batch(logits, targets, sample_weight)
-        self._queue.fit(batch)
+        self._fit(batch)
         again = self._is_recomputed(batch)
         pool = self._capped(self._present(self._extended(batch, again)), again)
         problems = self._problems(pool, exchange)
@@ -210,22 +210,17 @@ class _QueuedRankingLoss(nn.Module):
     def _problems(self, pool: Pool, exchange: Exchange) -> Problems:
         """The rows as ranking problems, positives as common as in deployment if that is known."""
         problems = pool.problems(self.ignore_index)._replace(exchange=exchange)
-        if self.target_prior is None:
+        if self._prior is None:
             return problems
         scores, is_positive, weights, *_ = problems
         if weights is None:
             weights = scores.new_ones(()).expand(scores.shape)
-        prior = torch.tensor(self.target_prior, dtype=torch.float64, device=scores.device)
-        weights = _prior_weights_of_pool(is_positive, prior, weights, exchange)
+        weights = _prior_weights_of_pool(is_positive, self._prior, weights, exchange)
         return problems._replace(weights=weights)
 
     def _effective_temperature(self, problems: Problems) -> float | Tensor:
         """τ in units of the scores: one for all problems, or [C]."""
-        temperature: float | Tensor
-        if is_traced(problems.scores):
-            temperature = self._temperature_now.to(problems.scores.device)
-        else:
-            temperature = self.temperature
+        temperature = self._temperature_now if is_traced(problems.scores) else self.temperature
         if self.temperature_unit == "score":
             return temperature
         spread = _score_spread_of_pool(problems.scores, problems.weights, problems.exchange)
@@ -236,6 +231,7 @@ class _QueuedRankingLoss(nn.Module):
     ) -> float:
         """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
         batch, exchange = self._batch(logits, targets, sample_weight)
+        self._fit(batch)
         problems = self._problems(batch, exchange)
         spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
         return float(spread.mean())
@@ -282,6 +278,33 @@ class _QueuedRankingLoss(nn.Module):
             num_labels = 2 if self.multilabel or self.num_classes == 1 else self.num_classes
             _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
         return Pool(logits, targets.detach().to(torch.int64), weights)
+
+    def _fit(self, rows: Pool) -> None:
+        """Take on the device of the rows."""
+        self._queue.fit(rows)
+        if self._temperature_now.device != rows.logits.device:
+            self._place_numbers()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _QueuedRankingLoss:
+        super()._apply(fn, recurse)
+        self._place_numbers()
+        return self
+
+    def _place_numbers(self) -> None:
+        """Settings as tensors, beside the queue: copied at every step they would wait for it.
+
+        In float64 whatever the module is cast to, and no part of the checkpoint.
+        """
+        # For compiled code, to which a float is a constant: a new one would compile it anew.
+        self._temperature_now = self._as_tensor(self._temperature)
+        self._prior = None if self.target_prior is None else self._as_tensor(self.target_prior)
+
+    def _as_tensor(self, number: float | Sequence[float]) -> Tensor:
+        device = self._queue.cursor.device
+        with torch.inference_mode(False):  # it outlives it
+            if isinstance(number, float):
+                return torch.full((), number, dtype=torch.float64, device=device)  # no copy
+            return torch.tensor(number, dtype=torch.float64, device="cpu").to(device)
 
     def _gathers(self) -> bool:
         """Whether this forward pass is a collective one; asked every time, never remembered."""

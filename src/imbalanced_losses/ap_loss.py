@@ -153,7 +153,7 @@ class SmoothAPLoss(_QueuedRankingLoss):
         else:
             batch, _ = self._batch(logits, targets, sample_weight)
         batch = batch._replace(logits=batch.logits.detach())
-        self._queue.fit(batch)
+        self._fit(batch)
         again = _is_same(self._last_batch, batch) and (self.queue_size == 0 or self._queue.can_undo)
         pool = self._capped(self._present(self._extended(batch, again)), again)
         problems = self._problems(pool, ALONE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,12 +110,13 @@ def _smooth_ap_of_pool(
     """
     _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     _checks.choice("backend", backend, BACKENDS)
-    if is_traced(scores) or _is_batched(scores, is_positive, temperature, sample_weight):
+    arguments = (scores, is_positive, temperature, sample_weight)
+    if is_traced(scores) or any(map(_is_batched, arguments)):
         _only_alone(exchange)
-        return _opaque_smooth_ap(scores, is_positive, temperature, sample_weight, backend, num_live)
+        return _opaque_smooth_ap(*arguments, backend, num_live)
     if torch._C._are_functorch_transforms_active():
         _only_alone(exchange)
-        return _differentiable_smooth_ap(scores, is_positive, temperature, sample_weight, backend)
+        return _differentiable_smooth_ap(*arguments, backend)
     constants = (is_positive, sample_weight, backend, num_live)
     of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight, exchange)
     positives = _positives(of)
@@ -300,7 +303,7 @@ def _problems(
     # Below this a gradient, which goes with 1/τ, could overflow.
     smallest = limits.tiny**0.5
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(dtype).clamp(min=smallest).expand(len(scores))
+        temperature = temperature.to(scores.device, dtype).clamp(min=smallest).expand(len(scores))
     else:
         temperature = max(temperature, smallest)
 
@@ -456,7 +459,10 @@ class _SmoothAP(torch.autograd.Function):
     ) -> Tensor:
         *_, backend, num_live = constants
         is_differentiated = of.exchange.is_differentiated or any(ctx.needs_input_grad)
-        if is_differentiated and isinstance(temperature, Tensor):
+        moves_temperature = isinstance(temperature, Tensor) and (
+            of.exchange.is_differentiated or ctx.needs_input_grad[1]
+        )
+        if moves_temperature:
             num_live = None  # what τ changes is told from the slopes of all rows
         ap, slopes = _ap_and_slopes(of, positives, backend, num_live, is_differentiated)
         if slopes is not None:
@@ -465,7 +471,9 @@ class _SmoothAP(torch.autograd.Function):
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
                 ctx.fixed_temperature = None
-                tensors += [temperature, _slopes_in_temperature(of, slopes)]
+                tensors.append(temperature)
+            if moves_temperature:
+                tensors.append(_slopes_in_temperature(of, slopes))
             ctx.save_for_backward(*tensors)
         return ap if scores.dim() == 2 else ap.squeeze(0)
 
@@ -551,19 +559,21 @@ def _opaque_smooth_ap(
 ) -> SmoothAP:
     """`smooth_ap` as one operator, which compilers take as a whole: its values steer what it does.
 
-    Differentiable once.
+    Differentiable once. Where code is not traced but transformed by torch.func, a Function has the
+    place of the operator.
     """
     is_one = scores.dim() == 1
     rows = scores.unsqueeze(0) if is_one else scores
     fixed, by_class = 0.0, None
     if isinstance(temperature, Tensor):
-        by_class = temperature.expand(len(rows))
+        by_class = temperature.to(scores.device).expand(len(rows))
     else:
         fixed = temperature
     can_need = torch.is_grad_enabled()
-    moves_temperature = can_need and by_class is not None and by_class.requires_grad
-    needs_slopes = moves_temperature or (can_need and scores.requires_grad)
-    found = torch.ops.imbalanced_losses.smooth_ap(
+    moves_temperature = can_need and by_class is not None and _needs_gradient(temperature)
+    needs_slopes = moves_temperature or (can_need and _needs_gradient(scores))
+    compute = torch.ops.imbalanced_losses.smooth_ap if is_traced(scores) else _Transformed.apply
+    found = compute(
         rows,
         is_positive.unsqueeze(0) if is_one else is_positive,
         fixed,
@@ -578,15 +588,7 @@ def _opaque_smooth_ap(
     return SmoothAP(ap.squeeze(0), valid.squeeze(0)) if is_one else SmoothAP(ap, valid)
 
 
-@torch.library.custom_op(
-    "imbalanced_losses::smooth_ap",
-    mutates_args=(),
-    schema="(Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, "
-    "Tensor? sample_weight, str backend, SymInt num_live, bool needs_slopes, "
-    "bool moves_temperature) "
-    "-> (Tensor ap, Tensor valid, Tensor slopes, Tensor slopes_in_temperature)",
-)
-def _operator(
+def _computed(
     scores: Tensor,
     is_positive: Tensor,
     temperature: float,
@@ -608,6 +610,17 @@ def _operator(
     if moves_temperature:
         by_temperature = _slopes_in_temperature(of, slopes)
     return ap, valid, slopes, by_temperature
+
+
+_operator = torch.library.custom_op(
+    "imbalanced_losses::smooth_ap",
+    _computed,
+    mutates_args=(),
+    schema="(Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, "
+    "Tensor? sample_weight, str backend, SymInt num_live, bool needs_slopes, "
+    "bool moves_temperature) "
+    "-> (Tensor ap, Tensor valid, Tensor slopes, Tensor slopes_in_temperature)",
+)
 
 
 @_operator.register_fake
@@ -640,8 +653,8 @@ def _gradient_of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     return by_scores, None, None, by_temperature, None, None, None, None, None
 
 
-def _operator_of_batches(
-    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+def _of_batches(
+    compute: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """vmap: the problems of all batches are one longer list of problems."""
     scores, is_positive, temperature, temperatures, sample_weight, *rest = (
@@ -659,7 +672,7 @@ def _operator_of_batches(
         if in_dims[4] is not None and sample_weight.dim() == 2:
             sample_weight = sample_weight[:, None]  # [B, M] of all problems
         sample_weight = sample_weight.expand(scores.shape).reshape(-1, num_rows)
-    found = torch.ops.imbalanced_losses.smooth_ap(
+    found = compute(
         scores.reshape(-1, num_rows),
         is_positive.reshape(-1, num_rows),
         temperature,
@@ -675,19 +688,58 @@ def _operator_of_batches(
 
 _operator.register_autograd(_gradient_of_operator, setup_context=_remember_slopes)
 if hasattr(_operator, "register_vmap"):  # PyTorch 2.5
-    _operator.register_vmap(_operator_of_batches)
+    _operator.register_vmap(partial(_of_batches, torch.ops.imbalanced_losses.smooth_ap))
 
 
-def _is_batched(*arguments: object) -> bool:
-    """Whether vmap is at work on one of them."""
+class _Transformed(torch.autograd.Function):
+    """The operator for eager code under vmap, which torch.func.grad may surround, or go through."""
+
+    forward = staticmethod(_computed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        _remember_slopes(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_ap, _, *by_slopes = grads
+        if by_ap is None or any(grad is not None for grad in by_slopes):
+            raise NotImplementedError(
+                "smooth_ap under torch.func.vmap has first derivatives only: for higher ones "
+                "stack the problems along dimension C and leave vmap out"
+            )
+        return _gradient_of_operator(ctx, by_ap)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _of_batches(_Transformed.apply, info, in_dims, *arguments)
+
+
+def _wrapped(value: object) -> Iterator[Tensor]:
+    """A tensor, and those that torch.func has wrapped in it."""
     functorch = torch._C._functorch
-    for argument in arguments:
-        inner = argument
-        while isinstance(inner, Tensor) and functorch.is_functorch_wrapped_tensor(inner):
-            if functorch.is_batchedtensor(inner):
-                return True
-            inner = functorch.get_unwrapped(inner)
-    return False
+    while isinstance(value, Tensor):
+        yield value
+        if not functorch.is_functorch_wrapped_tensor(value):
+            return
+        value = functorch.get_unwrapped(value)
+
+
+def _is_batched(value: object) -> bool:
+    """Whether vmap is at work on it."""
+    return any(map(torch._C._functorch.is_batchedtensor, _wrapped(value)))
+
+
+def _needs_gradient(value: float | Tensor) -> bool:
+    """Whether autograd, or torch.func.grad, records what becomes of it."""
+    if torch.compiler.is_compiling():
+        return isinstance(value, Tensor) and value.requires_grad
+    is_tracked = torch._C._functorch.is_gradtrackingtensor
+    return any(tensor.requires_grad or is_tracked(tensor) for tensor in _wrapped(value))
 
 
 def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) -> Tensor | None:

@@ -13,10 +13,17 @@ _PAIRS_OF = {
 }
 
 
-# Pairs, if all rows were positive, up to which a device compares them all: a guess from the rate of
-# its sigmoids against the launches and the sort of the panels.
-_MOST_FUSED_PAIRS = 1 << 29
-_FEW_FUSED_ROWS = 1 << 11
+# C·M² up to which a CUDA device compares all pairs. A guess from rates: `make gpu` measures where
+# both ways take as long, and prints what should stand here.
+# With a tenth of the rows positive, ranks and slopes take 2 · 0.1 · C·M² sigmoids. An H100 computes
+# some 10¹² of them a second: 132 multiprocessors of 16 exponentials or reciprocals a cycle at
+# 1.75 GHz make 1.8 · 10¹² pairs of one each, of which a loop with loads gets half. The linear way
+# launches some 130 operations, the dense one 50: called one by one, at 5 µs, that is 0.4 ms.
+# 2 · 0.1 · C·M² / 10¹² s = 0.4 ms at C·M² = 2 · 10⁹; a quarter of that allows for pools of which
+# four tenths are positive.
+MOST_FUSED_PAIRS = 1 << 29
+# Rows of a pool so small that it is all launches, of which the dense way has fewer.
+FEW_FUSED_ROWS = 1 << 11
 
 
 def choose(
@@ -40,6 +47,6 @@ def choose(
 
 def choose_fused(num_problems: int, num_rows: int) -> str:
     """The same for the kernels of a device, where the number of positives is not known."""
-    if num_rows <= _FEW_FUSED_ROWS or num_problems * num_rows**2 <= _MOST_FUSED_PAIRS:
+    if num_rows <= FEW_FUSED_ROWS or num_problems * num_rows**2 <= MOST_FUSED_PAIRS:
         return "dense"
     return "panel"
