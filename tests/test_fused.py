@@ -443,3 +443,21 @@ def test_memory_on_a_device_is_linear(backend: str) -> None:
     before = torch.cuda.memory_allocated()
     ranked(*arguments, backend=backend)
     assert torch.cuda.max_memory_allocated() - before < 1024 * scores.numel()
+
+
+DETERMINISTIC = """
+import torch
+from imbalanced_losses.functional import smooth_ap
+
+torch.use_deterministic_algorithms(True)
+scores = torch.randn(2, 5000, device="cuda", requires_grad=True)
+for backend in ("dense", "panel"):
+    smooth_ap(scores, scores.detach() > 1, 0.1, backend=backend).ap.sum().backward()
+"""
+
+
+@pytest.mark.gpu
+@needs_device
+def test_deterministic_algorithms_are_all_there_is() -> None:
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    subprocess.run([sys.executable, "-c", DETERMINISTIC], check=True, env=environment)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from imbalanced_losses._engine import _panel_line
 from imbalanced_losses._engine._dense import DensePlan
 from imbalanced_losses._engine._panel import PRECISIONS, PanelPlan, Panels
 from imbalanced_losses._engine._panel_line import Line
@@ -305,3 +306,11 @@ def test_more_rows_take_finer_panels(count: int, degree: int, outlier: bool) -> 
     expected = 10 if outlier and count < 65_536 else degree
     assert panels.precision.degree == expected
     assert panels.line.num_panels <= count / 32 or degree == 10
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 70_000])
+def test_cumulative_sums_by_products(length: int) -> None:
+    """What CUDA takes where its own cumulative sum is refused as not the same every time."""
+    mass = torch.rand(2, 3, length, generator=seeded(0), dtype=torch.float64)
+    found = _panel_line._cumulated_by_products(mass)
+    torch.testing.assert_close(found, mass.cumsum(-1), rtol=1e-13, atol=0)

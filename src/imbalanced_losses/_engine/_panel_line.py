@@ -25,6 +25,8 @@ from imbalanced_losses._tracing import is_on_host
 _SAMPLE = 1024
 # Rows from which finer panels are worth a line that is cut.
 _WORTH_CUTTING = 1 << 16
+# Panels whose masses one product sums up.
+_SUMMED = 256
 
 
 class Precision(NamedTuple):
@@ -104,10 +106,10 @@ class Line(NamedTuple):
         skipped = reach + 1
         counts = torch.zeros_like(mass)
         if below:
-            counts[..., skipped:] = mass.cumsum(2)[..., :-skipped]
+            counts[..., skipped:] = _cumulated(mass)[..., :-skipped]
         else:
             # Summed from the top, where ranks are small, so that small ranks keep every digit.
-            counts[..., :-skipped] = mass.flip(2).cumsum(2).flip(2)[..., skipped:]
+            counts[..., :-skipped] = _cumulated(mass.flip(2)).flip(2)[..., skipped:]
         return counts.reshape(len(mass), -1)
 
     def _of(self, problem: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -141,13 +143,35 @@ class Line(NamedTuple):
         for start, end in itertools.pairwise(bounds):
             own, position = mass[:, start:end], occupied[start:end]
             if below:
-                total = torch.nn.functional.pad(own.cumsum(1), (1, 0))  # before each panel
+                total = torch.nn.functional.pad(_cumulated(own), (1, 0))  # before each panel
                 counts.append(total[:, torch.searchsorted(position, position - reach)])
             else:
-                from_each_on = own.flip(1).cumsum(1).flip(1)
+                from_each_on = _cumulated(own.flip(1)).flip(1)
                 total = torch.nn.functional.pad(from_each_on, (0, 1))
                 counts.append(total[:, torch.searchsorted(position, position + reach + 1)])
         return torch.cat(counts, dim=1)
+
+
+def _cumulated(mass: Tensor) -> Tensor:
+    """Cumulative sums over the last dimension."""
+    if mass.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _cumulated_by_products(mass)  # PyTorch's own refuses then
+    return mass.cumsum(-1)
+
+
+def _cumulated_by_products(mass: Tensor) -> Tensor:
+    """The same by matrix products: within blocks, and of blocks."""
+    length = mass.shape[-1]
+    size = min(length, _SUMMED)
+    ones = mass.new_ones(size, size).triu()
+    if length <= size:
+        return mass @ ones
+    padded = torch.nn.functional.pad(mass, (0, -length % size))
+    within = padded.unflatten(-1, (-1, size)) @ ones
+    up_to = _cumulated_by_products(within[..., -1])
+    before = torch.nn.functional.pad(up_to[..., :-1], (1, 0))
+    summed: Tensor = (within + before[..., None]).flatten(-2)[..., :length]
+    return summed
 
 
 def lay_line(
