@@ -289,7 +289,9 @@ def report(
     if value == "validation_ap":
         recipes = [loss for loss in losses if isinstance(ALL[loss], Recipe)]
         found = [gains(chosen, task, recipes, rivals[task]) for task in names]
-        cells = [f"{max(g):+.4f}\n{sum(x > 0 for x in g)}/{len(g)} ahead" for g in found if g]
+        cells = [
+            f"{max(g):+.4f}\n{sum(x > 0 for x in g)}/{len(g)} ahead" if g else "–" for g in found
+        ]
         grid.add_row("best recipe, by hindsight", *cells, "–")
     Console(width=140).print(grid)
 
@@ -298,11 +300,11 @@ def gains(
     chosen: dict[tuple[str, str], dict[int, Tuned]], task: str, losses: list[str], rival: str
 ) -> list[float]:
     """Mean difference in validation AP to the rival, of each loss that has the rival's splits."""
-    base = chosen[task, rival]
+    base = chosen.get((task, rival), {})
     return [
         statistics.mean(own[k].validation_ap - base[k].validation_ap for k in base)
         for own in (chosen.get((task, loss), {}) for loss in losses)
-        if own.keys() == base.keys()
+        if own and own.keys() == base.keys()
     ]
 
 
