@@ -186,7 +186,7 @@ def rates(device: Device, copied_bytes: int, programs: int, rounds: int) -> Row:
         out = torch.empty(programs * BLOCK, dtype=dtype, device=device.name)
 
         def loops(kernel: Any = kernel, out: torch.Tensor = out) -> None:
-            kernel[(programs,)](out, rounds, BLOCK=BLOCK)
+            kernel[(programs,)](out, rounds, BLOCK=BLOCK, enable_fp_fusion=True)
 
         found[name] = _rate(out.numel() * rounds, loops, device)
     return found

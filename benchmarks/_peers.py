@@ -48,7 +48,11 @@ def describe(name: str) -> str:
     """Name and version of a peer, for the header of a result."""
     peer = PEERS[name]
     if name == "ours":
-        return f"imbalanced_losses {importlib.metadata.version(peer.distribution)} (ours)"
+        try:
+            version = importlib.metadata.version(peer.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        return f"imbalanced_losses {version} (ours)"
     found = importlib.metadata.distributions(path=[str(peer.folder)])
     versions = [item.version for item in found if item.metadata["Name"] == peer.distribution]
     return f"{peer.distribution} {versions[0] if versions else '(absent)'} ({name})"

@@ -28,7 +28,7 @@ RATES = {
 class StandIn:
     """The host in the place of a device: its memory counts the calls."""
 
-    name = "cpu"
+    name = "cuda" if torch.cuda.is_available() else "cpu"  # where the loops of `rates` run
     last_peak_bytes = 0
 
     def __init__(self) -> None:
@@ -125,11 +125,11 @@ def test_the_loops_compute_what_they_claim() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.arange(64, dtype=torch.float64)
     out = torch.empty(64, device=device)
-    _gpu_rates.sigmoids[(2,)](out, 3, BLOCK=32)
+    _gpu_rates.sigmoids[(2,)](out, 3, BLOCK=32, enable_fp_fusion=True)
     expected = sum(torch.sigmoid(1e-6 * x + 1e-3 * r) for r in range(3))
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-6, atol=0)
     wide = torch.empty(64, dtype=torch.float64, device=device)
-    _gpu_rates.polynomials[(2,)](wide, 3, BLOCK=32)
+    _gpu_rates.polynomials[(2,)](wide, 3, BLOCK=32, enable_fp_fusion=True)
     expected = 1 + 1e-9 * x * (1 + 1e-9 * x * (1 + 1e-9 * x))
     torch.testing.assert_close(wide.cpu(), expected, rtol=1e-15, atol=0)
 

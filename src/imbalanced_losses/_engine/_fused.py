@@ -165,7 +165,9 @@ class FusedDense(_FusedRanks):
         sums = self.scores.new_zeros(
             4 if with_slopes else 2, splits, num_problems, num_rows, dtype=torch.float64
         )
-        _kernels().rank_sums[(blocks * splits, num_problems)](
+        _launch(
+            "rank_sums",
+            (blocks * splits, num_problems),
             *self._geometry(),
             sums,
             num_rows,
@@ -186,7 +188,9 @@ class FusedDense(_FusedRanks):
         splits = self._splits(blocks)
         slopes = self.scores.new_empty(splits, num_problems, self.num_live, dtype=torch.float64)
         if self.num_live > 0:
-            _kernels().source_slopes[(blocks * splits, num_problems)](
+            _launch(
+                "source_slopes",
+                (blocks * splits, num_problems),
                 *self._geometry(),
                 by_all.contiguous(),
                 by_both.contiguous(),
@@ -262,7 +266,9 @@ class FusedPanels(_FusedRanks):
             columns = columns.nan_to_num()  # of the problem that is NaN anyhow
         num_panels, num_items = panels.line.num_panels, len(self._items.panel)
         partial = columns.new_zeros(len(columns), degree, num_items, dtype=torch.float64)
-        _kernels().panel_moments[(num_items, len(columns))](
+        _launch(
+            "panel_moments",
+            (num_items, len(columns)),
             self._order,
             self._place,
             columns.contiguous(),
@@ -277,7 +283,9 @@ class FusedPanels(_FusedRanks):
             ROWS=_ITEM,
         )
         moments = partial.new_empty(len(columns), degree, num_panels)
-        _kernels().panel_totals[(num_panels, len(columns))](
+        _launch(
+            "panel_totals",
+            (num_panels, len(columns)),
             partial,
             self._items.item_ends,
             moments,
@@ -293,7 +301,9 @@ class FusedPanels(_FusedRanks):
         num_columns, degree, num_panels = field.shape
         num_rows = len(self._place)
         out = field.new_empty(num_columns, *self.scores.shape)
-        _kernels().panel_values[(_ceil(num_rows, _ROWS), num_columns)](
+        _launch(
+            "panel_values",
+            (_ceil(num_rows, _ROWS), num_columns),
             self._slot,
             self._place,
             self._slot if mask is None else mask,
@@ -336,6 +346,11 @@ def _kernels() -> Any:
     from imbalanced_losses._engine import _kernels
 
     return _kernels
+
+
+def _launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
+    """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
+    getattr(_kernels(), name)[grid](*arguments, **constants, enable_fp_fusion=True)
 
 
 def _ceil(number: int, step: int) -> int:
