@@ -123,6 +123,28 @@ def test_a_temperature_that_changes_is_not_compiled_anew() -> None:
     assert counter.frame_count <= 2
 
 
+def test_settings_as_tensors_follow_the_device_alone() -> None:
+    """Neither casts nor devices without values change them, and no checkpoint holds them twice."""
+    with torch.inference_mode():
+        loss_fn = SmoothAPLoss(1, 0, 0.1, target_prior=0.3)
+    assert not any("prior" in key or "now" in key for key in loss_fn.state_dict())
+    for change in (loss_fn.half, loss_fn.double, lambda: loss_fn.to("meta")):
+        change()
+        for tensor in (loss_fn._temperature_now, loss_fn._prior):
+            assert tensor is not None
+            assert tensor.dtype == torch.float64
+            assert tensor.device == loss_fn._queue.cursor.device
+    loss_fn.temperature = 0.2
+    loss_fn.to_empty(device="cpu")
+    assert loss_fn._temperature_now.item() == 0.2
+    assert loss_fn._prior is not None
+    assert loss_fn._prior.tolist() == [0.3]
+    logits, targets = torch.randn(40, 1, generator=seeded(0)), torch.arange(40) % 4 == 0
+    torch.testing.assert_close(
+        loss_fn.float()(logits, targets), SmoothAPLoss(1, 0, 0.2, target_prior=0.3)(logits, targets)
+    )
+
+
 def test_bad_labels_raise_in_compiled_code_and_change_nothing() -> None:
     torch._dynamo.reset()
     loss_fn = SmoothAPLoss(1, 8)

@@ -472,3 +472,18 @@ for backend in ("dense", "panel"):
 def test_deterministic_algorithms_are_all_there_is() -> None:
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     subprocess.run([sys.executable, "-c", DETERMINISTIC], check=True, env=environment)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_temperature_that_is_on_the_host(backend: str) -> None:
+    scores, is_positive, _ = pool((2, 300))
+    tau = torch.tensor(0.1, dtype=torch.float64, device="cpu", requires_grad=True)
+    leaf = scores.cuda().requires_grad_()
+    ap = smooth_ap(leaf, is_positive.cuda(), tau, backend=backend).ap  # type: ignore[arg-type]
+    ap.sum().backward()
+    expected = defined(scores, is_positive, 0.1, None)
+    torch.testing.assert_close(ap.detach().cpu(), expected[0], rtol=0, atol=1e-12)
+    assert tau.grad is not None
+    assert tau.grad.device.type == "cpu"

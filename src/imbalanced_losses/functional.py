@@ -738,8 +738,7 @@ def _needs_gradient(value: float | Tensor) -> bool:
     """Whether autograd, or torch.func.grad, records what becomes of it."""
     if torch.compiler.is_compiling():
         return isinstance(value, Tensor) and value.requires_grad
-    is_tracked = torch._C._functorch.is_gradtrackingtensor
-    return any(tensor.requires_grad or is_tracked(tensor) for tensor in _wrapped(value))
+    return any(tensor.requires_grad for tensor in _wrapped(value))
 
 
 def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) -> Tensor | None:
