@@ -18,6 +18,8 @@ from tests.ranks import Ranks
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
 )
@@ -55,6 +57,15 @@ def ranks() -> Iterator[Ranks]:
     pool.close()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if TORCH < (2, 5):  # its own calls of its own deprecated names
+        for text in (
+            "Please use `torch.vmap` instead",
+            ".torch.cpu.amp.autocast",
+        ):
+            config.addinivalue_line("filterwarnings", f"ignore:{text}:FutureWarning")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plan", help="dotted name of a plan that stands in for the dense backend's")
 
@@ -76,7 +87,8 @@ def _other_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def _restored_matmul_precision() -> Iterator[None]:
     yield
     # In this order: the setters by backend (torch ≥ 2.9) leave the older one undefined.
-    for backend in (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+    mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
+    for backend in (torch.backends, mkldnn, torch.backends.cuda.matmul):
         if hasattr(backend, "fp32_precision"):
             backend.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")

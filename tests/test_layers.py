@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,17 @@ def test_importing_the_package_imports_nothing_optional() -> None:
 
 def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_map_in_contributing_is_complete() -> None:
+    """Every file of the package in its table once, and no other."""
+    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w/]+\.py)` \| \S", text, re.MULTILINE)
+    assert sorted(listed) == NAMES
+
+
+def test_the_layers_in_contributing_are_these() -> None:
+    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stated = text.partition("Imports point down only: ")[2].replace("\n", " ")
+    for found, names in zip(stated.split("←"), LAYERS, strict=False):
+        assert tuple(found.replace("`", "").split()) == names
