@@ -13,6 +13,7 @@ into docs/torture.md.
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
@@ -103,7 +104,24 @@ def run_command(command: tuple[str, ...], tally: Tally) -> None:
     tally.seconds += time.perf_counter() - started
 
 
-def show(tallies: dict[str, Tally], problems: dict[str, str], wall_s: float, workers: int) -> None:
+class Cost(NamedTuple):
+    """Of a run, in seconds."""
+
+    wall: float
+    cpu: float  # of all processes, which other work on the machine does not change much
+
+    def __str__(self) -> str:
+        return f"{self.wall:.0f} s in all, {self.cpu:.0f} s of CPU time"
+
+    @classmethod
+    def now(cls) -> Cost:
+        return cls(time.perf_counter(), sum(os.times()[:4]))
+
+    def since(self, start: Cost) -> Cost:
+        return Cost(self.wall - start.wall, self.cpu - start.cpu)
+
+
+def show(tallies: dict[str, Tally], problems: dict[str, str], caption: str) -> None:
     table = Table("", "family", title="torture")
     for name in ("cases", "failures", "skipped", "seconds"):
         table.add_column(name, justify="right")
@@ -112,14 +130,8 @@ def show(tallies: dict[str, Tally], problems: dict[str, str], wall_s: float, wor
         numbers = (f"{tally.cases:,}", str(tally.failures), str(tally.skipped))
         title = f"{family.title}\n[red]{problems[key]}[/]" if key in problems else family.title
         table.add_row(key, title, *numbers, f"{tally.seconds:.1f}")
-    table.caption = f"{workers} at a time, {wall_s:.0f} s in all"
+    table.caption = caption
     Console().print(table)
-
-
-def header(wall_s: float, workers: int) -> list[str]:
-    from benchmarks import _measure
-
-    return [*_measure.header(1, "cpu"), f"# {workers} at a time, {wall_s:.0f} s in all"]
 
 
 def write(tallies: dict[str, Tally], lines: list[str]) -> Path:
@@ -162,7 +174,7 @@ def documented(page: str, tallies: dict[str, Tally], lines: list[str]) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Tests, then commands, then the table."""
-    started = time.perf_counter()
+    start = Cost.now()
     counter, status = run_tests(options.family, options)
     tallies = {key: counter.by_family[key] for key in options.family or counter.by_family}
     stopped = options.x and status != 0
@@ -170,23 +182,27 @@ def run(options: argparse.Namespace) -> int:
         command = FAMILIES.get(key, OTHERS).command
         if command and not options.quick and not stopped:
             run_command(command, tally)
-    wall_s = time.perf_counter() - started
+    caption = f"{options.workers} at a time, {Cost.now().since(start)}"
 
     problems = {
         key: problem
         for key, tally in tallies.items()
         if (problem := tally.problem(FAMILIES.get(key, OTHERS), is_complete=not stopped))
     }
-    show(tallies, problems, wall_s, options.workers)
+    show(tallies, problems, caption)
     if not options.family and not stopped:
-        keep(tallies, header(wall_s, options.workers), options)
+        keep(tallies, caption, options)
     for key, problem in problems.items():
         print(f"{key}: {problem}")
     return 1 if status or problems else 0
 
 
-def keep(tallies: dict[str, Tally], lines: list[str], options: argparse.Namespace) -> None:
+def keep(tallies: dict[str, Tally], caption: str, options: argparse.Namespace) -> None:
     """What a whole run leaves behind."""
+    from benchmarks import _measure
+
+    today = f"# {datetime.date.today().isoformat()}"
+    lines = [today, *_measure.header(1, "cpu"), f"# {caption}"]
     if not options.quick:
         print(f"written: {write(tallies, lines).relative_to(ROOT)}")
     if options.document:
