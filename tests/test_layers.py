@@ -26,6 +26,7 @@ LAYERS = (
     ("_reduce", "_checks"),
     ("_engine",),
     ("_pool",),
+    ("_saved",),
     ("functional", "_queue", "_gather", "_subsample"),
     ("_base", "diagnostics"),
 )

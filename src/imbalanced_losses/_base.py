@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,8 +13,9 @@ from imbalanced_losses import _checks
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
 from imbalanced_losses._pool import Pool, Problems
-from imbalanced_losses._queue import MemoryQueue, is_saved_by_predecessor
+from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
+from imbalanced_losses._saved import is_saved_by_predecessor, unchanged_on_error
 from imbalanced_losses._subsample import quota_indices, strata_of
 from imbalanced_losses._tracing import is_on_host, is_recomputed, is_traced
 from imbalanced_losses._typing import typed_as
@@ -188,8 +189,8 @@ class _QueuedRankingLoss(nn.Module):
                 changed then.
         """
         batch, exchange = self._batch(logits, targets, sample_weight)
-        self._fit(batch)
         again = self._is_recomputed(batch)
+        self._fit(batch)
         pool = self._capped(self._present(self._extended(batch, again)), again)
         problems = self._problems(pool, exchange)
         losses, valid = self._per_class(problems)
@@ -236,15 +237,29 @@ class _QueuedRankingLoss(nn.Module):
         spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
         return float(spread.mean())
 
+    def _refuse(
+        self, error: Exception, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
+    ) -> None:
+        """Raise, in the place of forward, an error from beside this loss: on every rank."""
+        self._batch(logits, targets, sample_weight, error)
+
     def _batch(
-        self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        sample_weight: Tensor | None,
+        error: Exception | None = None,
     ) -> tuple[Pool, Exchange]:
         """The arguments of forward as rows, and the ranks that hold others to rank them with.
 
-        Where ranks gather rows, they are those of all ranks.
+        Where ranks gather rows, they are those of all ranks. An error from elsewhere is raised if
+        the arguments have none of their own.
         """
         if not self._gathers():
-            return self._checked(logits, targets, sample_weight), ALONE
+            batch = self._checked(logits, targets, sample_weight)
+            if error is not None:
+                raise error
+            return batch, ALONE
         settings: dict[str, float | str] = {
             "gather": self.gather,
             "grad_reduce": self.grad_reduce,
@@ -259,12 +274,14 @@ class _QueuedRankingLoss(nn.Module):
             "training": self.training,
             "steps made": self._num_steps,
         }
+        sent: Pool | Exception
         try:
-            batch: Pool | Exception = self._checked(logits, targets, sample_weight)
-        except (TypeError, ValueError) as error:
-            batch = error  # the other ranks wait to hear of it
+            sent = self._checked(logits, targets, sample_weight)
+            sent = sent if error is None else error
+        except (TypeError, ValueError) as own_error:
+            sent = own_error  # the other ranks wait to hear of it
         device = getattr(logits, "device", torch.device("cpu"))
-        return gather(batch, settings, device, self._group, self.gather, self.grad_reduce)
+        return gather(sent, settings, device, self._group, self.gather, self.grad_reduce)
 
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
@@ -366,18 +383,25 @@ class _QueuedRankingLoss(nn.Module):
         sample = quota_indices(strata_of(pool.targets), limit, self.sampling_seed, step)
         drawn = pool.select(sample.rows)
         weights = drawn.row_weights()
-        return drawn._replace(weights=weights * sample.weights.to(weights.dtype))
+        weights = weights * sample.weights.to(weights.dtype)
+        return drawn._replace(weights=weights.clamp_(max=torch.finfo(weights.dtype).max))
 
     def _remember(self, batch: Pool) -> None:
         """The one change of state of a forward pass."""
         if not self._updates_queue():
             return
-        self._queue.push(batch)
-        # A number that changes would have code compiled anew in every step. Only draws need it.
-        if self.max_pool_size is not None or not torch.compiler.is_compiling():
-            self._num_steps += self.training
-        if self._depends_on_state():
-            self._last_batch = batch._replace(logits=batch.logits.detach())
+        before, last_push = (self._num_steps, self._last_batch), self._queue.last_push
+        try:
+            # A number that changes would have code compiled anew in every step. Only draws need it.
+            if self.max_pool_size is not None or not torch.compiler.is_compiling():
+                self._num_steps += self.training
+            if self._depends_on_state():
+                self._last_batch = batch._replace(logits=batch.logits.detach())
+            self._queue.push(batch)
+        except BaseException:  # Ctrl-C, for one: it leaves the state before the step or after it
+            if self._queue.last_push is None or self._queue.last_push is last_push:
+                self._num_steps, self._last_batch = before
+            raise
 
     def __repr__(self) -> str:
         """The call that constructs such a loss, defaults left out but for the first few."""
@@ -413,6 +437,13 @@ class _QueuedRankingLoss(nn.Module):
         )
         destination[prefix + "num_steps"] = torch.tensor(self._num_steps, device="cpu")
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`; after an error the loss is as it was."""
+        with unchanged_on_error(self):
+            return super().load_state_dict(state_dict, strict, assign)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -439,6 +470,8 @@ class _QueuedRankingLoss(nn.Module):
             num_steps = _checks.saved_count(saved["num_steps"], self._num_steps)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}{error}")
+            for name in [name for name in state_dict if name.startswith(queue)]:
+                del state_dict[name]
             state_dict.update(self._queue.state_dict(prefix=queue))  # what the queue holds already
             return
         self.temperature, self._num_steps = temperature, num_steps

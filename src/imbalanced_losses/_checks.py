@@ -234,12 +234,15 @@ def saved_temperature(value: Any, otherwise: float) -> float:
 
 def saved_count(value: Any, otherwise: int) -> int:
     """The number of steps in a checkpoint, or what holds where it has none."""
-    if value is None:
-        return otherwise
-    number = _one_number("num_steps", value)
-    if not number.is_integer():
-        raise ValueError(f"num_steps must be an int >= 0, got {number}")
-    return integer("num_steps", int(number), minimum=0)
+    return otherwise if value is None else _count("num_steps", _one_number("num_steps", value))
+
+
+def _count(name: str, number: float, maximum: float = 2.0**53) -> int:
+    """A count that was saved; larger ones are none, and float64 does not tell them apart."""
+    if not (number.is_integer() and 0 <= number <= maximum):
+        expected = "0 or 1" if maximum == 1 else "an int >= 0"
+        raise ValueError(f"{name} must be {expected}, got {number:g}")
+    return int(number)
 
 
 def temperature_schedule(value: Any) -> tuple[float, float, int]:
@@ -327,17 +330,22 @@ def saved_schedule(saved: dict[str, Any], otherwise: dict[str, Any]) -> dict[str
         number = _one_number(name, value)
         if isinstance(now, float):
             found[name] = number_above_zero(name, number)
-        elif not number.is_integer() or number < 0 or (isinstance(now, bool) and number > 1):
-            expected = "0 or 1" if isinstance(now, bool) else "an int >= 0"
-            raise ValueError(f"{name} must be {expected}, got {number:g}")
+        elif isinstance(now, bool):
+            found[name] = bool(_count(name, number, maximum=1))
         else:
-            found[name] = type(now)(number)
+            found[name] = _count(name, number)
     return found
 
 
 def _one_number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-        raise ValueError(f"{name} must be one number, got {value.dtype} {list(value.shape)}")
+    if not isinstance(value, (Tensor, Real)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} must be one number, got {value.dtype} {list(value.shape)}")
+        if value.is_meta:
+            raise ValueError(f"{name} must be a number, got a tensor on the meta device")
+        value = value.detach()
     return float(value)
 
 

@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._pool import Pool
+from imbalanced_losses._saved import PARTS, Saved, Stored, saved_queue, with_current_names
 from imbalanced_losses._tracing import is_on_host
-
-
-class _Stored(NamedTuple):
-    """The buffers that hold the rows, or as many rows in their form."""
-
-    logits: Tensor
-    targets: Tensor
-    weights: Tensor
 
 
 class _Undo(NamedTuple):
     """What the last push overwrote, for a forward pass that is computed a second time."""
 
     slots: Tensor | slice  # [N], `size` for rows that took no slot
-    rows: _Stored  # [N] as they stood in the slots
+    rows: Stored  # [N] as they stood in the slots
 
 
 class MemoryQueue(nn.Module):
@@ -80,7 +73,7 @@ class MemoryQueue(nn.Module):
                 "queue, or keep the loss outside the checkpointed function"
             )
         slots, old_rows = self._undo
-        restored = _Stored(*(field.clone() for field in self._stored()))
+        restored = Stored(*(field.clone() for field in self._stored()))
         for field, old in zip(restored, old_rows, strict=True):
             field[slots] = old
         return self._slots(restored)
@@ -96,17 +89,26 @@ class MemoryQueue(nn.Module):
         on_host = is_on_host(rows.logits)
         slots: Tensor | slice
         rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)
-        if rows.weights is not None and not self.is_weighted:
-            self.is_weighted = not on_host or bool((rows.weights != 1).any())
-        new_rows = _Stored(rows.logits.detach(), rows.targets, rows.row_weights())
-        old_rows = (field[slots].clone() for field in self._stored())
-        self._undo = _Undo(slots, _Stored(*old_rows))
-        for field, new in zip(self._stored(), new_rows, strict=True):
-            field[slots] = new.to(field.dtype)
+        is_weighted = self.is_weighted
+        if rows.weights is not None and not is_weighted:
+            is_weighted = not on_host or bool((rows.weights != 1).any())
+        new_rows = Stored(rows.logits.detach(), rows.targets, rows.row_weights())
+        old_rows = Stored(*(field[slots].clone() for field in self._stored()))
+        cursor = (self.cursor + count).remainder_(self.size)
         number = self.born[self.size] + 1
         self.born[slots] = number
         self.born[self.size] = number
-        self.cursor.add_(count).remainder_(self.size)
+        before = self._undo, self.is_weighted
+        try:
+            self._undo, self.is_weighted = _Undo(slots, old_rows), is_weighted
+            for field, new in zip(self._stored(), new_rows, strict=True):
+                field[slots] = new.to(field.dtype)
+            self.cursor.copy_(cursor)
+        except BaseException:  # Ctrl-C, for one: half a row is no row
+            self._undo, self.is_weighted = before
+            for field, old in zip(self._stored(), old_rows, strict=True):
+                field[slots] = old
+            raise
 
     def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor | slice, int]:
         """The rows to store, the newest `size` at most, their slots, and how many there are."""
@@ -135,9 +137,9 @@ class MemoryQueue(nn.Module):
         return rows, torch.where(is_newest, slots, self.size), count - surplus
 
     @property
-    def can_undo(self) -> bool:
-        """Whether the last push is the last thing that happened."""
-        return self._undo is not None
+    def last_push(self) -> object | None:
+        """What tells the last push from others; None where something else happened since."""
+        return self._undo
 
     def ages(self) -> Tensor:
         """[rows held] int64: how many pushes ago each row came, 0 for the last one.
@@ -163,16 +165,17 @@ class MemoryQueue(nn.Module):
             with torch.inference_mode(False):  # the buffers outlive it
                 self.to(rows.logits.device)
 
-    def _stored(self) -> _Stored:
-        return _Stored(self.logits, self.targets, self.weights)
+    def _stored(self) -> Stored:
+        return Stored(self.logits, self.targets, self.weights)
 
-    def _slots(self, stored: _Stored) -> Pool:
+    def _slots(self, stored: Stored) -> Pool:
         logits, targets, weights = (field[: self.size] for field in stored)
         return Pool(logits, targets, weights if self.is_weighted else None)
 
     def _widen(self) -> None:
         with torch.inference_mode(False):  # the buffers outlive it
-            self.logits, self.weights = self.logits.double(), self.weights.double()
+            self.weights = self.weights.double()
+            self.logits = self.logits.double()  # last: its dtype tells whether this has been done
         self._undo = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryQueue:
@@ -195,28 +198,21 @@ class MemoryQueue(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _Stored._fields:  # without the row that is no slot
+        for name in Stored._fields:  # without the row that is no slot
             # A part of a larger storage would be refused by safetensors.
             destination[prefix + name] = destination[prefix + name][: self.size].clone()
         destination[prefix + "is_weighted"] = torch.tensor(self.is_weighted, device="cpu")
 
     def mismatch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What keeps the queue saved in a state_dict from being loaded here, if anything."""
-        saved = _saved_rows(state_dict, prefix)
-        if saved is None:
-            return None  # missing keys are for the caller's `strict` to judge
-        got = [list(saved.logits.shape[1:]), list(saved.targets.shape[1:])]
-        expected = [list(self.logits.shape[1:]), list(self.targets.shape[1:])]
-        if got != expected:
-            return (
-                f"{prefix}logits and {prefix}targets must have columns {expected} "
-                f"(num_classes and multilabel of this loss), got {got}; to begin with an empty "
-                "queue leave its keys out and load with strict=False"
-            )
-        if not len(saved.logits) == len(saved.targets) == len(saved.weights):
-            lengths = [len(field) for field in saved]
-            return f"{prefix}logits, targets and weights must have the same rows, got {lengths}"
+        try:
+            self._saved(with_current_names(state_dict, prefix), prefix)
+        except ValueError as error:
+            return str(error)
         return None
+
+    def _saved(self, state_dict: dict[str, Any], prefix: str) -> Saved | None:
+        return saved_queue(state_dict, prefix, self._stored(), self.ignore_index)
 
     def _load_from_state_dict(
         self,
@@ -229,74 +225,45 @@ class MemoryQueue(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Accept a queue of another size, keeping its newest rows, and one of float64 rows."""
-        state_dict = _with_current_names(state_dict, prefix)
-        wrong = self.mismatch(state_dict, prefix)
-        if wrong is not None:
-            error_msgs.append(wrong)
+        state_dict = with_current_names(state_dict, prefix)
+        try:
+            saved = self._saved(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
             return
-        saved = _saved_rows(state_dict, prefix)
         is_weighted = state_dict.pop(prefix + "is_weighted", True)
-        if saved is not None:
-            if saved.logits.dtype == torch.float64 != self.logits.dtype:
+        if saved is None:  # a part of a queue means nothing: what is there stays out too
+            own = {prefix + name: getattr(self, name) for name in PARTS}
+            state_dict.update({name: own[name] for name in own if name in state_dict})
+        else:
+            if saved.rows.logits.dtype == torch.float64 != self.logits.dtype:
                 self._widen()
-            stored, cursor = self._laid_out(saved, state_dict[prefix + "cursor"])
+            stored, cursor = self._laid_out(*saved)
             state_dict.update({prefix + k: v for k, v in stored._asdict().items()})
-            state_dict[prefix + "cursor"] = cursor
-            self.is_weighted = bool(is_weighted)
+            state_dict[prefix + "cursor"] = self.cursor.new_tensor(
+                cursor, device=stored.logits.device
+            )
+            has_weights = (stored.weights != 0) & (stored.weights != 1)
+            self.is_weighted = bool(is_weighted) or bool(has_weights.any())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._undo = None
 
-    def _is_filled(self, saved: _Stored) -> Tensor:
-        """[n] bool: saved slots that hold a row, and a finite one.
-
-        An older version may have stored others.
-        """
-        return Pool(*saved).is_present(self.ignore_index) & saved.logits.isfinite().all(1)
-
-    def _laid_out(self, saved: _Stored, cursor: Tensor) -> tuple[_Stored, Tensor]:
+    def _laid_out(self, saved: Stored, cursor: int) -> tuple[Stored, int]:
         """A saved queue as this one stores it; of another size, the newest rows from slot 0 on."""
-        size, slot = len(saved.targets), torch.arange(self.size, device=cursor.device)
-        is_filled = self._is_filled(saved)
+        size, device = len(saved.targets), saved.logits.device
+        slot = torch.arange(self.size, device=device)
+        is_filled = saved.is_filled(self.ignore_index)
         if size != self.size:
-            oldest_first = (cursor + torch.arange(size, device=cursor.device)) % max(1, size)
+            oldest_first = (cursor + torch.arange(size, device=device)) % max(1, size)
             kept = oldest_first[is_filled[oldest_first]]
             slot = kept[max(0, len(kept) - self.size) :]
-            cursor = torch.full_like(cursor, len(slot) % max(1, self.size))
+            cursor = len(slot) % max(1, self.size)
             is_filled = torch.ones_like(slot, dtype=torch.bool)
-        blank = _Stored(self.logits, self.targets, self.weights)
         laid_out = []
-        for own, old, free in zip(blank, saved, (0, self.ignore_index, 0), strict=True):
-            field = torch.full_like(own, free, device=old.device)
-            field[: len(slot)][is_filled] = old[slot][is_filled].to(own.dtype)
+        for own, old, free in zip(self._stored(), saved, (0, self.ignore_index, 0), strict=True):
+            field = torch.full_like(own, free, device=device)
+            field[: len(slot)][is_filled] = old[slot][is_filled]
             laid_out.append(field)
-        return _Stored(*laid_out), cursor.clone()
-
-
-def _saved_rows(state_dict: dict[str, Any], prefix: str) -> _Stored | None:
-    """The queue in a state_dict, None where a part of it is missing."""
-    names = [prefix + name for name in (*_Stored._fields, "cursor")]
-    fields = [field for name in names if isinstance(field := state_dict.get(name), Tensor)]
-    return _Stored(*fields[:-1]) if len(fields) == len(names) else None
-
-
-def is_saved_by_predecessor(state_dict: dict[str, Any], prefix: str) -> bool:
-    """Whether the queue in a state_dict is one of imbalanced-losses ≤ 0.6."""
-    return prefix + "_q_logits" in state_dict
-
-
-def _with_current_names(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A copy in which a queue of imbalanced-losses ≤ 0.6 has the names and shapes of this one."""
-    state_dict = dict(state_dict)
-    if not is_saved_by_predecessor(state_dict, prefix):
-        return state_dict
-    logits = state_dict.pop(prefix + "_q_logits")
-    state_dict[prefix + "logits"] = logits
-    state_dict[prefix + "targets"] = state_dict.pop(prefix + "_q_targets")
-    state_dict[prefix + "cursor"] = state_dict.pop(prefix + "_q_ptr").reshape(())
-    state_dict[prefix + "weights"] = state_dict.pop(
-        prefix + "_q_weight", logits.new_ones(len(logits))
-    )
-    state_dict.pop(prefix + "_q_iid", None)
-    return state_dict
+        return Stored(*laid_out), cursor

@@ -154,7 +154,9 @@ class SmoothAPLoss(_QueuedRankingLoss):
             batch, _ = self._batch(logits, targets, sample_weight)
         batch = batch._replace(logits=batch.logits.detach())
         self._fit(batch)
-        again = _is_same(self._last_batch, batch) and (self.queue_size == 0 or self._queue.can_undo)
+        again = _is_same(self._last_batch, batch) and (
+            self.queue_size == 0 or self._queue.last_push is not None
+        )
         pool = self._capped(self._present(self._extended(batch, again)), again)
         problems = self._problems(pool, ALONE)
         spread = score_spread(problems.scores, problems.weights)

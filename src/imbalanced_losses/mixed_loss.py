@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
+from imbalanced_losses._saved import unchanged_on_error
 from imbalanced_losses._tracing import is_recomputed
 from imbalanced_losses._typing import typed_as
 
@@ -196,20 +198,39 @@ class MixedLoss(nn.Module):
         is_again = self.training and is_recomputed()
         is_counted = self.training and not is_again
         weight = self._weight_at(self._last_step()) if is_again else self.main_weight
-        loss: Tensor | None = None
-        if weight > 0:
-            # First, since ranks that rank together all have to hear of bad input on one of them.
-            if is_counted:
-                self._prepare(logits, targets, sample_weight)
-            loss = weight * self.main_loss(logits, targets, sample_weight=sample_weight)
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        auxiliary: Tensor | float = 0.0
         if weight < 1:
-            weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-            auxiliary = (1 - weight) * self.auxiliary_loss(logits, targets, **weights)
-            loss = auxiliary if loss is None else loss + auxiliary
-        assert loss is not None
+            try:
+                auxiliary = (1 - weight) * self.auxiliary_loss(logits, targets, **weights)
+            except Exception as error:
+                if weight > 0:  # ranks that rank together wait for this one
+                    self.main_loss._refuse(error, logits, targets, sample_weight)
+                raise
+        if weight > 0:
+            main = self._counted_main_loss if is_counted else self.main_loss
+            return weight * main(logits, targets, sample_weight=sample_weight) + auxiliary
         if is_counted:
             self._count()
-        return loss
+        assert isinstance(auxiliary, Tensor)
+        return auxiliary
+
+    def _counted_main_loss(
+        self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        """The main loss of a training call, which then counts; if it raises, nothing has moved."""
+        with nullcontext() if self._has_switched else unchanged_on_error(self):
+            before = self._num_calls, self._num_steps, self.main_loss.temperature
+            main_steps = self.main_loss._num_steps
+            try:
+                self._prepare(logits, targets, sample_weight)
+                self._count()
+                loss: Tensor = self.main_loss(logits, targets, sample_weight=sample_weight)
+                return loss
+            except BaseException:
+                if self.main_loss._num_steps == main_steps:
+                    self._num_calls, self._num_steps, self.main_loss.temperature = before
+                raise
 
     if TYPE_CHECKING:
 
@@ -237,10 +258,10 @@ class MixedLoss(nn.Module):
         is_constant = self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
         if is_constant and torch.compiler.is_compiling():
             return
-        self._num_calls += 1
-        if self._num_calls == self.calls_per_step:
-            self._num_calls = 0
-            self._num_steps += 1
+        # At the end of a step; resumed with fewer calls a step, it may lie behind.
+        is_end = self._num_calls + 1 >= self.calls_per_step
+        calls = 0 if is_end else self._num_calls + 1
+        self._num_calls, self._num_steps = calls, self._num_steps + is_end
 
     def _weight_at(self, step: int) -> float:
         done = step - self.warmup_steps
@@ -281,6 +302,13 @@ class MixedLoss(nn.Module):
             destination[prefix + name] = torch.tensor(
                 value, dtype=torch.float64 if isinstance(value, float) else None, device="cpu"
             )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`; after an error both losses are as they were."""
+        with unchanged_on_error(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self,
