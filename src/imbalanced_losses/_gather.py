@@ -9,6 +9,7 @@ The only file that knows torch.distributed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -68,7 +69,7 @@ class Group:
             is_nccl = "nccl" in dist.get_backend(self.handle)
             device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
         sums = torch.tensor(numbers, dtype=torch.int64, device=device)
-        dist.all_reduce(sums, group=self.handle)
+        _together(dist.all_reduce, sums, group=self)
         return [int(total) for total in sums.tolist()]
 
 
@@ -143,7 +144,7 @@ class Shards:
 
     def max(self, tensor: Tensor) -> Tensor:
         largest = tensor.detach().clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group.handle)
+        _together(dist.all_reduce, largest, dist.ReduceOp.MAX, group=self.group)
         return largest
 
     def concatenated(self, rows: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         total = tensor.detach().clone()
-        dist.all_reduce(total, group=group.handle)
+        _together(dist.all_reduce, total, group=group)
         return total
 
     @staticmethod
@@ -223,15 +224,7 @@ def _exchanged_headers(
     for name, value in settings.items():
         header[name] = _WORDS.index(value) if isinstance(value, str) else value
     values = torch.tensor(list(header.values()), dtype=torch.float64, device=device)
-    try:
-        rows = [row.tolist() for row in _all_gather(values, group)]
-    except RuntimeError as error:
-        raise RuntimeError(
-            "the loss ranks the rows of all ranks together, and not all of them took part in this "
-            "forward pass: one has ended, failed, or made fewer steps than the others. Ranks with "
-            "fewer batches: see imbalanced_losses.distributed.even_steps. torch.distributed says: "
-            f"{error}"
-        ) from error
+    rows = [row.tolist() for row in _all_gather(values, group)]
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
@@ -239,15 +232,29 @@ def _raise_first_error(own: Exception | None, group: Group) -> None:
     """Raise, on every rank, the error of the first rank that has one."""
     errors: list[tuple[bool, str] | None] = [None] * group.size()
     mine = None if own is None else (isinstance(own, TypeError), str(own))
-    dist.all_gather_object(errors, mine, group=group.handle)
+    _together(dist.all_gather_object, errors, mine, group=group)
     rank, (is_type_error, message) = next((r, e) for r, e in enumerate(errors) if e is not None)
     raise (TypeError if is_type_error else ValueError)(f"on rank {rank}: {message}") from own
 
 
 def _all_gather(tensor: Tensor, group: Group) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor, group=group.handle)
+    _together(dist.all_gather, parts, tensor, group=group)
     return parts
+
+
+def _together(collective: Callable[..., Any], *arguments: Any, group: Group) -> None:
+    """A collective; where a rank stays away, the others raise what that means."""
+    try:
+        collective(*arguments, group=group.handle)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the loss ranks the rows of all ranks together, and not all of them took part in this "
+            "forward pass: one has ended, failed, or made fewer steps than the others, as its own "
+            f"output will tell (this is rank {dist.get_rank(group.handle)} of {group.size()}). "
+            "Ranks with fewer batches: see imbalanced_losses.distributed.even_steps. "
+            f"torch.distributed says: {error}"
+        ) from error
 
 
 def _columns(targets: Tensor) -> int:
