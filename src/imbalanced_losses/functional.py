@@ -300,8 +300,7 @@ def _problems(
     if has_extremes:
         # Two infinities tie instead of differing by NaN, and no difference overflows.
         scores = scores.clamp(-largest, largest)
-    # Below this a gradient, which goes with 1/τ, could overflow.
-    smallest = limits.tiny**0.5
+    smallest = _smallest(dtype)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scores.device, dtype).clamp(min=smallest).expand(len(scores))
     else:
@@ -412,11 +411,13 @@ def _ap_and_slopes(
         among_all, among_positives = plan.ranks()
     else:
         among_all, among_positives, slopes = plan.ranks_and_gradient(
-            _SlopesOfPrecision(positives, of.temperature)
+            _SlopesOfPrecision(positives, of.temperature, of.weights is not None)
         )
         if of.has_extremes:
             # Nothing moves an infinity; where several tie, their slopes would be finite.
             slopes.masked_fill_(of.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
+    if of.weights is not None:
+        among_all, among_positives = _possible_ranks(among_all, among_positives)
     weighted = among_positives.div_(among_all).mul_(positives.share)
     return of.exchange.sum(positives.total(weighted, of.scores.shape[0])), slopes
 
@@ -496,17 +497,30 @@ class _SmoothAP(torch.autograd.Function):
 class _SlopesOfPrecision:
     """∂(share · R⁺ / R) / ∂(R, R⁺) of each positive, over τ."""
 
-    def __init__(self, positives: _Listed | _Masked, temperature: float | Tensor) -> None:
+    def __init__(
+        self, positives: _Listed | _Masked, temperature: float | Tensor, is_weighted: bool
+    ) -> None:
         if isinstance(temperature, Tensor):
             temperature = positives.of_problem(temperature)
+        self.is_weighted = is_weighted
         self.share = positives.share / temperature  # as positives are given, or a float for all
 
     def __call__(
         self, among_all: Tensor, among_positives: Tensor, queries: slice | Tensor
     ) -> tuple[Tensor, Tensor]:
         share = self.share[queries] if isinstance(self.share, Tensor) else self.share
+        if self.is_weighted:
+            among_all, among_positives = _possible_ranks(among_all, among_positives)
         by_positives = among_all.reciprocal().mul_(share)
         return (among_positives * by_positives).div_(among_all).neg_(), by_positives
+
+
+def _possible_ranks(among_all: Tensor, among_positives: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁺ as they can be, 0 ≤ R⁺ ≤ R > 0: rounding leaves that where a row's weight is less
+    than a float's digit of those around it.
+    """
+    among_all = among_all.clamp(min=_smallest(among_all.dtype))
+    return among_all, torch.minimum(among_positives.clamp(min=0), among_all)
 
 
 def _slopes_in_temperature(of: _Problems, slopes: Tensor) -> Tensor:
@@ -524,7 +538,9 @@ def _slopes_in_temperature(of: _Problems, slopes: Tensor) -> Tensor:
     size = slopes.abs()
     middle = of.exchange.sum(torch.stack(((size * scaled).sum(1), size.sum(1))))
     origin = middle[0] / middle[1].clamp(min=1e-300)
-    return -of.exchange.sum(((scaled - origin[:, None]) * slopes).sum(1))
+    by_temperature = -of.exchange.sum(((scaled - origin[:, None]) * slopes).sum(1))
+    # A temperature that was raised to the smallest moves nothing.
+    return by_temperature.masked_fill(temperature.squeeze(1) <= _smallest(of.scores.dtype), 0.0)
 
 
 def _only_alone(exchange: Exchange) -> None:
@@ -744,7 +760,8 @@ def _needs_gradient(value: float | Tensor) -> bool:
 def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) -> Tensor | None:
     """Weights [C, M] over their largest, which leaves AP alone and lets no sum overflow.
 
-    None where all are 1, in every process.
+    None where all are 1, in every process. One too small beside the largest for its rank to have a
+    reciprocal counts as little as can be, rather than not at all.
     """
     if weights is None and exchange is ALONE:
         return None
@@ -760,7 +777,14 @@ def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) ->
         if not bool(is_weighted.any()):
             return None
         largest = found.to(largest.dtype)
-    return (weights / torch.where(largest > 0, largest, 1)).to(scores.dtype)
+    unit = (weights / torch.where(largest > 0, largest, 1)).to(scores.dtype)
+    return torch.where(weights > 0, unit.clamp(min=_smallest(scores.dtype)), 0.0)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Of temperatures, and of ranks beside the largest: a gradient goes with 1/τ and 1/R."""
+    smallest: float = torch.finfo(dtype).tiny ** 0.5
+    return smallest
 
 
 def _compute_dtype(scores: Tensor) -> torch.dtype:

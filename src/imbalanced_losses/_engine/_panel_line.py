@@ -294,7 +294,9 @@ def _intervals(scores: Tensor, per_panel: float, reach: int) -> Tensor:
     if len(scores) == 0:
         return scores.new_empty(0, 2, dtype=torch.float64)
     sample = scores[:: max(1, len(scores) // _SAMPLE)].double()
-    half_window = max(1024, len(scores)) / (2 * per_panel)
+    half_window = math.inf  # a panel wider than any number
+    if per_panel > 0:
+        half_window = max(1024, len(scores)) / (2 * per_panel)
     is_inside = (scores - sample.median()).abs_() < half_window
     inside, outside = scores[is_inside], scores[~is_inside]
     core = torch.stack(inside.aminmax())
