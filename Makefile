@@ -7,8 +7,8 @@ CACHE  := .cache
 # The peers are measured side by side; each lives in its own folder, never in the environment.
 PEERS  := $(CACHE)/peers
 
-.PHONY: help demo demo-quick examples test torture torture-quick gpu check format docs dist matrix \
-        bench data peers clean
+.PHONY: help demo demo-quick examples test torture torture-quick gpu faults fuzz soak check format docs \
+        dist matrix bench data peers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,6 +55,20 @@ gpu: peers  ## on a machine with a CUDA device: test the kernels there, measure 
 	$(BIN)/python -m benchmarks.gpu --is-there
 	$(BIN)/python -m pytest -q tests/test_fused.py tests/test_gpu_benchmark.py
 	$(BIN)/python -m benchmarks.gpu
+
+faults: $(VENV)/.installed  ## kill processes and ranks, again and again: the longer form of its tests
+	$(BIN)/python -m pytest -q -m slow tests/test_faults.py tests/test_kills.py
+
+# Executions in all; seven in ten are of forward.
+RUNS ?= 1000000
+
+fuzz: $(VENV)/.installed  ## look for inputs that break forward or load_state_dict (RUNS=1000000)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz forward -runs=$$(($(RUNS) * 7 / 10))
+	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz load_state_dict -runs=$$(($(RUNS) * 3 / 10))
+
+soak: $(VENV)/.installed  ## 100,000 steps with checkpoints, and 20,000 on two ranks: memory flat, ranks equal
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 check: $(VENV)/.installed  ## formatting, lint, strict types, and those of a user's strict project
 	$(BIN)/ruff format --check .

@@ -63,6 +63,7 @@ class Ranks:
     def __init__(self, size: int = WORLD_SIZE, timeout_s: float = TIMEOUT_S) -> None:
         port = free_port()
         context = mp.get_context("spawn")
+        self.patience_s = 3 * max(timeout_s, TIMEOUT_S)
         self.connections, self.processes = [], []
         for rank in range(size):
             own, other = context.Pipe()
@@ -79,7 +80,7 @@ class Ranks:
             connection.send_bytes(packed((job, arguments)))
         results = []
         for rank, connection in enumerate(self.connections):
-            assert connection.poll(3 * TIMEOUT_S), f"rank {rank} does not answer"
+            assert connection.poll(self.patience_s), f"rank {rank} does not answer"
             results.append(torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False))
         return results
 
