@@ -8,7 +8,7 @@ CACHE  := .cache
 PEERS  := $(CACHE)/peers
 
 .PHONY: help demo demo-quick examples test torture torture-quick gpu faults fuzz soak check format docs \
-        dist matrix bench data peers clean
+        dist matrix bench peers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,10 +45,10 @@ examples: $(VENV)/.installed  ## run every example: frameworks, evaluation, two 
 test: $(VENV)/.installed  ## run the tests and the docstring examples
 	$(BIN)/python -m pytest -q
 
-torture: peers data  ## everything that is claimed, family by family, with a table of cases
+torture: peers  ## everything that is claimed, family by family, with a table of cases
 	$(BIN)/python -m tests.torture
 
-torture-quick: peers data  ## the same with half of the random examples: what CI runs
+torture-quick: peers  ## the same with half of the random examples: what CI runs
 	$(BIN)/python -m tests.torture --quick
 
 gpu: peers  ## on a machine with a CUDA device: test the kernels there, measure and plot (some 10 minutes)
@@ -108,9 +108,6 @@ $(PEERS)/.installed:
 	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/pytorch-metric-learning pytorch-metric-learning==2.9.0
 	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/libauc libauc==2.0.1
 	@touch $@
-
-data: $(VENV)/.installed  ## fetch the data that the demo and the examples train on
-	$(BIN)/python -c 'from demo.data import load_protein; load_protein()'
 
 peers: $(VENV)/.installed $(PEERS)/.installed  ## fetch the peers that benchmarks compare with
 
