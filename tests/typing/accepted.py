@@ -11,6 +11,8 @@ from typing_extensions import assert_type
 from imbalanced_losses import CrossEntropy, Diagnostics, MixedLoss, SmoothAPLoss, functional
 from imbalanced_losses.accumulation import backward_in_micro_batches
 from imbalanced_losses.distributed import even_steps
+from imbalanced_losses.extending import PerClass as Losses
+from imbalanced_losses.extending import Problems, QueuedRankingLoss, sigmoid_sums
 from imbalanced_losses.functional import Backend, SmoothAP, prior_weights, score_spread, smooth_ap
 
 PerClass = tuple[Tensor, Tensor, Tensor]
@@ -134,3 +136,18 @@ def batches(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor
     steps = even_steps(pairs, device="cpu")
     assert_type(steps, Iterator[tuple[Tensor, Tensor]])
     return steps
+
+
+class MeanRank(QueuedRankingLoss):
+    """A loss of one's own: the mean soft rank of the rows of the first class."""
+
+    def _per_class(self, problems: Problems) -> Losses:
+        scores, problem = problems.scores, torch.zeros_like(problems.scores[0], dtype=torch.int64)
+        tau = self._effective_temperature(problems)
+        sums = sigmoid_sums(scores[0], problem, scores, torch.ones_like(scores)[..., None], tau)
+        return Losses(sums.mean().expand(len(scores)), problems.is_positive.any(1))
+
+
+def own_loss(logits: Tensor, targets: Tensor) -> MixedLoss:
+    assert_type(MeanRank(1, temperature_unit="spread")(logits, targets, True), PerClass)
+    return MixedLoss(CrossEntropy(1), MeanRank(1), main_weight=0.5)
