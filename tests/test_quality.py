@@ -38,7 +38,7 @@ def test_gains_are_paired_by_split() -> None:
     rows += [row("a", 0.6, 0), row("a", 0.3, 0, split=1), row("b", 0.9, 0)]
     chosen = quality.tuned(rows)
     assert quality.gains(chosen, "t", ["a", "b"], "BCE") == [pytest.approx(-0.05)]
-    assert quality.gains(chosen, "t", ["a", "b"], "not run") == []
+    assert quality.gains(chosen, "t", ["a", "b", "not run either"], "not run") == []
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
