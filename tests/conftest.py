@@ -14,11 +14,10 @@ from hypothesis import settings
 from imbalanced_losses import _engine
 from imbalanced_losses._engine import _panel
 from tests.ranks import Ranks
+from tests.versions import OWN_WARNINGS
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
-
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 settings.register_profile(
     "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
@@ -58,12 +57,8 @@ def ranks() -> Iterator[Ranks]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if TORCH < (2, 5):  # its own calls of its own deprecated names
-        for text in (
-            "Please use `torch.vmap` instead",
-            ".torch.cpu.amp.autocast",
-        ):
-            config.addinivalue_line("filterwarnings", f"ignore:{text}:FutureWarning")
+    for text in OWN_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{text}:FutureWarning")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.versions import OWN_WARNINGS
+
 WORLD_SIZE = 2
 TIMEOUT_S = 20  # of a collective: long enough for a busy machine
 
@@ -21,6 +23,8 @@ TIMEOUT_S = 20  # of a collective: long enough for a busy machine
 def serve(rank: int, size: int, port: int, timeout_s: float, connection: Connection) -> None:
     """What a rank does: run the jobs that come, send back the result or the error."""
     warnings.simplefilter("error")
+    for text in OWN_WARNINGS:
+        warnings.filterwarnings("ignore", text, FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -23,7 +23,7 @@ from tests import far_device
 from tests.cases import seeded
 from tests.rows import IGNORED, state_of
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.2")
 
 # The interpreter computes with numpy, which says where an infinity comes up.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
