@@ -254,7 +254,7 @@ def test_gradcheck(num_classes: int, weighted: bool, tensor_temperature: bool) -
     assert torch.autograd.gradgradcheck(ap, inputs, check_batched_grad=True)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own import
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own import
 def test_forward_mode_is_refused() -> None:
     """Forward-mode differentiation is not provided: it raises rather than being silently wrong."""
     scores, is_positive = torch.randn(8), torch.arange(8) < 3
