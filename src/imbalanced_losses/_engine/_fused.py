@@ -5,13 +5,13 @@ Nothing is read back to the host by `FusedDense`, so that a step can be captured
 with a mask of the positives, where the other plans take a list of them, whose length would have to
 be read.
 
-The kernels are Triton's, which comes with CUDA builds of PyTorch; without it the plans in plain
-PyTorch serve these devices too.
+The kernels are Triton's (3.2 or newer), which comes with CUDA builds of PyTorch; without it the
+plans in plain PyTorch serve these devices too.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from imbalanced_losses._engine._plan import SlopesOf
 
 # Where the kernels run.
 DEVICES = ("cuda",)
+_OLDEST_TRITON = (3, 2)
 # A tile of pairs, and how many sources or query blocks are summed before float64 takes over.
 _QUERIES, _SOURCES, _CHUNK, _BLOCKS = 16, 64, 512, 16
 # Programs that keep a large device busy, if a tenth of the rows are positive.
@@ -46,7 +47,12 @@ def has_kernels(scores: Tensor) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a Triton that the kernels have been tested on."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
 
 
 def fused_plan(
