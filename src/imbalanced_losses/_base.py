@@ -440,7 +440,20 @@ class _QueuedRankingLoss(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `torch.nn.Module.load_state_dict`; after an error the loss is as it was."""
+        """Take a checkpoint, or change nothing, as in `torch.nn.Module`.
+
+        Args:
+            state_dict: of a loss for as many classes. Of a queue of another size
+                the newest rows are kept.
+            strict: whether missing and unexpected keys are an error.
+            assign: take the tensors themselves instead of copying them.
+
+        Returns:
+            The names of the missing and the unexpected keys.
+
+        Raises:
+            RuntimeError: keys or values that do not fit; the loss is as it was.
+        """
         with unchanged_on_error(self):
             return super().load_state_dict(state_dict, strict, assign)
 

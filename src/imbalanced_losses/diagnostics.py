@@ -26,8 +26,8 @@ class Diagnostics(NamedTuple):
 
     Attributes:
         ap: [C] in [0, 1], exact Average Precision of the pool, ties as in
-            scikit-learn. NaN where a score is; and for a class without a positive
-            or without a negative, here and in all other floats.
+            scikit-learn. NaN where a score is; and for a class without a
+            positive or without a negative, here and in all other floats.
         smooth_ap: [C] in [0, 1], what the loss makes of it.
         temperature: [C] > 0, effective τ in units of the scores.
         spread: [C] > 0, standard deviation of the scores in the pool.

@@ -306,7 +306,20 @@ class MixedLoss(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `torch.nn.Module.load_state_dict`; after an error both losses are as they were."""
+        """Take a checkpoint, or change nothing, as in `torch.nn.Module`.
+
+        Args:
+            state_dict: of a mix of losses like these, with its schedule.
+            strict: whether missing and unexpected keys are an error.
+            assign: take the tensors themselves instead of copying them.
+
+        Returns:
+            The names of the missing and the unexpected keys.
+
+        Raises:
+            RuntimeError: keys or values that do not fit; both losses are as they
+                were.
+        """
         with unchanged_on_error(self):
             return super().load_state_dict(state_dict, strict, assign)
 
