@@ -443,8 +443,8 @@ class _QueuedRankingLoss(nn.Module):
         """Take a checkpoint, or change nothing, as in `torch.nn.Module`.
 
         Args:
-            state_dict: of a loss for as many classes. Of a queue of another size
-                the newest rows are kept.
+            state_dict: of a loss for as many classes. Of a queue of another
+                size the newest rows are kept.
             strict: whether missing and unexpected keys are an error.
             assign: take the tensors themselves instead of copying them.
 

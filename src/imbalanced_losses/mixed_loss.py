@@ -317,8 +317,8 @@ class MixedLoss(nn.Module):
             The names of the missing and the unexpected keys.
 
         Raises:
-            RuntimeError: keys or values that do not fit; both losses are as they
-                were.
+            RuntimeError: keys or values that do not fit; both losses are as
+                they were.
         """
         with unchanged_on_error(self):
             return super().load_state_dict(state_dict, strict, assign)
