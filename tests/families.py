@@ -109,8 +109,13 @@ FAMILIES = {
     "T9": Family(
         "checkpoints",
         "Ten steps after a round trip are those without it, bit for bit, temperature and draws "
-        "included; another queue size keeps the newest rows; the predecessor's checkpoints load.",
-        ("test_mixed_loss::test_a_resumed_run_goes_on_exactly", "test_state"),
+        "included; another queue size keeps the newest rows; the predecessor's checkpoints load; one "
+        "that is cut short, spoilt or of another loss is an error that changes nothing.",
+        (
+            "test_mixed_loss::test_a_resumed_run_goes_on_exactly",
+            "test_state",
+            "test_wrong_checkpoints",
+        ),
         40,
     ),
     "T10": Family(
@@ -160,10 +165,11 @@ FAMILIES = {
     ),
     "T15": Family(
         "no waiting for the device",
-        "A step reads nothing back to the host, or one bool where values are checked, whatever the "
-        "number of classes.",
-        ("test_fused::test_host_reads_of_a_step", "test_fused::test_host_reads_of_panels"),
-        5,
+        "With 1, 10 and 100 classes a step on another device copies nothing to it, and reads back "
+        "nothing, or one bool where values are checked; a linear pool reads once more, backward "
+        "never.",
+        ("test_fused::test_a_step_on_a_device",),
+        96,
     ),
     "T16": Family(
         "memory",
@@ -200,6 +206,22 @@ FAMILIES = {
         "gradients within 1e-5; what differs on purpose is asserted on both sides.",
         ("test_predecessor", "test_predecessor_differences"),
         300,
+    ),
+    # T20 is `make mutation`, which takes hours.
+    "T21": Family(
+        "faults",
+        "A NaN row on any rank spoils one step; a step interrupted at any line leaves the state "
+        "before it or after it; a process killed at any moment resumes bit for bit; where a rank "
+        "dies, the others say so.",
+        ("test_faults", "test_kills"),
+        30,
+    ),
+    "T22": Family(
+        "fuzzing",
+        "Arguments, settings and checkpoints made of random bytes: a documented error that changes "
+        "nothing, or a loss and a gradient as defined. `make fuzz` goes on, guided by coverage.",
+        ("test_fuzz",),
+        2000,
     ),
 }
 

@@ -89,6 +89,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return whole(*arguments)
 
         monkeypatch.setattr(_engine, name, note)
+        for backend, plan in _engine.PLANS.items():
+            if plan is whole:
+                monkeypatch.setitem(_engine.PLANS, backend, note)
     return built
 
 

@@ -265,13 +265,17 @@ DENSE, LINEAR = {"rank_sums", "source_slopes"}, {"panel_moments", "panel_totals"
 @pytest.mark.parametrize("checked", [False, True], ids=["values unchecked", "values checked"])
 @pytest.mark.parametrize("num_classes", [1, 10, 100])
 def test_a_step_on_a_device(
-    num_classes: int, checked: bool, crossings: list[dict[str, Any]]
+    num_classes: int,
+    checked: bool,
+    crossings: list[dict[str, Any]],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Nothing is copied to the device; one value is read for each loss that checks some, none
     otherwise, and one more of a linear pool; a cap on the pool reads some, whatever the classes.
     """
     rows = [row for row in crossings if (row["classes"], row["checked"]) == (num_classes, checked)]
     assert len(rows) == 16
+    record_property("cases", len(rows))
     for row in rows:
         expected = ["_local_scalar_dense"] * checked
         if row["loss"] == "mixed":

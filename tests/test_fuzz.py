@@ -13,13 +13,18 @@ from fuzz import forward, load_state_dict
 
 from imbalanced_losses import SmoothAPLoss
 
+RUNS = 1000
+
 
 @pytest.mark.parametrize(
     "one_run", [forward.one_run, load_state_dict.one_run], ids=["forward", "load_state_dict"]
 )
-def test_no_bytes_break_a_property(one_run: Callable[[bytes], None]) -> None:
+def test_no_bytes_break_a_property(
+    one_run: Callable[[bytes], None], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", RUNS)
     generator = random.Random(0)
-    for _ in range(1000):
+    for _ in range(RUNS):
         data = generator.randbytes(generator.randrange(4, 160))
         try:
             one_run(data)

@@ -15,11 +15,6 @@ from imbalanced_losses import CrossEntropy
 
 ROWS, MICRO_BATCH, RATE = 20, 8, 0.1  # 8 + 8 + 4 rows
 
-generator = torch.Generator().manual_seed(0)
-words = torch.randint(1, 5000, (ROWS, 12), generator=generator)
-part = Part(words, torch.randint(0, 2, (ROWS, 7), generator=generator))
-rows = Titles(part)
-
 
 def without_dropout() -> nn.Module:
     model = make_model()
@@ -29,26 +24,36 @@ def without_dropout() -> nn.Module:
     return model
 
 
-expected = without_dropout()
-loss_fn = CrossEntropy(1)
-loss_fn(expected(words, attention_mask=words != 0).logits, rows.labels).backward()
-torch.optim.SGD(expected.parameters(), RATE).step()
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 5000, (ROWS, 12), generator=generator)
+    part = Part(words, torch.randint(0, 2, (ROWS, 7), generator=generator))
+    rows = Titles(part)
 
-trained = without_dropout()
-arguments = TrainingArguments(
-    sys.argv[1],
-    num_train_epochs=1,
-    per_device_train_batch_size=MICRO_BATCH,
-    gradient_accumulation_steps=3,
-    learning_rate=RATE,
-    lr_scheduler_type="constant",
-    optim="sgd",
-    max_grad_norm=0.0,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    use_cpu=True,
-)
-RankingTrainer(trained, arguments, train_dataset=rows, loss_fn=loss_fn).train()
-for found, wanted in zip(trained.parameters(), expected.parameters(), strict=True):
-    torch.testing.assert_close(found, wanted)
+    expected = without_dropout()
+    loss_fn = CrossEntropy(1)
+    loss_fn(expected(words, attention_mask=words != 0).logits, rows.labels).backward()
+    torch.optim.SGD(expected.parameters(), RATE).step()
+
+    trained = without_dropout()
+    arguments = TrainingArguments(
+        sys.argv[1],
+        num_train_epochs=1,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=3,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    RankingTrainer(trained, arguments, train_dataset=rows, loss_fn=loss_fn).train()
+    for found, wanted in zip(trained.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+if __name__ == "__main__":
+    main()
