@@ -109,8 +109,8 @@ FAMILIES = {
     "T9": Family(
         "checkpoints",
         "Ten steps after a round trip are those without it, bit for bit, temperature and draws "
-        "included; another queue size keeps the newest rows; the predecessor's checkpoints load; one "
-        "that is cut short, spoilt or of another loss is an error that changes nothing.",
+        "included; another queue size keeps the newest rows; the predecessor's checkpoints load; "
+        "one that is cut short, spoilt or of another loss is an error that changes nothing.",
         (
             "test_mixed_loss::test_a_resumed_run_goes_on_exactly",
             "test_state",
