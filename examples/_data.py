@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
-from benchmarks.tasks import _archive, _member
+from benchmarks.tasks import downloaded, read_member
 
 GENRES = ("Action", "Animation", "Comedy", "Documentary", "Drama", "Romance", "Short")
 PADDING, UNKNOWN = 0, 1  # word numbers; 2 and above are words
@@ -50,8 +50,8 @@ def long_tailed_digits() -> tuple[Part, Part, Part]:
 
 def film_titles(num_films: int = 20_000) -> tuple[Part, Part, Part]:
     """Train, validation and test: title and decade as word numbers [n, 12], genres [n, 7]."""
-    archive = _archive("ggplot==0.11.5")
-    lines = io.StringIO(_member(archive, "ggplot/datasets/movies.csv").decode())
+    archive = downloaded("ggplot==0.11.5")
+    lines = io.StringIO(read_member(archive, "ggplot/datasets/movies.csv").decode())
     films = list(csv.DictReader(lines))
     drawn = torch.randperm(len(films), generator=torch.Generator().manual_seed(0))[:num_films]
     films = [films[row] for row in drawn.tolist()]
@@ -68,7 +68,7 @@ def tagged_sentences() -> tuple[Part, Part, Part, list[str]]:
     entity with 31 tokens and fewer.
     """
     name = "hironsancorpus-0.1.2/hironsan/corpus/iob_sents.txt"
-    text = _member(_archive("hironsancorpus==0.1.2"), name).decode()
+    text = read_member(downloaded("hironsancorpus==0.1.2"), name).decode()
     sentences = [
         [line.split("\t") for line in block.splitlines()]
         for block in re.split(r"\n\s*\n", text.replace("\r", ""))
