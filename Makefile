@@ -43,7 +43,7 @@ examples: $(VENV)/.installed  ## run every example: frameworks, evaluation, two 
 	$(EXAMPLE) examples/lightning_ddp.py
 
 test: $(VENV)/.installed  ## run the tests and the docstring examples, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: peers  ## everything that is claimed, family by family, with a table of cases
 	$(BIN)/python -m tests.torture

@@ -81,8 +81,8 @@ def run_tests(families: Iterable[str], options: argparse.Namespace) -> tuple[Cou
     arguments = ["-q", "-p", "no:cacheprovider", *paths]
     if not options.quick:
         arguments.append("--hypothesis-profile=thorough")
-    if options.workers > 1:
-        arguments += ["-n", str(options.workers), "--dist", "worksteal"]
+    if options.workers > 1:  # the fixtures of a file are made once: it stays in one process
+        arguments += ["-n", str(options.workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     if options.x:
         arguments.append("-x")
     counter = Counter()
