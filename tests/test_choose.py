@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imbalanced_losses import _engine
 from imbalanced_losses._engine import _choose, sigmoid_sums
-from imbalanced_losses._engine._choose import choose
+from imbalanced_losses._engine._choose import choose, choose_fused
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 
@@ -185,3 +185,12 @@ def test_empty_sums_go_to_dense(made: list[str], num_queries: int, num_sources: 
         assert out.shape == (num_queries, 2)
         assert (out == 0).all()
     assert made == ["DensePlan"] * 3
+
+
+def test_kernels_compare_all_pairs_up_to_a_number() -> None:
+    few_rows, rows = _choose._FEW_FUSED_ROWS, 1 << 14
+    most_problems = _choose._MOST_FUSED_PAIRS // rows**2
+    assert choose_fused(1_000_000, few_rows) == "dense"
+    assert choose_fused(1_000_000, few_rows + 1) == "panel"
+    assert choose_fused(most_problems, rows) == "dense"
+    assert choose_fused(most_problems + 1, rows) == "panel"

@@ -406,3 +406,40 @@ def test_bad_arguments() -> None:
         SmoothAPLoss(1, process_group=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="grad_reduce must be one of 'mean', 'sum', got 'avg'"):
         SmoothAPLoss(1, grad_reduce="avg")  # type: ignore[arg-type]
+
+
+def in_a_group_of_the_last(rank: int, bad: bool) -> float | None:
+    """The loss over a group whose ranks are not numbered as those of the world; None outside."""
+    size = dist.get_world_size()
+    group = dist.new_group([size - 2, size - 1])
+    if rank < size - 2:
+        return None
+    batch = make_batch(4, 2, seed=rank)
+    targets = batch.targets + 7 if bad and rank == size - 1 else batch.targets
+    loss: Tensor = SmoothAPLoss(2, 0, 0.3, process_group=group)(batch.logits, targets)
+    return loss.item()
+
+
+def test_a_group_numbers_its_ranks_by_itself(four_ranks: Ranks) -> None:
+    batches = [make_batch(4, 2, seed=rank) for rank in (2, 3)]
+    together = (torch.cat(fields) for fields in zip(*(batch[:2] for batch in batches), strict=True))
+    alone = SmoothAPLoss(2, 0, 0.3)(*together).item()
+    assert four_ranks.run(in_a_group_of_the_last, False) == [None, None, alone, alone]
+    *outside, first, second = four_ranks.run(in_a_group_of_the_last, True)
+    assert outside == [None, None]
+    assert first == second
+    assert first.error == "ValueError"
+    assert first.message.startswith("on rank 1: targets must ")
+
+
+def steps_in_a_group_of_the_last(rank: int) -> list[int]:
+    """Rows of each batch, where the first ranks have many more batches than those of the group."""
+    group = dist.new_group([2, 3])
+    batches = [(torch.zeros(2),)] * (9, 9, 3, 1)[rank]
+    steps = even_steps(batches, process_group=group) if rank > 1 else batches
+    return [len(batch[0]) for batch in steps]
+
+
+def test_even_steps_of_a_group(four_ranks: Ranks) -> None:
+    found = four_ranks.run(steps_in_a_group_of_the_last)
+    assert found == [[2] * 9, [2] * 9, [2, 2, 2], [2, 0, 0]]

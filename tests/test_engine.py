@@ -425,6 +425,21 @@ def test_vmap_over_weights() -> None:
     torch.testing.assert_close(batched, expected)
 
 
+@pytest.mark.parametrize("backend", ["dense", "panel"])
+def test_vmap_over_cotangents(backend: Backend) -> None:
+    """`torch.func.vmap` of a pullback gives what one cotangent after the other gives."""
+    given = _problem(5, 6, 3, 2)
+
+    def sums(weights: Tensor) -> Tensor:
+        return sigmoid_sums(*given._replace(weights=weights), backend=backend)
+
+    _, pullback = torch.func.vjp(sums, given.weights)
+    cotangents = torch.randn(4, 5, 2, dtype=torch.float64)
+    (batched,) = torch.func.vmap(pullback)(cotangents)
+    expected = torch.stack([pullback(cotangent)[0] for cotangent in cotangents])
+    torch.testing.assert_close(batched, expected)
+
+
 @pytest.mark.parametrize("batched", ["queries", "sources", "temperature"])
 def test_vmap_over_the_geometry_is_refused(batched: str) -> None:
     """Scores and τ cannot be batched: an error that says what to do instead."""

@@ -250,7 +250,7 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
     )
     batch = make_batch(4, num_classes, multilabel=multilabel)
     if other and what == "temperature":
-        loss_fn.temperature = 0.02
+        loss_fn.temperature *= 1 + 1e-15
     if other and what == "training":
         loss_fn.eval()
     if other and what == "steps made":
@@ -261,6 +261,8 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
         batch = batch._replace(logits=batch.logits.double())
     if other and what == "bad-target":
         batch = batch._replace(targets=batch.targets + 9)
+    if other and what == "complex-logits":
+        batch = batch._replace(logits=batch.logits.to(torch.complex64))
     before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
     try:
         batch.through(loss_fn)
@@ -303,3 +305,39 @@ def test_bad_input_on_one_rank_is_an_error_on_every_rank() -> None:
     assert isinstance(second, Failure)
     assert first.error == second.error == "ValueError"
     assert "targets must be integers in 0..2" in first.message
+
+
+def test_a_type_error_on_one_rank_is_one_on_every_rank(ranks: Ranks) -> None:
+    first, second = ranks.run(disagree, "complex-logits")
+    assert first == second
+    assert first.error == "TypeError"
+    assert first.message.startswith(f"on rank {WORLD_SIZE - 1}: logits must ")
+
+
+# --- The rows that are gathered ------------------------------------------------------------------
+
+GATHERED = [
+    pytest.param(torch.float32, False, False, id="float32"),
+    pytest.param(torch.float32, True, True, id="float32, multilabel, weighted"),
+    pytest.param(torch.float64, False, True, id="float64, weighted"),
+]
+
+
+def gathered(rank: int | None, dtype: torch.dtype, multilabel: bool, weighted: bool) -> list[Any]:
+    """The fields of what is ranked: rank 0 has the first row of five, rank 1 the others."""
+    rows = {None: slice(None), 0: slice(1), 1: slice(1, None)}[rank]
+    batch = make_batch(5, 2, dtype=dtype, multilabel=multilabel)
+    weights = torch.arange(1.0, 6)[rows] if weighted and rank != 0 else None
+    loss_fn = SmoothAPLoss(2, multilabel=multilabel, gather_distributed=True)
+    pool, _ = loss_fn._batch(batch.logits[rows], batch.targets[rows], weights)
+    return list(pool)
+
+
+@pytest.mark.parametrize(("dtype", "multilabel", "weighted"), GATHERED)
+def test_gathered_rows_are_those_of_one_process(
+    ranks: Ranks, dtype: torch.dtype, multilabel: bool, weighted: bool
+) -> None:
+    """In order, bit for bit, and in the same dtypes."""
+    alone = gathered(None, dtype, multilabel, weighted)
+    for found in ranks.run(gathered, dtype, multilabel, weighted):
+        torch.testing.assert_close(found, alone, rtol=0, atol=0)

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses import SmoothAPLoss, _tracing
+from imbalanced_losses._pool import Pool
 from tests.rows import (
     IGNORED,
     Batch,
@@ -531,3 +532,53 @@ def test_recomputing_over_a_changed_queue_is_refused(
     change(loss_fn)
     with pytest.raises(RuntimeError, match="is being recomputed"):
         loss.backward()
+
+
+# --- Where nothing is read back to the host ------------------------------------------------------
+
+
+def with_unusable_rows(batch: Batch) -> Batch:
+    """Every fourth row is ignored, or infinite, or of weight zero."""
+    batch.targets[::4] = IGNORED
+    batch.logits[1::8] = math.inf
+    weights = torch.arange(len(batch.logits)).add(2).remainder(5).float()
+    return batch._replace(weights=weights)
+
+
+@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
+@pytest.mark.parametrize("num_rows", [6, 8, 9, 13, 40])
+def test_rows_on_a_device_are_stored_alike(
+    num_rows: int, multilabel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [
+        make_batch(4, 2, seed=1, multilabel=multilabel),
+        with_unusable_rows(make_batch(num_rows, 2, seed=2, multilabel=multilabel)),
+        make_batch(3, 2, seed=3, multilabel=multilabel),
+    ]
+    on_host, on_device = (SmoothAPLoss(2, 6, 0.3, multilabel=multilabel) for _ in range(2))
+    expected = [batch.through(on_host) for batch in batches]
+    monkeypatch.setattr(_tracing, "HOSTS", ())
+    found = [batch.through(on_device) for batch in batches]
+    torch.testing.assert_close(found, expected)
+    assert_same_state(on_device, on_host.state_dict())
+
+
+# --- How old the rows are ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
+def test_ages_are_of_the_rows_held(multilabel: bool) -> None:
+    loss_fn = SmoothAPLoss(2, queue_size=8, multilabel=multilabel)
+    for num_rows, expected in ((3, [0, 0, 0]), (4, [1, 1, 1, 0, 0, 0, 0])):
+        make_batch(num_rows, 2, multilabel=multilabel).through(loss_fn)
+        assert loss_fn._queue.ages().tolist() == expected
+
+
+@pytest.mark.parametrize("num_rows", [3, 6, 7, 15])
+def test_no_two_rows_on_a_device_take_the_same_slot(num_rows: int) -> None:
+    """Which of two would stay is not defined there."""
+    queue = SmoothAPLoss(2, queue_size=6)._queue
+    batch = make_batch(num_rows, 2)
+    _, slots, count = queue._placed(Pool(batch.logits, batch.targets, None))
+    taken = slots[slots < 6].tolist()
+    assert len(set(taken)) == len(taken) == int(count) == min(num_rows, 6)

@@ -155,6 +155,7 @@ def test_another_queue_size_keeps_the_newest_rows(
     other.load_state_dict(loss_fn.state_dict(), assign=assign)
     expected = rows_of(batch)[max(0, num_rows - min(saved, loaded)) :]
     assert queued_rows(other) == expected
+    assert int(other._queue.cursor) < max(1, loaded)
 
     more = make_batch(50, seed=1)
     more.through(other)
@@ -267,6 +268,13 @@ def test_a_bad_value_is_refused_and_nothing_of_it_taken(name: str, value: Tensor
     assert_same_state(other, before)
 
 
+def test_the_error_of_a_ragged_queue_says_how_many_rows_came() -> None:
+    loss_fn = new_loss(num_classes=1, queue_size=8)
+    state = {**loss_fn.state_dict(), "_queue.weights": torch.ones(9)}
+    with pytest.raises(RuntimeError, match=r"must have the same rows, got \[8, 8, 9\]"):
+        loss_fn.load_state_dict(state)
+
+
 # --- The predecessor's checkpoints ---------------------------------------------------------------
 
 
@@ -329,6 +337,7 @@ def test_a_poisoned_queue_of_the_predecessor_is_cleaned() -> None:
     state["_queue._q_logits"][1] = torch.nan
     loss_fn = new_loss(num_classes=1, queue_size=8)
     loss_fn.load_state_dict(state)
+    assert [row.logits for row in queued_rows(loss_fn)] == [(0.5,), (-1.0,), (0.0,), (3.0,)]
     assert make_batch(3).through(loss_fn).isfinite()
 
 

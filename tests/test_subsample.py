@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._subsample import Sample, quota_indices, strata_of
+from imbalanced_losses._subsample import Sample, _mixed, quota_indices, strata_of
 from tests.rows import IGNORED, Batch, make_batch, state_of
 
 
@@ -272,3 +272,11 @@ def test_sample_weight_and_sampling_weight_multiply() -> None:
     estimate = np.mean(losses_of(loss_fn, pool._replace(weights=weights), 100))
     assert abs(estimate - full) <= 0.05
     assert abs(pool.through(SmoothAPLoss(1, 0, 0.05)).item() - full) > 0.1
+
+
+def test_seeds_of_steps_are_the_sequence_of_splitmix64() -> None:
+    """The first three numbers of its reference implementation from seed 0."""
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [_mixed(0, step) for step in range(3)] == expected
+    assert _mixed(2**64 + 5, 1) == _mixed(5, 1)
+    assert _mixed(0x9E3779B97F4A7C15, 0) == expected[1]  # the seed is where the sequence starts
