@@ -40,6 +40,9 @@ def test_rows_without_a_gradient_are_constants_wherever_they_go() -> None:
     extended = live.extend(rest)
     assert extended.problems(IGNORED).num_live == 2
     assert extended.select(torch.tensor([1, 2, 4])).problems(IGNORED).num_live == 1
+    one = extended.select(torch.arange(3))
+    assert one.num_constant == 1
+    assert one.select(torch.tensor([0, 1])).num_constant == 0
     moving = rest._replace(logits=rest.logits.requires_grad_())
     assert live.extend(moving).problems(IGNORED).num_live == 5
 
@@ -77,3 +80,13 @@ def test_each_label_ignores_rows_of_its_own() -> None:
     assert problems.scores.tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     assert problems.is_positive.int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
     assert problems.weights.tolist() == [[1, 0, 0, 3, 0.5], [1, 0, 0, 3, 0]]
+
+
+def test_weights_have_the_dtype_of_the_scores() -> None:
+    for dtype in (torch.float32, torch.float64):
+        rows = pool(LABELS, 3)
+        rows = rows._replace(logits=rows.logits.to(dtype), weights=None)
+        weights = rows.problems(IGNORED).weights
+        assert weights is not None
+        assert weights.dtype == dtype
+        assert weights[0].tolist() == [1, 1, 0, 1, 1]

@@ -582,3 +582,27 @@ def test_no_two_rows_on_a_device_take_the_same_slot(num_rows: int) -> None:
     _, slots, count = queue._placed(Pool(batch.logits, batch.targets, None))
     taken = slots[slots < 6].tolist()
     assert len(set(taken)) == len(taken) == int(count) == min(num_rows, 6)
+
+
+# --- What it is made of --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
+def test_there_is_one_row_more_than_slots(multilabel: bool) -> None:
+    queue = SmoothAPLoss(2, queue_size=8, multilabel=multilabel)._queue
+    rows = (queue.logits, queue.targets, queue.weights, queue.born)
+    assert [len(field) for field in rows] == [9] * 4
+    assert queue.logits.shape[1:] == (2,)
+    assert queue.targets.shape[1:] == ((2,) if multilabel else ())
+    assert queue.born.dtype == queue.cursor.dtype == torch.int64
+
+
+def test_rows_have_weights_from_the_first_weighted_one_on() -> None:
+    loss_fn = SmoothAPLoss(1, queue_size=8)
+    make_batch(3).through(loss_fn)
+    make_batch(3)._replace(weights=torch.ones(3)).through(loss_fn)
+    assert loss_fn._queue.rows().weights is None
+    make_batch(3)._replace(weights=torch.full((3,), 2.0)).through(loss_fn)
+    weights = loss_fn._queue.rows().weights
+    assert weights is not None
+    assert weights.tolist() == [2, 1, 1, 1, 1, 1, 2, 2]
