@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._base import TemperatureUnit
-from imbalanced_losses.functional import Backend, smooth_ap
+from imbalanced_losses._base import TemperatureUnit, _as_number
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import IGNORED, Batch, Case, cases, random_batch, seeded
 from tests.oracle import OracleLoss, Result
 
@@ -317,3 +317,48 @@ def test_forward_mode_is_refused() -> None:
         dual = torch.autograd.forward_ad.make_dual(logits, logits)
         with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
             SmoothAPLoss(num_classes=1)(dual, targets)
+
+
+# --- What every ranking loss has -----------------------------------------------------------------
+
+
+def test_repr_names_what_is_not_usual() -> None:
+    usual = "num_classes=2, queue_size=1024, temperature=0.01, reduction='mean', multilabel=False"
+    assert SmoothAPLoss(2).extra_repr() == usual
+    options: dict[str, Any] = {
+        "ignore_index": -1,
+        "update_queue_in_eval": True,
+        "gather_distributed": False,
+        "max_pool_size": 9,
+        "temperature_unit": "spread",
+        "queue_follows_shift": True,
+        "grad_reduce": "sum",
+        "target_prior": (0.1, 0.2),
+    }
+    words = [usual, *(f"{name}={value!r}" for name, value in options.items())]
+    assert SmoothAPLoss(2, **options).extra_repr() == ", ".join(words)
+    assert SmoothAPLoss(2, gather="sums").extra_repr() == f"{usual}, gather='sums'"
+
+
+def test_the_spread_of_a_batch_is_that_of_its_weighted_rows() -> None:
+    logits, targets = torch.randn(30, 2, dtype=torch.float64), torch.arange(30).remainder(2)
+    weights = torch.arange(30.0, dtype=torch.float64).remainder(7)
+    found = SmoothAPLoss(2)._spread_of_batch(logits, targets, weights)
+    expected = score_spread(logits.T, sample_weight=weights).mean().item()
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert found != pytest.approx(score_spread(logits.T).mean().item(), rel=1e-3)
+
+
+def test_priors_are_told_apart_by_a_number() -> None:
+    priors = (None, (0.1,), (0.2,), (0.1, 0.2), (0.2, 0.1), (0.1, 0.2, 0.3))
+    numbers = [_as_number(prior) for prior in priors]
+    assert numbers[:3] == [0.0, 0.1, 0.2]
+    assert len(set(numbers)) == len(priors)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"queue_size": 0}, False), ({"queue_size": 1}, True), ({"max_pool_size": 9}, True)],
+)
+def test_what_a_forward_pass_depends_on(options: dict[str, int], expected: bool) -> None:
+    assert SmoothAPLoss(1, **{"queue_size": 0, **options})._depends_on_state() is expected
