@@ -16,6 +16,8 @@ from imbalanced_losses._engine import _panel
 from tests.ranks import Ranks
 from tests.versions import OWN_WARNINGS
 
+collect_ignore = ["trainer_accumulation.py"]  # a script, of packages that not everybody has
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 

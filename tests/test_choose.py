@@ -188,8 +188,8 @@ def test_empty_sums_go_to_dense(made: list[str], num_queries: int, num_sources: 
 
 
 def test_kernels_compare_all_pairs_up_to_a_number() -> None:
-    few_rows, rows = _choose._FEW_FUSED_ROWS, 1 << 14
-    most_problems = _choose._MOST_FUSED_PAIRS // rows**2
+    few_rows, rows = _choose.FEW_FUSED_ROWS, 1 << 14
+    most_problems = _choose.MOST_FUSED_PAIRS // rows**2
     assert choose_fused(1_000_000, few_rows) == "dense"
     assert choose_fused(1_000_000, few_rows + 1) == "panel"
     assert choose_fused(most_problems, rows) == "dense"

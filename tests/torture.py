@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from rich.console import Console
-from rich.table import Table
 
 from tests.families import FAMILIES, Family, family_of
 
@@ -122,6 +120,9 @@ class Cost(NamedTuple):
 
 
 def show(tallies: dict[str, Tally], problems: dict[str, str], caption: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", "family", title="torture")
     for name in ("cases", "failures", "skipped", "seconds"):
         table.add_column(name, justify="right")
