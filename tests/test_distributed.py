@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
 from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses._gather import Gather
 from imbalanced_losses.distributed import _without_rows, even_steps
 from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
 from tests.rows import make_batch, state_of
@@ -408,7 +409,7 @@ def test_bad_arguments() -> None:
         SmoothAPLoss(1, grad_reduce="avg")  # type: ignore[arg-type]
 
 
-def in_a_group_of_the_last(rank: int, bad: bool) -> float | None:
+def in_a_group_of_the_last(rank: int, gather: Gather, bad: bool) -> float | None:
     """The loss over a group whose ranks are not numbered as those of the world; None outside."""
     size = dist.get_world_size()
     group = dist.new_group([size - 2, size - 1])
@@ -416,16 +417,18 @@ def in_a_group_of_the_last(rank: int, bad: bool) -> float | None:
         return None
     batch = make_batch(4, 2, seed=rank)
     targets = batch.targets + 7 if bad and rank == size - 1 else batch.targets
-    loss: Tensor = SmoothAPLoss(2, 0, 0.3, process_group=group)(batch.logits, targets)
-    return loss.item()
+    loss_fn = SmoothAPLoss(2, 0, 0.3, process_group=group, gather=gather)
+    return loss_fn(batch.logits, targets).item()
 
 
-def test_a_group_numbers_its_ranks_by_itself(four_ranks: Ranks) -> None:
+@pytest.mark.parametrize("gather", ["rows", "sums"])
+def test_a_group_numbers_its_ranks_by_itself(four_ranks: Ranks, gather: Gather) -> None:
     batches = [make_batch(4, 2, seed=rank) for rank in (2, 3)]
     together = (torch.cat(fields) for fields in zip(*(batch[:2] for batch in batches), strict=True))
     alone = SmoothAPLoss(2, 0, 0.3)(*together).item()
-    assert four_ranks.run(in_a_group_of_the_last, False) == [None, None, alone, alone]
-    *outside, first, second = four_ranks.run(in_a_group_of_the_last, True)
+    found = four_ranks.run(in_a_group_of_the_last, gather, False)
+    assert found == [None, None, *[pytest.approx(alone, rel=1e-6)] * 2]
+    *outside, first, second = four_ranks.run(in_a_group_of_the_last, gather, True)
     assert outside == [None, None]
     assert first == second
     assert first.error == "ValueError"

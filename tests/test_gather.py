@@ -239,15 +239,29 @@ def test_without_a_process_group_nothing_is_gathered() -> None:
 # --- Ranks that disagree -------------------------------------------------------------------------
 
 
+# What the last rank has instead of the usual.
+UNUSUAL: dict[str, Any] = {
+    "gather": "sums",
+    "grad_reduce": "sum",
+    "reduction": "sum",
+    "temperature_unit": "spread",
+    "queue_follows_shift": True,
+    "ignore_index": -1,
+    "queue_size": 9,
+    "max_pool_size": 9,
+}
+
+
 def disagree(rank: int, what: str) -> dict[str, Tensor]:
     """A step in which the last rank does something else; the state if that goes well."""
     other = rank == WORLD_SIZE - 1
     num_classes = 4 if other and what == "classes" else 3
     multilabel = other and what == "multilabel"
     prior = [0.1, 0.2, 0.1 if other and what == "prior" else 0.3] if num_classes == 3 else None
-    loss_fn = SmoothAPLoss(
-        num_classes, 8, multilabel=multilabel, gather_distributed=True, target_prior=prior
-    )
+    options = {"queue_size": 8, "multilabel": multilabel, "target_prior": prior}
+    if other and what in UNUSUAL:
+        options[what] = UNUSUAL[what]
+    loss_fn = SmoothAPLoss(num_classes, gather_distributed=True, **options)
     batch = make_batch(4, num_classes, multilabel=multilabel)
     if other and what == "temperature":
         loss_fn.temperature *= 1 + 1e-15
@@ -263,6 +277,8 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
         batch = batch._replace(targets=batch.targets + 9)
     if other and what == "complex-logits":
         batch = batch._replace(logits=batch.logits.to(torch.complex64))
+    if other and what == "no-tensor":
+        batch = batch._replace(logits=[0.1, 0.2])
     before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
     try:
         batch.through(loss_fn)
@@ -283,6 +299,7 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
         ("prior", "target_prior"),
         ("training", "training"),
         ("steps made", "steps made"),
+        *((name, name) for name in UNUSUAL),
     ],
 )
 def test_ranks_that_disagree_raise_the_same_error(ranks: Ranks, what: str, name: str) -> None:
@@ -307,8 +324,9 @@ def test_bad_input_on_one_rank_is_an_error_on_every_rank() -> None:
     assert "targets must be integers in 0..2" in first.message
 
 
-def test_a_type_error_on_one_rank_is_one_on_every_rank(ranks: Ranks) -> None:
-    first, second = ranks.run(disagree, "complex-logits")
+@pytest.mark.parametrize("what", ["complex-logits", "no-tensor"])
+def test_a_type_error_on_one_rank_is_one_on_every_rank(ranks: Ranks, what: str) -> None:
+    first, second = ranks.run(disagree, what)
     assert first == second
     assert first.error == "TypeError"
     assert first.message.startswith(f"on rank {WORLD_SIZE - 1}: logits must ")

@@ -310,6 +310,7 @@ def test_products_are_trusted_only_where_no_setting_rounds_them() -> None:
     assert _dense._float32_products_are_exact()
     torch.set_float32_matmul_precision("high")
     assert not _dense._float32_products_are_exact()
+    torch.set_float32_matmul_precision("highest")
     if hasattr(torch.backends, "fp32_precision"):
         torch.backends.mkldnn.matmul.fp32_precision = "tf32"
         assert not _dense._float32_products_are_exact()  # torch does not tell the older setting

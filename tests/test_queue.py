@@ -606,3 +606,37 @@ def test_rows_have_weights_from_the_first_weighted_one_on() -> None:
     weights = loss_fn._queue.rows().weights
     assert weights is not None
     assert weights.tolist() == [2, 1, 1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_of_float64_has_a_queue_of_float64(device: str) -> None:
+    with torch.device(device):
+        loss_fn = SmoothAPLoss(2, queue_size=8)
+    for cast, expected in ((nn.Module.half, torch.float32), (nn.Module.double, torch.float64)):
+        queue = cast(loss_fn)._queue
+        assert queue.logits.dtype == queue.weights.dtype == expected
+        assert queue.targets.dtype == queue.cursor.dtype == torch.int64
+        assert queue.logits.device.type == device
+
+
+def test_weighted_float64_rows_beside_a_float32_batch() -> None:
+    loss_fn = SmoothAPLoss(2, 8, 0.3)
+    first = make_batch(5, 2, dtype=torch.float64)._replace(weights=torch.arange(1.0, 6))
+    first.through(loss_fn)
+    second = make_batch(4, 2, seed=1)
+    rows = Batch(
+        torch.cat((second.logits, first.logits.float())),
+        torch.cat((second.targets, first.targets)),
+        torch.cat((torch.ones(4), torch.arange(1.0, 6))),
+    )
+    loss = second.through(loss_fn)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, rows.through(SmoothAPLoss(2, 0, 0.3)))
+    unweighted = rows._replace(weights=None).through(SmoothAPLoss(2, 0, 0.3))
+    assert abs(float(loss - unweighted)) > 1e-3
+
+
+def test_targets_become_int64() -> None:
+    batch = make_batch(3, 2)
+    pool = SmoothAPLoss(2)._checked(batch.logits, batch.targets.to(torch.uint8), None)
+    assert pool.targets.dtype == torch.int64
