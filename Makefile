@@ -7,7 +7,7 @@ CACHE  := .cache
 # The peers are measured side by side; each lives in its own folder, never in the environment.
 PEERS  := $(CACHE)/peers
 
-.PHONY: help demo demo-quick examples test torture torture-quick gpu faults fuzz soak check format docs \
+.PHONY: help demo demo-quick examples test torture torture-quick gpu faults fuzz soak mutation check format docs \
         dist matrix bench peers clean
 .DEFAULT_GOAL := help
 
@@ -70,6 +70,13 @@ fuzz: $(VENV)/.installed  ## look for inputs that break forward or load_state_di
 soak: $(VENV)/.installed  ## 100,000 steps with checkpoints, and 20,000 on two ranks: memory flat, ranks equal
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
+MODULE := _reduce _pool _subsample _queue _base _gather _engine*
+
+mutation: $(VENV)/.installed  ## mutate MODULE="…" and see which tests notice (hours; resumes where it stopped)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[mutation]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutation run $(foreach name,$(MODULE),'$(name)')
+	$(BIN)/python -m benchmarks.mutation report
+
 check: $(VENV)/.installed  ## formatting, lint, strict types, and those of a user's strict project
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -119,4 +126,4 @@ bench: peers  ## measure speed, memory and accuracy beside the peers (some 20 mi
 	$(BIN)/python -m benchmarks.plots
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) $(CACHE) site dist demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CACHE) site dist demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

@@ -18,6 +18,7 @@ from tests.versions import OWN_WARNINGS
 
 WORLD_SIZE = 2
 TIMEOUT_S = 20  # of a collective: long enough for a busy machine
+START_METHOD = "spawn"  # of the processes
 
 
 def serve(rank: int, size: int, port: int, timeout_s: float, connection: Connection) -> None:
@@ -66,7 +67,7 @@ class Ranks:
 
     def __init__(self, size: int = WORLD_SIZE, timeout_s: float = TIMEOUT_S) -> None:
         port = free_port()
-        context = mp.get_context("spawn")
+        context = mp.get_context(START_METHOD)
         self.patience_s = 3 * max(timeout_s, TIMEOUT_S)
         self.connections, self.processes = [], []
         for rank in range(size):
