@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imbalanced_losses import SmoothAPLoss, _tracing
+from imbalanced_losses._base import _is_same
 from imbalanced_losses._pool import Pool
 from tests.rows import (
     IGNORED,
@@ -629,6 +630,9 @@ def test_weighted_float64_rows_beside_a_float32_batch() -> None:
         torch.cat((second.targets, first.targets)),
         torch.cat((torch.ones(4), torch.arange(1.0, 6))),
     )
+    pool = loss_fn._extended(loss_fn._checked(*second), again=False)
+    assert pool.weights is not None
+    assert pool.logits.dtype == pool.weights.dtype == torch.float32
     loss = second.through(loss_fn)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, rows.through(SmoothAPLoss(2, 0, 0.3)))
@@ -640,3 +644,14 @@ def test_targets_become_int64() -> None:
     batch = make_batch(3, 2)
     pool = SmoothAPLoss(2)._checked(batch.logits, batch.targets.to(torch.uint8), None)
     assert pool.targets.dtype == torch.int64
+
+
+def test_a_recomputed_batch_is_told_bit_by_bit() -> None:
+    batch = Pool(torch.tensor([[0.0], [math.nan], [2.0]]), torch.tensor([1, 0, 1]), None)
+    assert _is_same(batch, batch._replace(logits=batch.logits.clone()))
+    assert not _is_same(None, batch)
+    assert not _is_same(batch._replace(weights=torch.ones(3)), batch)
+    assert not _is_same(batch._replace(logits=batch.logits.double()), batch)
+    assert not _is_same(batch, batch._replace(logits=batch.logits.double()))
+    assert not _is_same(batch._replace(logits=-batch.logits), batch)
+    assert not _is_same(batch._replace(targets=1 - batch.targets), batch)

@@ -280,3 +280,10 @@ def test_seeds_of_steps_are_the_sequence_of_splitmix64() -> None:
     assert [_mixed(0, step) for step in range(3)] == expected
     assert _mixed(2**64 + 5, 1) == _mixed(5, 1)
     assert _mixed(0x9E3779B97F4A7C15, 0) == expected[1]  # the seed is where the sequence starts
+
+
+def test_weights_of_a_draw_have_the_dtype_of_the_scores() -> None:
+    loss_fn = SmoothAPLoss(1, 0, max_pool_size=4)
+    pool = loss_fn._capped(loss_fn._checked(*make_batch(9)), again=False)
+    assert pool.weights is not None
+    assert pool.weights.dtype == pool.logits.dtype == torch.float32
