@@ -15,7 +15,7 @@ import torch
 from benchmarks import _gpu_worker, _measure, gpu
 from benchmarks._contenders import Case, Contender, Step
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.2")
 
 RATES = {
     "device": "Made Up 3000 (80 GB)",
@@ -186,6 +186,7 @@ def made_up(series: str) -> list[dict[str, Any]]:
 
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Processes that answer with made-up rows, one that dies: CSV, table, goals, plot."""
+    pytest.importorskip("matplotlib")
 
     def asked(request: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
         if request["series"] == "rates":

@@ -358,7 +358,7 @@ def _listed(of: _Problems) -> _Listed:
         return _Listed(valid, 1 / max(1, num_positives), problem, row)
 
     counts = problem.bincount(minlength=num_problems)  # [C]
-    num_present = counts.new_tensor(num_rows) if weights is None else (weights > 0).sum(1)
+    num_present = counts.new_full((), num_rows) if weights is None else (weights > 0).sum(1)
     mass = counts.to(dtype)
     if weights is not None:
         own = weights[problem, row]

@@ -202,7 +202,7 @@ def lay_line(
         low, high = low.masked_fill(is_empty, 0), high.masked_fill(is_empty, 0)
     low, high = low[:, None], high[:, None]
     extents = (high - low) / temperature  # in τ
-    extent, any_nan = torch.stack((extents.max(), holds_nan.max())).tolist()
+    extent, any_nan = _numbers(torch.stack((extents.max(), holds_nan.max())))
     poison = None
     if any_nan:
         sources, queries = sources.nan_to_num(), queries.nan_to_num()
@@ -232,6 +232,14 @@ def lay_line(
     if exchange is not ALONE:
         occupied = exchange.concatenated(occupied).unique()
     return precision, line._replace(occupied=occupied)
+
+
+def _numbers(values: Tensor) -> list[float]:
+    """The values [n] as Python's: one read of a device."""
+    if is_on_host(values):
+        return [value.item() for value in values]  # tolist of torch 2.4 fails under torch.func
+    found: list[float] = values.tolist()
+    return found
 
 
 def _range(sources: Tensor, queries: Tensor, problem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +275,7 @@ def _segments(
     exchange: Exchange,
 ) -> tuple[tuple[Segments, ...], int]:
     """Segments of every problem on the line in which long gaps are shortened, and its length."""
-    reach, rates = precision.reach, per_panel[:, 0].tolist()
+    reach, rates = precision.reach, _numbers(per_panel[:, 0])
     intervals = [
         _intervals(torch.cat((own, queries[problem == c])), rate, reach)
         for c, (own, rate) in enumerate(zip(sources, rates, strict=True))
