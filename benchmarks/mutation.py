@@ -103,10 +103,13 @@ class WarmRunner(TestRunner):  # type: ignore[misc]
             state()._stats.clear()
             start = time.process_time()
             self._run([self.items[name]])
+            if self.session.testsfailed:
+                print(f"failed without any mutant: {name}", flush=True)
+                return 1
             state().duration_by_test[name] = time.process_time() - start
             for function in state()._stats:
                 state().tests_by_mangled_function_name[function].add(name)
-        return int(self.session.testsfailed > 0)
+        return 0
 
     def run_tests(self, *, mutant_name: str | None, tests: Iterable[str]) -> int:
         items = self._in_order([self.items[name] for name in tests or self.items], mutant_name)

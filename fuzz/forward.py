@@ -217,18 +217,14 @@ class Watched:
 
     def is_comparable(self, batch: Arguments, weight: Any) -> bool:
         """Whether the definition, in float64 loops, says what is to come out to many digits."""
-        loss_fn = self.loss_fn
-        logits = torch.cat((batch.logits, loss_fn._queue.logits)).double()
-        is_tame = (logits == 0) | (logits.abs() > 1e-3) & (logits.abs() < 100)
-        tame_weights = weight is None or bool(
-            ((weight == 0) | (weight > 1e-3) & (weight < 1e3)).all()
-        )
+        loss_fn, queue = self.loss_fn, self.model.queue
+        numbers = [number for row in queue for number in (*row.logits, row.weight)]
+        numbers += [*batch.logits.flatten().tolist(), *([] if weight is None else weight.tolist())]
         return (
-            bool(is_tame.all())
+            all(number == 0 or 1e-3 < abs(number) < 100 for number in numbers)
             and loss_fn.max_pool_size is None
             and loss_fn.target_prior is None
             and 1e-3 < loss_fn.temperature < 1e3
-            and tame_weights
         )
 
     def compare_queue(self) -> None:

@@ -187,12 +187,14 @@ def assert_same_bits(one: bytes, other: bytes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Long training; memory flat, ranks equal.")
-    parser.add_argument("--steps", type=int, default=100_000, help="of one process")
-    parser.add_argument("--rank-steps", type=int, default=20_000, help="of two ranks")
+    parser.add_argument("--steps", type=int, default=100_000, help="of one process, or 0")
+    parser.add_argument("--rank-steps", type=int, default=20_000, help="of two ranks, or 0")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    soak_alone(arguments.steps)
-    soak_ranks(arguments.rank_steps)
+    if arguments.steps:
+        soak_alone(arguments.steps)
+    if arguments.rank_steps:
+        soak_ranks(arguments.rank_steps)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
 
     Returns:
         [] or [C], > 0: the population deviation, √(Σω(s − μ)² / Σω) with μ = Σωs / Σω. Where the
-        scores are constant (or there is none) they have no unit of their own: 1, gradient 0.
+        scores are constant (or there is none) they have no unit of their own: 1, gradient 0. So
+        too where they differ by no more than rounding, or by less than 1e-19 (float64: 1e-154).
 
     Example:
         >>> score_spread(torch.tensor([1.0, 3.0]))
