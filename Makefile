@@ -101,8 +101,8 @@ dist: $(VENV)/.installed  ## build sdist and wheel, and try them in an empty env
 # that is one for CUDA. `make matrix TORCH=2.4.1 PYTHON=python3.10`
 TORCH  ?= 2.4.1
 MATRIX := $(CACHE)/matrix/torch-$(TORCH)
-# Neither what needs more packages nor what takes many processes.
-MATRIX_WITHOUT := demo docs examples quality predecessor predecessor_differences worlds distributed
+# What needs more packages.
+MATRIX_WITHOUT := demo docs examples quality predecessor predecessor_differences
 
 matrix:  ## the tests on another version of torch (TORCH=2.4.1) and Python (PYTHON=python3.10)
 	@test -x $(MATRIX)/bin/python || $(PYTHON) -m venv $(MATRIX)
