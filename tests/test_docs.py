@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import inspect
 import logging
@@ -147,6 +148,56 @@ def test_the_guide_has_every_default() -> None:
         if name != "self"
     }
     assert {name: cell.strip("` ") for name, cell in rows.items()} == defaults
+
+
+# --- Numbers that were measured ------------------------------------------------------------------
+
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE_ROW = re.compile(r"^\|(?!-)(.+)\|$", re.MULTILINE)
+MEASURED = re.compile(r"([\d,.]+)( ms| s| MiB| times as long)?")
+UNITS = {" s": 1e3, " MiB": 2**20}  # of what a result file has in ms and bytes
+
+
+def results(name: str) -> list[dict[str, str]]:
+    """The rows of the one file of results that ends so."""
+    (path,) = RESULTS.glob(f"*{name}.csv")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def cells_of(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.split("|")] for row in TABLE_ROW.findall(text)]
+
+
+def is_rounded(quoted: str, value: float) -> bool:
+    """Whether `quoted` is the value in as many digits."""
+    decimals = len(quoted.partition(".")[2])
+    step = 10.0**-decimals if decimals or not quoted.endswith("0") else 10.0
+    return abs(value - float(quoted)) <= 0.51 * step
+
+
+@pytest.mark.parametrize(
+    ("heading", "file", "columns"),
+    [
+        ("Time", "cpu-speed", ("ours_ms", "other_ms", "ratio")),
+        ("Memory", "cpu-memory", ("peak_bytes",)),
+    ],
+)
+def test_what_is_quoted_was_measured(heading: str, file: str, columns: tuple[str, ...]) -> None:
+    """With as many rows or embeddings, where the line says how many."""
+    page = prose(DOCS / "benchmarks.md")
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows, num_quoted = results(file), 0
+    for label, *cells in cells_of(section):
+        size = re.match(r"(?:.*, )?([\d,]{2,})(?: rows| embeddings|$)", label)
+        own = [r for r in rows if size is None or r["num_rows"] == size[1].replace(",", "")]
+        for quoted in filter(None, map(MEASURED.fullmatch, cells)):
+            unit = UNITS.get(quoted[2], 1)
+            values = [float(row[name]) / unit for row in own for name in columns if row[name]]
+            number = quoted[1].replace(",", "")
+            assert any(is_rounded(number, value) for value in values), (label, quoted[0])
+            num_quoted += 1
+    assert num_quoted > 20
 
 
 def test_the_readme_is_short() -> None:
