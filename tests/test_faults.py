@@ -289,7 +289,9 @@ def test_a_step_that_breaks_off_can_be_repeated(moment: str, tmp_path: Path) -> 
 
 
 class Refusing(nn.Module):
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
         raise ArithmeticError("the partner refuses")
 
 
@@ -309,6 +311,8 @@ def test_a_partner_that_fails_leaves_the_ranking_loss_as_it_was() -> None:
         loss_fn(batch.logits, batch.targets)
     with pytest.raises(ValueError, match="targets must be"):  # what is wrong for both
         loss_fn(batch.logits, batch.targets + 9)
+    with pytest.raises(ValueError, match="sample_weight must be"):
+        loss_fn(batch.logits, batch.targets, sample_weight=torch.full((7,), -1.0))
     assert state_of(loss_fn) == before
 
 

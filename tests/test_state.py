@@ -139,6 +139,21 @@ def test_the_state_is_what_it_says() -> None:
     }
 
 
+def test_whether_there_were_weights_is_saved() -> None:
+    """Rows that all weigh 1 are summed by another way, whose last bit may differ."""
+    loss_fn = new_loss(num_classes=1, queue_size=4)
+    make_batch(4)._replace(weights=torch.arange(1.0, 5.0)).through(loss_fn)
+    make_batch(4, seed=1).through(loss_fn)
+    state = state_of(loss_fn)
+    assert state["_queue.is_weighted"]
+    for saved, is_weighted in ((state, True), ({**state}, False)):
+        if not is_weighted:
+            del saved["_queue.is_weighted"]  # as of the predecessor: what the weights say
+        other = new_loss(num_classes=1, queue_size=4)
+        other.load_state_dict(saved)
+        assert bool(other.state_dict()["_queue.is_weighted"]) == is_weighted
+
+
 # --- Another queue size --------------------------------------------------------------------------
 
 

@@ -116,9 +116,11 @@ REFUSED: list[tuple[Change, str]] = [
     (by("_queue.targets", lambda t: t[1:]), r"must have the same rows, got shapes"),
     (to("_queue.targets", torch.tensor(1)), r"must have the same rows, got shapes"),
     (by("_queue.weights", lambda t: t[:, None]), r"must have the same rows, got shapes"),
+    (by("_queue.weights", lambda t: t.long()), r"weights must be floating point, got torch.int64"),
     (by("_queue.targets", at(2, 3)), r"targets must be in 0..2, or ignore_index=-100.*got 3"),
     (by("_queue.targets", at(2, -1)), r"targets must be in 0..2.*got -1"),
     (by("_queue.targets", lambda t: t + 0.5), r"targets must be in 0..2.*got 2.5"),
+    (by("_queue.targets", lambda t: at(2, 3)(t.float())), r"targets must be in 0..2.*got 3.0"),
     (by("_queue.targets", lambda t: t.to(torch.complex64)), r"targets must be integers"),
     (to("_queue.is_weighted", torch.tensor([True, False])), r"is_weighted must be one integer"),
     (to("_queue.is_weighted", "yes"), r"is_weighted must be a tensor, got str"),
@@ -157,6 +159,49 @@ def test_a_wrong_checkpoint_is_refused_whole(change: Change, message: str, neste
     assert make_batch(4, 3, seed=9).through(loss_fn).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"num_classes": 1}, by("_queue.targets", at(2, 2)), r"targets must be in 0..1.*got 2"),
+        (
+            {"num_classes": 3, "multilabel": True},
+            by("_queue.targets", at(2, 2)),
+            r"targets must be in 0..1.*got 2",
+        ),
+        (
+            {"num_classes": 1, "queue_size": 1},
+            to("_queue.cursor", torch.tensor(1)),
+            r"cursor must be a slot in 0..0, got 1",
+        ),
+    ],
+    ids=["binary", "multi-label", "one slot"],
+)
+def test_what_a_checkpoint_may_hold_depends_on_the_loss(
+    options: dict[str, Any], change: Change, message: str
+) -> None:
+    options = {"queue_size": 4, **options}
+    saved, loss_fn = (SmoothAPLoss(**options) for _ in range(2))
+    is_multilabel = options.get("multilabel", False)
+    make_batch(4, options["num_classes"], multilabel=is_multilabel).through(saved)
+    state = dict(saved.state_dict())
+    change(state)
+    before = state_of(loss_fn)
+    with pytest.raises(RuntimeError, match=message):
+        loss_fn.load_state_dict(state)
+    assert state_of(loss_fn) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16], ids=str)
+def test_labels_of_any_integers_load(dtype: torch.dtype) -> None:
+    """156 is what −100 would be in a byte; PyTorch compares no uint16."""
+    saved, loss_fn = (SmoothAPLoss(200, 4) for _ in range(2))
+    Batch(torch.randn(3, 200), torch.tensor([156, 0, 199])).through(saved)
+    state = dict(saved.state_dict())
+    state["_queue.targets"] = state["_queue.targets"].to(dtype)  # of a free slot any
+    loss_fn.load_state_dict(state)
+    assert loss_fn._queue.targets[:4].tolist() == [156, 0, 199, -100]
+
+
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_rows_that_are_not_finite_are_left_in_the_file(assign: bool) -> None:
     saved, loss_fn = (SmoothAPLoss(1, 10, 0.3) for _ in range(2))
@@ -188,6 +233,14 @@ def test_part_of_a_queue_is_not_taken(name: str) -> None:
     missing, _ = loss_fn.load_state_dict(state, strict=False)
     assert missing == [f"_queue.{name}"]
     assert state_of(loss_fn._queue) == before
+
+
+def test_where_a_part_is_missing_the_others_are_checked() -> None:
+    state = dict(SmoothAPLoss(1, 10).state_dict())
+    del state["_queue.targets"]
+    state["_queue.is_weighted"] = "yes"
+    with pytest.raises(RuntimeError, match="is_weighted must be a tensor, got str"):
+        SmoothAPLoss(1, 10).load_state_dict(state, strict=False)
 
 
 @pytest.mark.parametrize("name", ["_queue._q_logits", "temperature"])

@@ -476,7 +476,7 @@ class _QueuedRankingLoss(nn.Module):
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._last_batch = None
-        if self._queue.mismatch(state_dict, queue) is not None:
+        if not self._queue.fits(state_dict, queue):
             return  # the queue will refuse; nothing of such a checkpoint is taken
         try:
             temperature = _checks.saved_temperature(saved["temperature"], self._temperature)

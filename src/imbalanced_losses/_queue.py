@@ -203,13 +203,13 @@ class MemoryQueue(nn.Module):
             destination[prefix + name] = destination[prefix + name][: self.size].clone()
         destination[prefix + "is_weighted"] = torch.tensor(self.is_weighted, device="cpu")
 
-    def mismatch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """What keeps the queue saved in a state_dict from being loaded here, if anything."""
+    def fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether the queue saved in a state_dict, if there is one, can be loaded here."""
         try:
             self._saved(with_current_names(state_dict, prefix), prefix)
-        except ValueError as error:
-            return str(error)
-        return None
+        except ValueError:
+            return False
+        return True
 
     def _saved(self, state_dict: dict[str, Any], prefix: str) -> Saved | None:
         return saved_queue(state_dict, prefix, self._stored(), self.ignore_index)
@@ -231,7 +231,7 @@ class MemoryQueue(nn.Module):
         except ValueError as error:
             error_msgs.append(str(error))
             return
-        is_weighted = state_dict.pop(prefix + "is_weighted", True)
+        is_weighted = state_dict.pop(prefix + "is_weighted", False)
         if saved is None:  # a part of a queue means nothing: what is there stays out too
             own = {prefix + name: getattr(self, name) for name in PARTS}
             state_dict.update({name: own[name] for name in own if name in state_dict})
