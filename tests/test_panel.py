@@ -183,6 +183,17 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, 
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("num_panels", [1, 8, 9, 16, 30])
+def test_stretches_do_not_show(monkeypatch: pytest.MonkeyPatch, num_panels: int) -> None:
+    """A long line is convolved piece by piece."""
+    generator = seeded(num_panels)
+    moments = torch.randn(2, 3, num_panels, generator=generator, dtype=torch.float64)
+    table = torch.randn(3, 3, 7, generator=generator, dtype=torch.float64)
+    whole = torch.nn.functional.conv1d(moments, table, padding=3)
+    monkeypatch.setattr(_panel, "_STRETCH", 8)
+    torch.testing.assert_close(_panel._convolved(moments, table), whole, rtol=0, atol=1e-14)
+
+
 # Derivatives --------------------------------------------------------------------------------------
 
 
