@@ -218,12 +218,16 @@ def test_the_same_twice() -> None:
 
 @pytest.mark.of_dense
 @pytest.mark.parametrize(
-    "tile", [None, 1, 50], ids=["one tile", "a row a tile", "some rows a tile"]
+    "tile",
+    [None, 1, 50, 300],
+    ids=["one tile", "a row a tile", "some rows a tile", "two tiles"],
 )
 @pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("num_problems", [1, 3])
-@pytest.mark.parametrize("num_live", [None, 9, 0], ids=["all live", "9 live", "none live"])
+@pytest.mark.parametrize("num_problems", [1, 2, 3])
+@pytest.mark.parametrize(
+    "num_live", [None, 22, 9, 0], ids=["all live", "22 live", "9 live", "none live"]
+)
 @pytest.mark.parametrize("backend", ["dense", "panel"])
 def test_rank_plan_is_the_same_sums(
     monkeypatch: pytest.MonkeyPatch,

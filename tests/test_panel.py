@@ -194,6 +194,18 @@ def test_stretches_do_not_show(monkeypatch: pytest.MonkeyPatch, num_panels: int)
     torch.testing.assert_close(_panel._convolved(moments, table), whole, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_no_rounding_of_one_problem_reaches_another(tau: float) -> None:
+    """Transforms of float32 pools do not tell problems apart: without positives, exactly 0."""
+    scores = 5 * torch.randn(2, 300, generator=seeded(0))
+    scores.requires_grad_()
+    is_positive = labels(300, 1, 0.3) & torch.tensor([[True], [False]])
+    smooth_ap(scores, is_positive, tau, backend="panel").ap.nansum().backward()
+    assert scores.grad is not None
+    assert (scores.grad[0] != 0).any()
+    assert (scores.grad[1] == 0).all()
+
+
 # Derivatives --------------------------------------------------------------------------------------
 
 

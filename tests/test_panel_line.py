@@ -309,8 +309,25 @@ def test_more_rows_take_finer_panels(count: int, degree: int, outlier: bool) -> 
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 70_000])
-def test_cumulative_sums_by_products(length: int) -> None:
+@pytest.mark.parametrize("before", [(2,), (2, 3)], ids=str)
+def test_cumulative_sums_by_products(before: tuple[int, ...], length: int) -> None:
     """What CUDA takes where its own cumulative sum is refused as not the same every time."""
-    mass = torch.rand(2, 3, length, generator=seeded(0), dtype=torch.float64)
+    mass = torch.rand(*before, length, generator=seeded(0), dtype=torch.float64)
     found = _panel_line._cumulated_by_products(mass)
     torch.testing.assert_close(found, mass.cumsum(-1), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "intervals"),
+    [
+        ([], []),
+        ([3.0], [(3.0, 3.0)]),
+        ([5000.0, 1.0, -7000.0, 2.0], [(-7000.0, -7000.0), (1.0, 2.0), (5000.0, 5000.0)]),
+    ],
+    ids=["none", "one", "far apart"],
+)
+def test_intervals_of_few_scores(scores: list[float], intervals: list[tuple[float, float]]) -> None:
+    """A process may hold hardly a row of a problem."""
+    found = _panel_line._intervals(torch.tensor(scores), per_panel=1.0, reach=5)
+    assert torch.equal(found, torch.tensor(intervals, dtype=torch.float64).reshape(-1, 2))
+    assert found.dtype == torch.float64
