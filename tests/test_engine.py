@@ -289,6 +289,27 @@ def test_rank_plan_is_the_same_sums(
 
 
 @pytest.mark.of_dense
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("num_problems", [1, 3])
+def test_memory_that_is_used_again_does_not_show(num_problems: int, weighted: bool) -> None:
+    """Tiles large enough for it, as the linear backend ranks them."""
+    generator = seeded(0)
+    scores = torch.randn(num_problems, 1500, generator=generator, dtype=torch.float64)
+    is_positive = torch.rand(scores.shape, generator=generator) < 0.1
+    weights = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
+    backends: tuple[Backend, Backend] = ("dense", "panel")
+    found = []
+    for backend in backends:
+        leaf = scores.clone().requires_grad_()
+        own = weights if weighted else None
+        ap = smooth_ap(leaf, is_positive, 0.3, sample_weight=own, backend=backend).ap
+        (gradient,) = torch.autograd.grad(ap.sum(), leaf)
+        found.append((ap.detach(), gradient))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.of_dense
 @pytest.mark.parametrize("tile", [None, 1, 100, 700])
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 def test_problems_of_unequal_size(

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine import _panel_line
+from imbalanced_losses._engine import _panel_line, sigmoid_sums
 from imbalanced_losses._engine._dense import DensePlan
 from imbalanced_losses._engine._panel import PRECISIONS, PanelPlan, Panels
 from imbalanced_losses._engine._panel_line import Line
+from imbalanced_losses._engine._plan import Alone
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 from tests.memory import LargestTensor
@@ -219,6 +220,7 @@ def test_nan_stays_in_its_problem(dtype: torch.dtype) -> None:
             scores_with_nan = scores.clone()
             scores_with_nan[1, row] = math.nan
             ap_with_nan, gradient_with_nan = _solved(scores_with_nan, is_positive, tau)
+            assert _kind(_line(scores_with_nan, tau)) == kind
             assert ap_with_nan.isnan().tolist() == [False, True, False]
             assert gradient_with_nan[1].isnan().all()
             for c in (0, 2):
@@ -331,3 +333,30 @@ def test_intervals_of_few_scores(scores: list[float], intervals: list[tuple[floa
     found = _panel_line._intervals(torch.tensor(scores), per_panel=1.0, reach=5)
     assert torch.equal(found, torch.tensor(intervals, dtype=torch.float64).reshape(-1, 2))
     assert found.dtype == torch.float64
+
+
+@DTYPES
+@pytest.mark.parametrize(("family", "tau"), [(family, tau) for family, tau, _ in KINDS])
+def test_one_process_that_exchanges_lays_the_line_of_one_that_does_not(
+    family: str, tau: float, dtype: torch.dtype
+) -> None:
+    scores = FAMILIES[family](3000, 0).to(dtype)[None]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    given = (scores.new_empty(0), nothing, scores, tau)
+    alone = Panels(*given, precisions=PRECISIONS[dtype][-1:]).line
+    found = Panels(*given, exchange=Alone()).line
+    assert _kind(found) == _kind(alone)
+    assert found.length == alone.length
+    if alone.occupied is not None:
+        assert found.occupied is not None
+        assert torch.equal(found.occupied, alone.occupied)
+
+
+def test_no_sources() -> None:
+    queries, problem = torch.randn(3, generator=seeded(0)), torch.tensor([0, 1, 1])
+    sums = sigmoid_sums(
+        queries, problem, torch.empty(2, 0), torch.empty(2, 0, 1), 0.1, backend="panel"
+    )
+    assert torch.equal(sums, torch.zeros(3, 1))
+    found = _panel_line._lowest_and_highest(torch.empty(2, 0), queries, problem)
+    assert torch.equal(found[1], torch.stack((queries[0], queries[1:].max())).double())

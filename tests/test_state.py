@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 from tests.rows import (
     Batch,
     assert_same_state,
@@ -137,6 +137,18 @@ def test_the_state_is_what_it_says() -> None:
         "_queue.weights": [10],
         "_queue.cursor": [],
     }
+
+
+@pytest.mark.parametrize("kind", ["alone", "mix"])
+def test_a_checkpoint_is_copied_unless_assigned(kind: str) -> None:
+    """A captured graph, for one, goes on with the buffers that it knows."""
+    ranking = new_loss(num_classes=1)
+    loss_fn = MixedLoss(CrossEntropy(1), ranking, main_weight=0.5) if kind == "mix" else ranking
+    buffer = ranking._queue.logits
+    loss_fn.load_state_dict(state_of(loss_fn))
+    assert ranking._queue.logits is buffer
+    loss_fn.load_state_dict(state_of(loss_fn), assign=True)
+    assert ranking._queue.logits is not buffer
 
 
 def test_whether_there_were_weights_is_saved() -> None:
@@ -347,6 +359,14 @@ def test_an_early_checkpoint_of_the_predecessor_loads(name: str) -> None:
     del state[f"_queue.{name}"]
     early.load_state_dict(state)
     assert_same_state(early, state_of(complete))
+
+
+@pytest.mark.parametrize("name", ["_q_targets", "_q_ptr"])
+def test_a_checkpoint_of_the_predecessor_without_a_part_is_refused(name: str) -> None:
+    state = predecessor_state()
+    del state[f"_queue.{name}"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        new_loss(num_classes=1, queue_size=8).load_state_dict(state)
 
 
 def test_a_poisoned_queue_of_the_predecessor_is_cleaned() -> None:
