@@ -63,30 +63,54 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes that run one job after another, all ranks the same one."""
+    """Processes that run one job after another, all ranks the same one.
 
-    def __init__(self, size: int = WORLD_SIZE, timeout_s: float = TIMEOUT_S) -> None:
+    Where one does not answer, all are replaced, so that later jobs find no answer of an earlier
+    one; the new processes run `prepare` first, as the first ones did.
+    """
+
+    def __init__(
+        self,
+        size: int = WORLD_SIZE,
+        timeout_s: float = TIMEOUT_S,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
+        self.size, self.timeout_s, self.prepare = size, timeout_s, prepare
+        self.patience_s = 3 * max(timeout_s, TIMEOUT_S)
+        self.start()
+
+    def start(self) -> None:
         port = free_port()
         context = mp.get_context(START_METHOD)
-        self.patience_s = 3 * max(timeout_s, TIMEOUT_S)
-        self.connections, self.processes = [], []
-        for rank in range(size):
+        self.connections: list[Connection] = []
+        self.processes: list[mp.Process] = []
+        for rank in range(self.size):
             own, other = context.Pipe()
             process = context.Process(
-                target=serve, args=(rank, size, port, timeout_s, other), daemon=True
+                target=serve, args=(rank, self.size, port, self.timeout_s, other), daemon=True
             )
             process.start()
             self.connections.append(own)
             self.processes.append(process)
+        if self.prepare is not None:
+            assert self.run(self.prepare) == [None] * self.size
 
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The result of each rank; `job` is called with the rank first."""
+        if not self.processes:
+            self.start()
         for connection in self.connections:
             connection.send_bytes(packed((job, arguments)))
         results = []
         for rank, connection in enumerate(self.connections):
-            assert connection.poll(self.patience_s), f"rank {rank} does not answer"
-            results.append(torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False))
+            try:
+                answer = connection.recv_bytes() if connection.poll(self.patience_s) else None
+            except (EOFError, ConnectionResetError):
+                answer = None
+            if answer is None:
+                self.kill()
+                raise TimeoutError(f"rank {rank} does not answer")
+            results.append(torch.load(io.BytesIO(answer), weights_only=False))
         return results
 
     def close(self) -> None:
@@ -94,4 +118,10 @@ class Ranks:
             connection.send_bytes(b"")
         for process in self.processes:
             process.join(TIMEOUT_S)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
             process.kill()
+            process.join()
+        self.processes, self.connections = [], []

@@ -159,6 +159,36 @@ def test_a_model_may_be_any_function() -> None:
     assert all(map(torch.equal, by_function, gradients(model)))
 
 
+def test_a_loss_may_know_nothing_of_weights() -> None:
+    model, features, targets = make_model(), make_features(), make_batch(24).targets
+    loss_fn = SmoothAPLoss(1, 0, 0.2)
+
+    def without_weights(logits: Tensor, targets: Tensor) -> Any:
+        return loss_fn(logits, targets)
+
+    backward_in_micro_batches(model, without_weights, features.split(12), targets)
+    by_function = gradients(model)
+    backward_in_micro_batches(model, loss_fn, features.split(12), targets)
+    assert all(map(torch.equal, by_function, gradients(model)))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "got"),
+    [
+        (lambda logits, targets: logits[:3], "[3, 1]"),
+        (lambda logits, targets: 0.5, "float"),
+    ],
+    ids=["vector", "float"],
+)
+def test_a_loss_that_is_not_one_number(loss_fn: Any, got: str) -> None:
+    features = make_features()
+    with pytest.raises(ValueError, match=r"^loss_fn must return one number") as caught:
+        backward_in_micro_batches(make_model(), loss_fn, [features], make_batch(24).targets)
+    assert str(caught.value) == (
+        f'loss_fn must return one number [], got {got}; use reduction "mean" or "sum"'
+    )
+
+
 def test_errors_leave_no_gradient() -> None:
     model, features = make_model(), make_features()
     with pytest.raises(ValueError, match="inputs must hold at least one micro-batch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses import SmoothAPLoss, _checks
 from imbalanced_losses.functional import smooth_ap
 from tests.rows import IGNORED, assert_same_state, make_batch, queued_rows, state_of
 
@@ -69,7 +70,7 @@ def new(name: str, value: Any, error: type[Exception], *says: str, **others: Any
     temperature_complex=new("temperature", 1j, TypeError, "a float > 0", "got 1j (complex)"),
     reduction_unknown=new("reduction", "avg", ValueError, "'mean', 'sum', 'none'", "got 'avg'"),
     reduction_none=new("reduction", None, ValueError, "'mean', 'sum', 'none'", "got None"),
-    ignore_index_float=new("ignore_index", 1.5, TypeError, "an int", "got 1.5 (float)"),
+    ignore_index_float=new("ignore_index", 1.5, TypeError, "must be an int, got 1.5 (float)"),
     ignore_index_none=new("ignore_index", None, TypeError, "an int", "got None"),
     ignore_index_0_binary=new(
         "ignore_index", 0, ValueError, "num_classes=1", "got 0", num_classes=1
@@ -127,6 +128,23 @@ def test_a_class_of_several_may_be_ignored(ignore_index: int) -> None:
     assert per_class[~valid].isnan().all()
     assert valid.tolist() == [c != ignore_index for c in range(3)]
     assert len(queued_rows(loss_fn)) == int(kept.sum())
+
+
+def test_bad_targets_beside_good_weights() -> None:
+    with pytest.raises(ValueError, match=r"^targets must be 0 or 1, or ignore_index=-100, got 2"):
+        SmoothAPLoss(1)(torch.zeros(2, 1), torch.tensor([0, 2]), sample_weight=torch.ones(2))
+
+
+@pytest.mark.parametrize("targets", [[0, 2], [0, 1]])
+def test_code_that_is_traced_says_what_targets_must_be(
+    targets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code cannot tell which value it was."""
+    monkeypatch.setattr(_checks, "is_traced", lambda tensor: True)
+    monkeypatch.setattr(_checks, "is_on_host", lambda tensor: False)
+    text = "^targets must be 0 or 1, or ignore_index=-100; sample_weight finite and >= 0$"
+    with pytest.raises(RuntimeError, match=text) if 2 in targets else nullcontext():
+        _checks.row_values(torch.tensor(targets), None, None, 2, -100)
 
 
 # --- A later temperature -------------------------------------------------------------------------
@@ -372,6 +390,9 @@ def function(name: str, value: Any, error: type[Exception], *says: str, **others
         scores=torch.ones(4),
         is_positive=torch.ones(4).bool(),
     ),
+    temperature_int_tensor=function(
+        "temperature", torch.tensor(1), TypeError, "got torch.int64; use temperature.float()"
+    ),
     temperature_complex_tensor=function(
         "temperature", torch.tensor(1j), TypeError, "float", "got torch.complex64"
     ),
@@ -380,7 +401,18 @@ def function(name: str, value: Any, error: type[Exception], *says: str, **others
         "sample_weight", torch.ones(4) + 0j, TypeError, "real", "got torch.complex64"
     ),
     sample_weight_shape=function(
-        "sample_weight", torch.ones(2), ValueError, "[4] or [2, 4]", "got [2]"
+        "sample_weight",
+        torch.ones(2),
+        ValueError,
+        "[4] or [2, 4] to fit scores [2, 4], got [2]",
+    ),
+    sample_weight_of_one_problem=function(
+        "sample_weight",
+        torch.tensor(1.0),
+        ValueError,
+        "must be [4] to fit scores [4], got []",
+        scores=torch.ones(4),
+        is_positive=torch.ones(4).bool(),
     ),
     sample_weight_device=function(
         "sample_weight", torch.ones(4, device="meta"), ValueError, "cpu", "got meta"
@@ -390,6 +422,11 @@ def function(name: str, value: Any, error: type[Exception], *says: str, **others
 )
 def test_bad_argument_of_smooth_ap(bad: Bad) -> None:
     assert_raises(bad)
+
+
+def test_a_temperature_for_all_classes_may_be_on_the_host() -> None:
+    scores = torch.zeros(2, 4, device="meta")
+    assert smooth_ap(scores, scores > 0, torch.tensor(0.1)).ap.is_meta
 
 
 def test_bad_backend_of_a_loss_changes_nothing() -> None:

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses.functional import Backend, score_spread, smooth_ap
+from imbalanced_losses._tracing import is_on_host, is_traced
+from imbalanced_losses.functional import Backend, _opaque_smooth_ap, score_spread, smooth_ap
 from tests.cases import seeded
 from tests.rows import IGNORED, state_of
 from tests.versions import TORCH
@@ -189,6 +190,16 @@ def test_export(queue_size: int, training: bool) -> None:
         torch.testing.assert_close(exported(features, targets), beside(features, targets))
 
 
+def test_what_is_traced() -> None:
+    assert is_on_host(torch.ones(2))
+    assert not is_traced(torch.ones(2))
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    for tensor in (torch.ones(2, device="meta"), fake):
+        assert is_traced(tensor)
+        assert not is_on_host(tensor)
+
+
 @pytest.mark.parametrize("queue_size", [0, 32])
 def test_tensors_without_values(queue_size: int) -> None:
     with FakeTensorMode():
@@ -202,6 +213,15 @@ def test_tensors_without_values(queue_size: int) -> None:
     loss, per_class, valid = SmoothAPLoss(3, queue_size).to("meta")(logits, targets, True)
     loss.backward()
     assert (per_class.shape, valid.dtype, logits.grad.shape) == ((3,), torch.bool, (20, 3))
+
+
+def test_functions_of_tensors_without_values() -> None:
+    with FakeTensorMode():
+        scores = torch.randn(3, 20, requires_grad=True)
+        ap, valid = smooth_ap(scores, scores > 0, 0.1)
+        ap.sum().backward()
+        assert (ap.shape, valid.shape) == ((3,), (3,))
+        assert scores.grad is not None
 
 
 @pytest.mark.parametrize("backend", ["dense", "panel"])
@@ -239,6 +259,45 @@ def test_vmap_over_the_functional_form(shared: str, is_weighted: bool) -> None:
         weights,
     )
     torch.testing.assert_close(found, ap(scores, is_positive, weights), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("weights_of", ["rows", "problems", "batches"])
+@pytest.mark.parametrize("num_problems", [1, 3])
+def test_vmap_over_any_dimension(dims: tuple[int, int], weights_of: str, num_problems: int) -> None:
+    """Of stacks of problems, AP and validity; weights of all batches or of each."""
+    shape = (4, num_problems, 30)
+    scores = torch.randn(shape, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.rand(shape, generator=seeded(1)) < 0.3
+    is_positive[1] = False
+    weights = torch.rand(shape, generator=seeded(2), dtype=torch.float64)
+    given = {"rows": weights[0, 0], "problems": weights[0], "batches": weights}[weights_of]
+
+    def both(s: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return smooth_ap(s, p, 0.2, sample_weight=w)
+
+    last = 0 if weights_of == "batches" else None
+    found = torch.func.vmap(both, (*dims, last))(
+        scores.movedim(0, dims[0]), is_positive.movedim(0, dims[1]), given
+    )
+    for b in range(4):
+        own = given[b] if weights_of == "batches" else given
+        ap, valid = both(scores[b], is_positive[b], own)
+        torch.testing.assert_close(found[0][b], ap, rtol=1e-12, atol=0)
+        assert found[1][b].equal(valid)
+
+
+def test_what_a_temperature_moves_is_told_from_all_rows() -> None:
+    """Also where only the first need a gradient, those of the batch before those of the queue."""
+    scores = torch.randn(12, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.arange(12) % 3 == 0
+    slopes = []
+    for num_live in (None, 5):
+        tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        ap = _opaque_smooth_ap(scores, is_positive, tau, None, "auto", num_live).ap
+        slopes.append(torch.autograd.grad(ap, tau)[0])
+    assert slopes[0].abs() > 0.01
+    assert slopes[0].equal(slopes[1])
 
 
 def of_batch(loss: Callable[..., Tensor], *batch: Tensor) -> Tensor:

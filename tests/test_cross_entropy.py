@@ -173,6 +173,62 @@ def test_bad_class_weights(weight: Any, error: type[Exception], message: str) ->
         CrossEntropy(1, weight)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_classes": 0}, ValueError, "num_classes must be an int >= 1, got 0"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an int >= 1, got 2.0 (float)"),
+        ({"multilabel": 1}, TypeError, "multilabel must be True or False, got 1 (int)"),
+        ({"gamma": math.inf}, ValueError, "gamma must be finite and >= 0, got inf"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        CrossEntropy(**{"num_classes": 3, **options})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 1}, {"num_classes": 3, "multilabel": True}])
+@pytest.mark.parametrize("ignore_index", [0, 1])
+def test_a_binary_label_cannot_be_ignored(options: dict[str, Any], ignore_index: int) -> None:
+    with pytest.raises(ValueError, match="ignore_index must not be a label"):
+        CrossEntropy(**options, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_class_of_several_may_be_ignored(num_classes: int) -> None:
+    logits, targets = make_batch(9, num_classes)[:2]
+    loss = CrossEntropy(num_classes, ignore_index=1)(logits, targets)
+    torch.testing.assert_close(loss, cross_entropy(logits, targets, ignore_index=1))
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_dtypes_of_the_rest_do_not_matter(num_classes: int) -> None:
+    batch = make_batch(9, num_classes)
+    weights, of_classes = torch.full((9,), 0.75), torch.full((num_classes,), 0.5)
+    expected = CrossEntropy(num_classes, of_classes)(*batch[:2], sample_weight=weights)
+    found = CrossEntropy(num_classes, of_classes.double())(
+        batch.logits, batch.targets.float(), sample_weight=weights.double()
+    )
+    assert found.dtype == torch.float32
+    assert found.equal(expected)
+
+
+def test_weights_that_sum_to_less_than_one() -> None:
+    batch = make_batch(9)
+    expected = CrossEntropy(1)(batch.logits, batch.targets)
+    found = CrossEntropy(1)(batch.logits, batch.targets, sample_weight=torch.full((9,), 1 / 64))
+    torch.testing.assert_close(found, expected)
+
+
+def test_without_check_values_values_are_not_looked_at() -> None:
+    loss_fn = CrossEntropy(1)
+    loss_fn.check_values = False
+    assert loss_fn(torch.zeros(2, 1), torch.tensor([0, 2])).isfinite()
+    loss_fn.check_values = True
+    assert loss_fn(torch.zeros(2, 1, device="meta"), torch.zeros(2, device="meta")).is_meta
+
+
 def test_bad_batches() -> None:
     loss_fn = CrossEntropy(1)
     with pytest.raises(ValueError, match="targets must be"):

@@ -51,6 +51,16 @@ def test_what_carries_gradient_by_pairs(tau: float) -> None:
     assert found.pool_size.item() == 60
 
 
+def test_what_is_six_temperatures_apart_is_within_reach() -> None:
+    scores = torch.tensor([0.0, 6.0, -6.0, 6.25, -6.25], dtype=torch.float64)[:, None]
+    targets = torch.tensor([1, 0, 0, 0, 0])
+    found = SmoothAPLoss(1, 0, 1.0).diagnose(scores, targets)
+    assert found.active_pairs.item() == 0.5
+    assert found.active_positives.item() == 1
+    one = SmoothAPLoss(1, 0, 1.0).diagnose(scores[:2], targets[:2])
+    assert one.active_pairs.item() == 1
+
+
 def test_a_pair_six_temperatures_apart_has_a_hundredth_of_the_gradient() -> None:
     x = torch.tensor([0.0, 6.0], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(torch.sigmoid(x).sum(), x)
@@ -133,6 +143,33 @@ def test_a_score_that_is_not_a_number(role: int) -> None:
     assert "nan" in str(found)
 
 
+def test_a_class_of_positives_alone_is_marked() -> None:
+    found = SmoothAPLoss(1, 0).diagnose(torch.tensor([[1.0], [0.0]]), torch.tensor([1, 1]))
+    assert found.ap.isnan().all()
+    assert found.active_pairs.isnan().all()
+    assert found.advice()[0].startswith("no positive, or no negative")
+
+
+def test_rows_of_weight_zero_are_as_if_left_out() -> None:
+    scores, targets = scores_of(20, 0, False)
+    weights = torch.ones(20, dtype=torch.float64)
+    weights[2:6] = 0
+    kept = weights > 0
+    found = SmoothAPLoss(1, 0).diagnose(scores[:, None], targets, sample_weight=weights)
+    expected = SmoothAPLoss(1, 0).diagnose(scores[kept, None], targets[kept])
+    assert found.pool_size.item() == 16
+    for name in found._fields:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_in_the_dtype_of_the_loss(dtype: torch.dtype) -> None:
+    batch = make_batch(9, dtype=dtype)
+    found = SmoothAPLoss(1, 0, 0.3).diagnose(batch.logits, batch.targets)
+    assert {value.dtype for value in found[:6]} == {dtype}
+    assert {value.dtype for value in found[6:9]} == {torch.int64}
+
+
 def test_no_rows() -> None:
     found = SmoothAPLoss(1, 4).diagnose(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))
     assert found.ap.isnan().all()
@@ -197,12 +234,101 @@ def test_few_positives_and_none_in_the_batch() -> None:
     assert "fewer than three posit" in starts
 
 
+HEALTHY = {
+    "ap": 0.9,
+    "smooth_ap": 0.9,
+    "temperature": 1.0,
+    "spread": 10.0,
+    "active_pairs": 0.5,
+    "active_positives": 1.0,
+    "positives_in_batch": 100,
+    "positives_in_pool": 100,
+    "pool_size": 5000,
+}
+
+
+def diagnostics_of(num_classes: int = 1, queue_age: int = 0, **numbers: float) -> Diagnostics:
+    """Of healthy classes but for these numbers."""
+    fields = {
+        name: torch.full((num_classes,), value, dtype=torch.float64)
+        if isinstance(value, float)
+        else torch.full((num_classes,), value)
+        for name, value in {**HEALTHY, **numbers}.items()
+    }
+    return Diagnostics(**fields, queue_age=queue_age)
+
+
+PAIRS, POSITIVES = "fewer than 1 % of the pairs", "half of the positives are out of reach"
+GAP, BLUNT = "smooth and exact AP differ", "τ is larger than the spread"
+SOLVED, FEW = "the pool is ranked almost perfectly", "fewer than three positives"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ({}, []),
+        ({"active_pairs": 0.0099, "spread": 51.0}, [PAIRS]),
+        ({"active_pairs": 0.01, "spread": 51.0}, []),
+        ({"active_pairs": 0.0099, "spread": 50.5}, [PAIRS]),
+        ({"active_pairs": 0.0099, "spread": 50.0}, []),
+        ({"active_pairs": 0.0, "spread": 51.0, "ap": 0.99, "smooth_ap": 0.99}, []),
+        ({"active_positives": 0.49}, [POSITIVES]),
+        ({"active_positives": 0.49, "spread": 50.0}, [POSITIVES]),
+        ({"active_positives": 0.49, "spread": 50.5}, []),
+        ({"active_positives": 0.5}, []),
+        ({"active_positives": 0.4, "ap": 0.99, "smooth_ap": 0.99}, []),
+        ({"ap": 0.0, "smooth_ap": 0.1}, []),
+        ({"ap": 0.0, "smooth_ap": 0.11}, [GAP]),
+        ({"ap": 0.11, "smooth_ap": 0.0}, [GAP]),
+        ({"spread": 0.99}, [BLUNT]),
+        ({"spread": 1.0}, []),
+        ({"spread": 1.5}, []),
+        ({"ap": 0.99, "smooth_ap": 0.99, "pool_size": 4095}, [SOLVED]),
+        ({"ap": 0.99, "smooth_ap": 0.99, "pool_size": 4096}, []),
+        ({"ap": 0.98, "smooth_ap": 0.98, "pool_size": 4095}, []),
+        ({"positives_in_pool": 3}, []),
+        ({"positives_in_pool": 2}, [FEW]),
+    ],
+    ids=str,
+)
+def test_where_each_advice_begins(numbers: dict[str, float], expected: list[str]) -> None:
+    found = diagnostics_of(**numbers).advice()
+    assert len(found) == len(expected)
+    for text, start in zip(found, expected, strict=True):
+        assert text.startswith(start)
+
+
 def test_print() -> None:
-    batch = make_batch(30, 12)
-    text = str(SmoothAPLoss(12, 0, 0.3).diagnose(batch.logits, batch.targets))
-    assert text.startswith("ap  ")
-    assert "(the first 5 of 12 classes)" in text
-    assert "- 6 classes (6, 7, 8, 9, 10, …): fewer than three positives" in text
+    found = diagnostics_of(6, 1234, active_pairs=0.00123, spread=123456.0, pool_size=12345)
+    assert (
+        str(found)
+        == """\
+ap                          0.9        0.9        0.9        0.9        0.9
+smooth_ap                   0.9        0.9        0.9        0.9        0.9
+temperature                   1          1          1          1          1
+spread                1.235e+05  1.235e+05  1.235e+05  1.235e+05  1.235e+05
+active_pairs            0.00123    0.00123    0.00123    0.00123    0.00123
+active_positives              1          1          1          1          1
+positives_in_batch          100        100        100        100        100
+positives_in_pool           100        100        100        100        100
+pool_size                12,345     12,345     12,345     12,345     12,345
+(the first 5 of 6 classes)
+queue_age                 1,234
+- 6 classes (0, 1, 2, 3, 4, …): fewer than 1 % of the pairs carry gradient, and
+  the spread of the scores is more than 50 τ: raise the temperature, or set
+  temperature_unit="spread" with 0.1"""
+    )
+
+
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_print_of_all_classes(num_classes: int) -> None:
+    text = str(diagnostics_of(num_classes, spread=0.5))
+    lines = text.splitlines()
+    assert lines[0] == "ap                  " + "        0.9" * num_classes
+    assert lines[9] == "queue_age                     0"
+    who = "" if num_classes == 1 else "5 classes (0, 1, 2, 3, 4): "
+    assert lines[10].startswith(f"- {who}τ is larger than")
+    assert max(map(len, lines)) <= 80
 
 
 def diagnose_on(rank: int, gather: str) -> Diagnostics:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
-from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses import SmoothAPLoss, distributed
 from imbalanced_losses._gather import Gather
 from imbalanced_losses.distributed import _without_rows, even_steps
 from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
@@ -360,6 +360,30 @@ def test_even_steps(ranks: Ranks) -> None:
     assert [len(cut["a"][0]), *(len(part) for part in cut["a"][1])] == [0, 0, 0]
     assert isinstance(cut["a"][1], Sample)
     assert cut["step"] == 4
+
+
+class TwoAlike:
+    """A group of two ranks that have the same batches; it notes the devices of its sums."""
+
+    devices: list[Any] = []  # noqa: RUF012, emptied by the test
+
+    def __init__(self, process_group: Any) -> None:
+        pass
+
+    def size(self) -> int:
+        return 2
+
+    def summed(self, numbers: list[bool], device: Any) -> list[int]:
+        self.devices.append(device)
+        return [2 * number for number in numbers]
+
+
+def test_even_steps_of_batches_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch is, is the loader's business; and the numbers travel on the device given."""
+    monkeypatch.setattr(distributed, "Group", TwoAlike)
+    TwoAlike.devices.clear()
+    assert list(even_steps([None, 3, None], device="cpu")) == [None, 3, None]
+    assert TwoAlike.devices == ["cpu"] * 4
 
 
 # --- Groups ---------------------------------------------------------------------------------------

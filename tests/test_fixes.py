@@ -49,10 +49,18 @@ MISTAKES = {
         1, ONE.numpy(), BINARY, "use torch.as_tensor(logits)", {"logits": "torch.as_tensor(logits)"}
     ),
     "logits-model-output": Mistake(
-        1, SimpleNamespace(logits=ONE), BINARY, "use logits.logits", {"logits": "logits.logits"}
+        1,
+        SimpleNamespace(logits=ONE),
+        BINARY,
+        "a model's output has them as an attribute: use logits.logits",
+        {"logits": "logits.logits"},
     ),
     "logits-tuple": Mistake(
-        1, (ONE[:3], ONE[3:]), BINARY, "torch.cat(logits)", {"logits": "torch.cat(logits)"}
+        1,
+        (ONE[:3], ONE[3:]),
+        BINARY,
+        "it holds tensors: pick one, or join them by torch.cat(logits)",
+        {"logits": "torch.cat(logits)"},
     ),
     "logits-integer": Mistake(
         1, ONE.long(), BINARY, "use logits.float()", {"logits": "logits.float()"}
@@ -71,7 +79,8 @@ MISTAKES = {
         1,
         THREE[:, :2],
         BINARY,
-        "use logits[:, 1:] - logits[:, :1], or num_classes=2",
+        "for two outputs, negative and positive, use logits[:, 1:] - logits[:, :1], "
+        "or num_classes=2",
         {"logits": "logits[:, 1:] - logits[:, :1]"},
     ),
     "logits-more-classes": Mistake(
@@ -81,26 +90,61 @@ MISTAKES = {
         "for 3 outputs construct the loss with num_classes=3",
         options={"num_classes": 3},
     ),
-    "logits-transposed": Mistake(3, THREE.T, CLASSES, "use logits.T", {"logits": "logits.T"}),
+    "logits-transposed": Mistake(
+        3, THREE.T, CLASSES, "one row an example: use logits.T", {"logits": "logits.T"}
+    ),
     "logits-sequences": Mistake(
         3,
         THREE.reshape(2, 3, 3),
         CLASSES.reshape(2, 3),
-        "logits.reshape(-1, num_classes), and targets in the same order",
+        "flatten sequences first: logits.reshape(-1, num_classes), and targets in the same order",
         {"logits": "logits.reshape(-1, num_classes)", "targets": "targets.reshape(-1)"},
     ),
     "logits-images": Mistake(
         3,
         torch.zeros(1, 3, 2, 4),
         (torch.arange(8) % 3).reshape(1, 2, 4),
-        "logits.movedim(1, -1).reshape(-1, num_classes), and targets in the same order",
+        "flatten sequences first: logits.movedim(1, -1).reshape(-1, num_classes), and targets in "
+        "the same order",
+        {
+            "logits": "logits.movedim(1, -1).reshape(-1, num_classes)",
+            "targets": "targets.flatten()",
+        },
+    ),
+    "logits-integer-float-targets": Mistake(
+        1, ONE.long(), BINARY.float(), "use logits.float()", {"logits": "logits.float()"}
+    ),
+    "logits-more-outputs": Mistake(
+        1,
+        THREE,
+        CLASSES,
+        "for 3 outputs construct the loss with num_classes=3",
+        options={"num_classes": 3},
+    ),
+    "logits-fewer-outputs": Mistake(
+        3,
+        THREE[:, :2],
+        BINARY,
+        "for 2 outputs construct the loss with num_classes=2",
+        options={"num_classes": 2},
+    ),
+    "logits-lines": Mistake(
+        3,
+        torch.zeros(2, 3, 4),
+        torch.ones(2, 4).long(),
+        "flatten sequences first: logits.movedim(1, -1).reshape(-1, num_classes), and targets in "
+        "the same order",
         {
             "logits": "logits.movedim(1, -1).reshape(-1, num_classes)",
             "targets": "targets.flatten()",
         },
     ),
     "swapped": Mistake(
-        3, CLASSES, THREE, "they seem to be swapped", {"logits": "targets", "targets": "logits"}
+        3,
+        CLASSES,
+        THREE,
+        "logits come first, then targets: they seem to be swapped",
+        {"logits": "targets", "targets": "logits"},
     ),
     "targets-list": Mistake(
         1, ONE, [0, 1] * 3, "use torch.as_tensor(targets)", {"targets": "torch.as_tensor(targets)"}
@@ -123,7 +167,11 @@ MISTAKES = {
         {"targets": "targets - 1"},
     ),
     "targets-soft": Mistake(
-        1, ONE, BINARY * 0.8 + 0.1, "use targets > 0.5", {"targets": "targets > 0.5"}
+        1,
+        ONE,
+        BINARY * 0.8 + 0.1,
+        "labels are not probabilities: use targets > 0.5",
+        {"targets": "targets > 0.5"},
     ),
     "targets-of-classes": Mistake(
         1,
@@ -140,7 +188,11 @@ MISTAKES = {
         {"targets": "targets.argmax(1)"},
     ),
     "targets-of-labels": Mistake(
-        3, THREE, ONE_HOT, "use multilabel=True, for one-hot", options={"multilabel": True}
+        3,
+        THREE,
+        ONE_HOT,
+        "for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)",
+        options={"multilabel": True},
     ),
     "targets-one-hot-binary": Mistake(
         1,
@@ -172,11 +224,15 @@ MISTAKES = {
         3,
         THREE,
         torch.where(CLASSES == 2, 255, CLASSES),
-        "construct the loss with ignore_index=255",
+        "to leave such rows out construct the loss with ignore_index=255",
         options={"ignore_index": 255},
     ),
     "targets-void-minus-one": Mistake(
-        3, THREE, CLASSES - 1, "with ignore_index=-1", options={"ignore_index": -1}
+        3,
+        THREE,
+        CLASSES - 1,
+        "to leave such rows out construct the loss with ignore_index=-1",
+        options={"ignore_index": -1},
     ),
     "targets-wrapped": Mistake(
         1,
@@ -193,6 +249,41 @@ MISTAKES = {
         {"logits": "torch.cat((logits, logits[:, :2]), dim=1)"},
         options={"num_classes": 5},
     ),
+    "targets-soft-with-hard-ones": Mistake(
+        1,
+        ONE,
+        torch.tensor([0.0, 0.5, 1.0, 0.75, 0.0, 1.0]),
+        "labels are not probabilities: use targets > 0.5",
+        {"targets": "targets > 0.5"},
+    ),
+    "targets-like-wrapped-in-int64": Mistake(
+        1,
+        ONE,
+        torch.tensor([156, 1, 0, 1, 0, 1]),
+        "for one class c against the others use targets == c",
+        {"targets": "targets == 156"},
+    ),
+    "targets-of-classes-in-uint8": Mistake(
+        1,
+        ONE,
+        torch.tensor([200, 1, 0, 1, 0, 1], dtype=torch.uint8),
+        "for one class c against the others use targets == c",
+        {"targets": "targets == 200"},
+    ),
+    "targets-one-hot-of-two": Mistake(
+        2,
+        THREE[:, :2],
+        torch.nn.functional.one_hot(BINARY),
+        "for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)",
+        {"targets": "targets.argmax(1)"},
+    ),
+    "targets-of-one-row": Mistake(
+        1,
+        ONE[:1],
+        torch.tensor([[[1]]]),
+        "use targets.reshape(-1)",
+        {"targets": "targets.reshape(-1)"},
+    ),
     "weights-column": Mistake(
         1,
         ONE,
@@ -208,6 +299,30 @@ MISTAKES = {
         "for weights of classes use sample_weight[targets]",
         {"sample_weight": "sample_weight[targets]"},
         sample_weight=torch.ones(3),
+    ),
+    "weights-column-of-classes": Mistake(
+        3,
+        THREE,
+        CLASSES,
+        "use sample_weight.reshape(-1)",
+        {"sample_weight": "sample_weight.reshape(-1)"},
+        sample_weight=torch.ones(6, 1),
+    ),
+    "weights-of-one-row": Mistake(
+        1,
+        ONE[:1],
+        BINARY[:1],
+        "use sample_weight.reshape(-1)",
+        {"sample_weight": "sample_weight.reshape(-1)"},
+        sample_weight=torch.ones(1, 1),
+    ),
+    "weights-of-two-classes": Mistake(
+        2,
+        THREE[:, :2],
+        BINARY,
+        "for weights of classes use sample_weight[targets]",
+        {"sample_weight": "sample_weight[targets]"},
+        sample_weight=torch.ones(2),
     ),
     "weights-list": Mistake(
         1,
@@ -235,7 +350,7 @@ def test_a_call(mistake: Mistake, loss_class: Any) -> None:
     }
     with pytest.raises((TypeError, ValueError)) as caught:
         loss_class(**settings)(**arguments)
-    assert mistake.fix in str(caught.value).partition("; ")[2], str(caught.value)
+    assert str(caught.value).partition("; ")[2] == mistake.fix
 
     assert mistake.mended or mistake.options
     names = {"torch": torch, **arguments, "num_classes": mistake.num_classes}
@@ -245,21 +360,61 @@ def test_a_call(mistake: Mistake, loss_class: Any) -> None:
 
 
 NO_FIX = {
-    "fractions-of-classes": (3, THREE, CLASSES + 0.25),
-    "nan": (1, ONE, torch.where(BINARY == 1, torch.nan, 0.0)),
-    "far-beyond": (3, THREE, CLASSES * 1000),
-    "wrong-length": (1, ONE, BINARY[:4]),
-    "none": (1, None, BINARY),
+    "fractions-of-classes": (3, THREE, CLASSES + 0.25, None, "got 0.25"),
+    "nan": (1, ONE, torch.where(BINARY == 1, torch.nan, 0.0), None, "got nan"),
+    "beyond-one": (1, ONE, BINARY * 1.5, None, "got 1.5"),
+    "far-beyond": (3, THREE, CLASSES * 1000, None, "got 1000"),
+    "twice-as-many-classes": (3, THREE, torch.tensor([0, 1, 2, 0, 1, 6]), None, "got 6"),
+    "wrong-length": (1, ONE, BINARY[:4], None, "got [4]"),
+    "no-rows": (1, ONE[:0], torch.zeros(0, 3), None, "got [0, 3]"),
+    "no-logits": (1, None, BINARY, None, "got NoneType"),
+    "one-logit": (1, ROWS[0], BINARY, None, "got []"),
+    "another-row": (3, torch.zeros(4), BINARY, None, "got [4]"),
+    "complex": (1, ONE.to(torch.complex64), BINARY, None, "got torch.complex64"),
+    "wrong-length-of-weights": (1, ONE, BINARY, torch.ones(4), "got [4]"),
+    "one-weight": (1, ONE, BINARY, torch.ones(1), "got [1]"),
+    "no-weights": (1, ONE[:0], BINARY[:0], torch.ones(0, 1), "got [0, 1]"),
 }
 
 
-@pytest.mark.parametrize(("num_classes", "logits", "targets"), NO_FIX.values(), ids=NO_FIX.keys())
+@pytest.mark.parametrize(
+    ("num_classes", "logits", "targets", "sample_weight", "end"), NO_FIX.values(), ids=NO_FIX.keys()
+)
 def test_no_guess_where_nothing_suggests_itself(
-    num_classes: int, logits: Any, targets: Tensor
+    num_classes: int, logits: Any, targets: Tensor, sample_weight: Tensor | None, end: str
 ) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
-        SmoothAPLoss(num_classes)(logits, targets)
+        SmoothAPLoss(num_classes)(logits, targets, sample_weight=sample_weight)
+    assert str(caught.value).endswith(end)
     assert ";" not in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", [None, 5, torch.tensor(1)], ids=["none", "int", "scalar"])
+def test_logits_are_told_whatever_the_targets_are(targets: Any) -> None:
+    with pytest.raises(ValueError, match=r"got \[6, 3\]; for 3 outputs construct the loss with"):
+        SmoothAPLoss(2)(THREE, targets)
+
+
+@pytest.mark.parametrize(
+    ("prior", "end"),
+    [
+        (1, "got 1; a share, not per cent: 0.01"),
+        (1.5, "got 1.5; a share, not per cent: 0.015"),
+        (99.5, "got 99.5; a share, not per cent: 0.995"),
+        (100, "got 100"),
+    ],
+)
+def test_a_prior_in_per_cent(prior: float, end: str) -> None:
+    with pytest.raises(ValueError, match=r"^target_prior must be between 0 and 1, ") as caught:
+        SmoothAPLoss(1, target_prior=prior)
+    assert str(caught.value).endswith(end)
+
+
+def test_no_guess_of_functions() -> None:
+    with pytest.raises(ValueError, match=r"^is_positive must be .*, got \[4, 3\]$"):
+        smooth_ap(THREE.T, ONE_HOT[:4] == 1)
+    with pytest.raises(TypeError, match=r"^temperature must be .*, got 'x' \(str\)$"):
+        SmoothAPLoss(1, temperature="x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["targets", "sample_weight"])

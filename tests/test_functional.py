@@ -11,7 +11,14 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from imbalanced_losses.functional import Backend, score_spread, smooth_ap
+from imbalanced_losses.functional import (
+    Backend,
+    _listed,
+    _masked,
+    _problems,
+    score_spread,
+    smooth_ap,
+)
 from tests import oracle
 from tests.cases import Case, all_equal, cases, random_batch, seeded
 
@@ -125,6 +132,44 @@ def test_weights_of_each_class_of_their_own() -> None:
     for c in range(3):
         expected = oracle.smooth_ap(scores[c], is_positive[c], 0.3, weights[c])
         assert ap[c].item() == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def test_what_is_given_is_what_others_are_given_by_default() -> None:
+    scores, is_positive = torch.randn(20), torch.arange(20) < 6
+    assert smooth_ap(scores, is_positive).ap.equal(smooth_ap(scores, is_positive, 0.01).ap)
+
+
+def test_dtypes_of_the_rest_do_not_matter() -> None:
+    """float32 scores give a float32 AP, whatever the dtypes of temperature and weights."""
+    scores, is_positive = torch.randn(2, 20), torch.rand(2, 20) < 0.4
+    tau, weights = torch.tensor([0.25, 0.5]), torch.rand(20)
+    expected = smooth_ap(scores, is_positive, tau, sample_weight=weights).ap
+    found = smooth_ap(scores, is_positive, tau.double(), sample_weight=weights.double()).ap
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+def test_weights_that_are_all_tiny() -> None:
+    scores, is_positive = torch.randn(50), torch.arange(50) < 5
+    weights = 1 + torch.rand(50)
+    expected, _ = smooth_ap(scores, is_positive, 0.3, sample_weight=weights)
+    tiny, _ = smooth_ap(scores, is_positive, 0.3, sample_weight=weights * 2.0**-100)
+    assert tiny.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_below_the_smallest_temperature_the_gradient_is_that_of_the_smallest() -> None:
+    """float32 has none below 2⁻⁶³: a lower one is taken for it, and moving it changes nothing."""
+    smallest = torch.finfo(torch.float32).tiny ** 0.5
+    scores = (smallest * torch.tensor([0.5, 0.0, 1.0, -1.0])).requires_grad_()
+    is_positive = torch.tensor([True, False, False, True])
+    found = []
+    for tau in (smallest, 1e-30):
+        temperature = torch.tensor(tau, requires_grad=True)
+        ap = smooth_ap(scores, is_positive, temperature).ap
+        found.append(torch.autograd.grad(ap, (scores, temperature)))
+    assert found[0][0].abs().max() * smallest > 0.01
+    assert found[0][0].equal(found[1][0])
+    assert found[1][1].item() == 0
 
 
 @pytest.mark.parametrize("tau", [1e-300, 1e-45, 1e-30, 1e-5, 1e30, 1e300])
@@ -254,6 +299,72 @@ def test_gradcheck(num_classes: int, weighted: bool, tensor_temperature: bool) -
     assert torch.autograd.gradgradcheck(ap, inputs, check_batched_grad=True)
 
 
+def test_second_derivatives_with_weights_are_the_slope_of_the_first() -> None:
+    scores, is_positive = torch.randn(8, dtype=torch.float64), torch.arange(8) % 3 == 0
+    weights, direction = torch.rand(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+
+    def first(at: Tensor, create_graph: bool = False) -> Tensor:
+        ap = smooth_ap(at, is_positive, 0.5, sample_weight=weights).ap
+        return torch.autograd.grad(ap, at, create_graph=create_graph)[0]
+
+    leaf = scores.clone().requires_grad_()
+    (second,) = torch.autograd.grad(first(leaf, create_graph=True), leaf, direction)
+    step = 1e-5 * direction
+    ends = [first((scores + sign * step).requires_grad_()) for sign in (1, -1)]
+    torch.testing.assert_close(second, (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**12])
+def test_the_slope_in_temperature_is_that_of_float64(offset: float) -> None:
+    """Also far from zero, where a float32 product of score and slope would leave few digits."""
+    scores = torch.randint(-64, 65, (30,), generator=seeded(0)) / 64
+    is_positive = torch.arange(30) < 8
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        temperature = torch.tensor(0.25, dtype=dtype, requires_grad=True)
+        ap = smooth_ap(scores.to(dtype) + offset, is_positive, temperature).ap
+        slopes.append(torch.autograd.grad(ap, temperature)[0].item())
+    assert abs(slopes[1]) > 0.01
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("score", [1e300, -1e300])
+def test_the_slope_in_temperature_where_scores_over_it_overflow(score: float) -> None:
+    scores = torch.tensor([score, score, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    is_positive = torch.tensor([True, False, False, True])
+    temperature = torch.tensor(1e-140, dtype=torch.float64, requires_grad=True)
+    ap = smooth_ap(scores, is_positive, temperature).ap
+    by_score, by_temperature = torch.autograd.grad(ap, (scores, temperature))
+    assert by_score[0].abs() > 1e138
+    assert by_temperature.isfinite()
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("num_problems", [1, 4])
+def test_positives_as_a_mask_are_those_listed(num_problems: int, is_weighted: bool) -> None:
+    """The form that needs no value read, for devices, holds the same."""
+    shape = (num_problems, 12)
+    is_positive = torch.rand(shape, generator=seeded(0)) < 0.4
+    if num_problems > 1:
+        is_positive[1], is_positive[2] = False, True
+    weights = torch.rand(shape, generator=seeded(1)) if is_weighted else None
+    if weights is not None:
+        weights[:, :3] = 0
+    of = _problems(torch.randn(shape), is_positive, 0.1, weights)
+    masked, listed = _masked(of), _listed(of)
+    assert masked.valid.equal(listed.valid)
+    assert masked.is_query.nonzero().equal(torch.stack((listed.problem, listed.row), dim=1))
+    share = torch.zeros(shape)
+    share[listed.problem, listed.row] = listed.share
+    torch.testing.assert_close(masked.share, share)
+    values = torch.randn(shape)
+    torch.testing.assert_close(
+        masked.total(values * masked.is_query, num_problems),
+        listed.total(values[listed.problem, listed.row], num_problems),
+    )
+    assert masked.of_problem(values[:, 0]).equal(values[:, :1])
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own import
 def test_forward_mode_is_refused() -> None:
     """Forward-mode differentiation is not provided: it raises rather than being silently wrong."""
@@ -322,6 +433,34 @@ def test_spread_of_huge_and_tiny_scores(scale: float) -> None:
     scores = torch.tensor([1.0, 2.0, 4.0, -3.0], dtype=dtype)
     expected = scale * score_spread(scores).item()
     assert score_spread(scores * scale).item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_each_class_has_a_unit_of_its_own() -> None:
+    scores = torch.tensor([[1.0, 2.0, 4.0], [-3.0, 2.0, 0.0]], dtype=torch.float64)
+    scale = torch.tensor([1e200, 1e-150], dtype=torch.float64)
+    found = score_spread(scores * scale[:, None])
+    torch.testing.assert_close(found, score_spread(scores) * scale, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1e-25], [0.0, 1e-20]])
+def test_scores_that_differ_by_next_to_nothing_have_no_spread(scores: list[float]) -> None:
+    assert score_spread(torch.tensor(scores)).item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_spread_is_in_the_dtype_of_the_computation(dtype: torch.dtype) -> None:
+    weights = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
+    spread = score_spread(torch.tensor([1.0, 3.0, 2.0], dtype=dtype), weights)
+    assert spread.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1 / 64])
+def test_spread_with_little_weight(weight: float) -> None:
+    scores = torch.tensor([1.0, 3.0], requires_grad=True)
+    spread = score_spread(scores, torch.full((2,), weight))
+    (gradient,) = torch.autograd.grad(spread, scores)
+    assert spread.item() == 1
+    assert gradient.tolist() == ([0.0, 0.0] if weight == 0 else [-0.5, 0.5])
 
 
 def test_spread_of_scores_with_a_large_offset() -> None:

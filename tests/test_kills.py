@@ -160,8 +160,7 @@ def assert_others_raise(num_ranks: int, moment: str) -> None:
         last = num_ranks - 1
         found = list(run_to_the_end(pool, step_in_which_the_last_rank_dies, moment, last))
     finally:
-        for process in pool.processes:
-            process.kill()
+        pool.kill()
     assert found[last] is None
     for rank, failure in enumerate(found[:last]):
         assert isinstance(failure, Failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -82,6 +83,51 @@ def test_steps_of_ones_own() -> None:
         make_mix().step()
 
 
+def test_steps_are_counted_by_ones() -> None:
+    by_step, by_call = make_mix(calls_per_step=None, warmup_steps=9), make_mix()
+    for step in range(3):
+        assert by_step.num_steps == by_call.num_steps == step
+        by_step.step()
+        run(by_call, 1, step)
+
+
+@pytest.mark.parametrize("main_weight", [0.1, 0.3, 0.7, 0.9, 10 / 11])
+def test_after_the_blend_the_weight_is_exactly_the_one_given(main_weight: float) -> None:
+    for blend_steps in range(1, 12):
+        loss_fn = make_mix(main_weight=main_weight, blend_steps=blend_steps)
+        loss_fn._num_steps = blend_steps
+        assert loss_fn.main_weight == main_weight
+
+
+def test_a_loss_of_weight_zero_is_not_computed() -> None:
+    loss_fn = make_mix(main_weight=1, warmup_steps=1)
+    calls = []
+    for name in ("auxiliary_loss", "main_loss"):
+        getattr(loss_fn, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    run(loss_fn, 3)
+    assert calls == ["auxiliary_loss", "main_loss", "main_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_counted"),
+    [
+        ({}, False),
+        ({"warmup_steps": 1}, True),
+        ({"blend_steps": 1}, True),
+        ({"warmup_steps": 1, "blend_steps": 1}, True),
+        ({"temperature": (1.0, 0.1, 3)}, True),
+    ],
+    ids=str,
+)
+def test_compiled_code_counts_where_the_number_is_used(
+    options: dict[str, Any], is_counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss_fn = make_mix(**options)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    loss_fn._count()
+    assert loss_fn.num_steps == is_counted
+
+
 def test_evaluation_counts_nothing() -> None:
     loss_fn = make_mix(warmup_steps=2).eval()
     before = state_of(loss_fn)
@@ -108,6 +154,20 @@ def test_the_weights_of_rows_reach_both_losses() -> None:
     torch.testing.assert_close(mix(batch.logits, batch.targets, sample_weight=weights), expected)
 
 
+def test_an_error_in_the_warm_up_is_no_business_of_the_main_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other ranks do not rank yet: none of them waits for this one."""
+    refused = []
+    loss_fn = make_mix(warmup_steps=1)
+    monkeypatch.setattr(loss_fn.main_loss, "_refuse", lambda *_: refused.append(_))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="targets must be"):
+            loss_fn(torch.zeros(2, 1), torch.tensor([0, 5]))
+        loss_fn._num_steps = 1
+    assert len(refused) == 1
+
+
 def test_any_callable_is_an_auxiliary_loss() -> None:
     def mean_square(logits: Tensor, targets: Tensor) -> Tensor:
         return (logits.squeeze(1) - targets).square().mean()
@@ -132,6 +192,16 @@ def test_the_queue_is_emptied_where_the_main_loss_begins() -> None:
     assert int((loss_fn.main_loss._queue.targets >= 0).sum()) == 6
     run(loss_fn, 1, 3)
     assert int((loss_fn.main_loss._queue.targets >= 0).sum()) == 12
+
+
+def test_a_refit_knows_the_weights_of_rows() -> None:
+    weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 3.0])
+    loss_fn = make_mix(warmup_steps=1, refit_temperature=True)
+    run(loss_fn, 1)
+    batch = make_batch(6, seed=5)
+    loss_fn(batch.logits, batch.targets, sample_weight=weights)
+    expected = 0.3 * score_spread(batch.logits[:, 0], weights).item()
+    assert loss_fn.main_loss.temperature == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", [None, (0.3, 0.3, 1)])
@@ -214,6 +284,44 @@ def test_bad_checkpoints_are_refused() -> None:
     assert all(value.equal(state[name]) for name, value in state_of(loss_fn).items())
 
 
+def test_what_a_checkpoint_holds() -> None:
+    loss_fn = make_mix(warmup_steps=2)
+    loss_fn._temperature_scale = 0.1
+    with torch.device("meta"):
+        state = loss_fn.state_dict()
+    found = {name: state[name] for name in ("num_calls", "num_steps", "has_switched")}
+    assert {name: value.dtype for name, value in found.items()} == {
+        "num_calls": torch.int64,
+        "num_steps": torch.int64,
+        "has_switched": torch.bool,
+    }
+    assert all(value.device.type == "cpu" for value in found.values())
+    assert state["temperature_scale"].item() == 0.1
+
+
+def test_a_key_that_nothing_takes_is_refused() -> None:
+    state = state_of(make_mix())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
+        make_mix().load_state_dict({**state, "more": torch.tensor(1)})
+    assert make_mix().load_state_dict({**state, "more": torch.tensor(1)}, strict=False) == (
+        [],
+        ["more"],
+    )
+
+
+@pytest.mark.parametrize("name", ["num_calls", "num_steps", "has_switched", "temperature_scale"])
+def test_what_is_missing_stays_and_the_rest_is_taken(name: str) -> None:
+    values = {"num_calls": 1, "num_steps": 7, "has_switched": True, "temperature_scale": 0.5}
+    loss_fn = make_mix(warmup_steps=2, calls_per_step=3)
+    own = state_of(loss_fn)
+    given = {**own, **{key: torch.tensor(value) for key, value in values.items()}}
+    del given[name]
+    loss_fn.load_state_dict(given, strict=False)
+    found = state_of(loss_fn)
+    for key, value in values.items():
+        assert found[key].item() == (own[key].item() if key == name else value)
+
+
 # --- Trainers -------------------------------------------------------------------------------------
 
 
@@ -283,9 +391,11 @@ def test_bad_input_at_the_switch_is_an_error_on_every_rank(ranks: Ranks) -> None
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be an int >= 0, got -1"),
         ({"blend_steps": 1.0}, TypeError, "blend_steps must be an int >= 0"),
         ({"temperature": 0.1}, TypeError, r"temperature must be \(start, end, steps\) or None"),
-        ({"temperature": (0.0, 1.0, 3)}, ValueError, "temperature's start must be finite"),
+        ({"temperature": (0.0, 1.0, 3)}, ValueError, "^temperature's start must be finite"),
+        ({"temperature": (1.0, 0.0, 3)}, ValueError, "^temperature's end must be finite"),
         ({"temperature": (1.0, 1.0, 0)}, ValueError, "temperature's steps must be an int >= 1"),
         ({"calls_per_step": 0}, ValueError, "calls_per_step must be an int >= 1"),
+        ({"refit_temperature": 1}, TypeError, "^refit_temperature must be True or False"),
         ({"refit_temperature": True}, ValueError, "refit_temperature=True needs warmup_steps"),
         (
             {
@@ -304,16 +414,62 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
         make_mix(**options)
 
 
-def test_bad_losses() -> None:
-    with pytest.raises(TypeError, match="auxiliary_loss must be callable, got 3"):
-        MixedLoss(3, SmoothAPLoss(1), main_weight=0.5)  # type: ignore[arg-type]
-    with pytest.raises(
-        TypeError, match=r"main_loss must be a ranking loss .* got BCEWithLogitsLoss"
-    ):
-        MixedLoss(nn.MSELoss(), nn.BCEWithLogitsLoss(), main_weight=0.5)  # type: ignore[arg-type]
+BCE = nn.BCEWithLogitsLoss()
+
+
+@pytest.mark.parametrize(
+    ("auxiliary", "main", "message"),
+    [
+        (3, SmoothAPLoss(1), "auxiliary_loss must be callable, got 3"),
+        (
+            BCE,
+            BCE,
+            "main_loss must be a ranking loss of this library, got BCEWithLogitsLoss",
+        ),
+        (
+            SmoothAPLoss(1),
+            BCE,
+            "main_loss must be a ranking loss of this library, got BCEWithLogitsLoss; "
+            "auxiliary_loss comes first, then main_loss",
+        ),
+        (
+            CrossEntropy,
+            SmoothAPLoss(1),
+            "auxiliary_loss must be a loss, got the class CrossEntropy; construct it: "
+            "CrossEntropy(...)",
+        ),
+        (
+            BCE,
+            SmoothAPLoss,
+            "main_loss must be a loss, got the class SmoothAPLoss; construct it: SmoothAPLoss(...)",
+        ),
+    ],
+)
+def test_bad_losses(auxiliary: Any, main: Any, message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        MixedLoss(auxiliary, main, main_weight=0.5)
+    assert str(caught.value) == message
 
 
 def test_repr() -> None:
     text = repr(make_mix(warmup_steps=3, temperature=(1, 0.1, 5)))
-    assert "main_weight=0.75, warmup_steps=3, temperature=(1.0, 0.1, 5)" in text
+    assert text.splitlines()[1].strip() == (
+        "main_weight=0.75, warmup_steps=3, temperature=(1.0, 0.1, 5)"
+    )
     assert "(main_loss): SmoothAPLoss(" in text
+    assert make_mix().extra_repr() == "main_weight=0.75"
+    own = {"blend_steps": 2, "warmup_steps": 1, "calls_per_step": 2, "refit_temperature": True}
+    assert make_mix(**own).extra_repr() == (
+        "main_weight=0.75, warmup_steps=1, blend_steps=2, refit_temperature=True, calls_per_step=2"
+    )
+
+
+def test_repr_of_a_function() -> None:
+    def by_name(function: Any) -> str:
+        return MixedLoss(function, SmoothAPLoss(1), main_weight=0.5).extra_repr()
+
+    assert by_name(nn.functional.binary_cross_entropy_with_logits) == (
+        "auxiliary_loss=binary_cross_entropy_with_logits, main_weight=0.5"
+    )
+    nameless = functools.partial(nn.functional.binary_cross_entropy_with_logits)
+    assert by_name(nameless) == f"auxiliary_loss={nameless!r}, main_weight=0.5"

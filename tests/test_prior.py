@@ -157,6 +157,7 @@ BAD_PRIORS: list[tuple[int, Any, type[Exception], str]] = [
     (1, "rare", TypeError, "target_prior"),
     (1, True, TypeError, "target_prior"),
     (1, [0.1, 0.2], ValueError, "1 of them, got 2"),
+    (2, 0.1, TypeError, "2 of them, got float"),
     (3, 0.1, TypeError, "3 of them, got float"),
     (3, [0.1, 0.2], ValueError, "3 of them, got 2"),
     (3, [0.1, 0.2, 2.0], ValueError, "between 0 and 1, got 2.0"),
@@ -165,7 +166,7 @@ BAD_PRIORS: list[tuple[int, Any, type[Exception], str]] = [
 
 @pytest.mark.parametrize(("num_classes", "value", "error", "says"), BAD_PRIORS)
 def test_bad_priors(num_classes: int, value: Any, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match="target_prior") as caught:
+    with pytest.raises(error, match=r"^target_prior must ") as caught:
         SmoothAPLoss(num_classes, target_prior=value)
     assert says in str(caught.value)
 
@@ -176,18 +177,77 @@ IS_POSITIVE = torch.tensor([True, False])
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ((IS_POSITIVE.long(), 0.1), TypeError, "is_positive must be a bool tensor"),
-        ((IS_POSITIVE[None, None], 0.1), ValueError, "[M] or [C, M], got [1, 1, 2]"),
-        ((IS_POSITIVE, 1.5), ValueError, "between 0 and 1, got 1.5"),
-        ((IS_POSITIVE, torch.tensor([0.1, 0.2])), ValueError, "target_prior"),
-        ((IS_POSITIVE, 0.1, IS_POSITIVE), TypeError, "sample_weight must be a floating tensor"),
-        ((IS_POSITIVE, 0.1, torch.ones(3)), ValueError, "sample_weight"),
+        (
+            (IS_POSITIVE.long(), 0.1),
+            TypeError,
+            "is_positive must be a bool tensor, got torch.int64; use targets == 1",
+        ),
+        (
+            ([True, False], 0.1),
+            TypeError,
+            "is_positive must be a bool tensor, got list; use targets == 1",
+        ),
+        (
+            (IS_POSITIVE[None, None], 0.1),
+            ValueError,
+            "is_positive must be [M] or [C, M], got [1, 1, 2]",
+        ),
+        (
+            (IS_POSITIVE, 1.5),
+            ValueError,
+            "target_prior must be between 0 and 1, got 1.5; a share, not per cent: 0.015",
+        ),
+        (
+            (IS_POSITIVE, torch.tensor([0.1, 0.2])),
+            ValueError,
+            "target_prior must be [] to fit is_positive [2], got [2]",
+        ),
+        (
+            (IS_POSITIVE[None], torch.full((1,), 0.1, device="meta")),
+            ValueError,
+            "target_prior must be on the device of is_positive (cpu), got meta; "
+            "use target_prior.to(is_positive.device)",
+        ),
+        (
+            (IS_POSITIVE, 0.1, IS_POSITIVE),
+            TypeError,
+            "sample_weight must be a floating tensor, got torch.bool",
+        ),
+        (
+            (IS_POSITIVE, 0.1, [1.0, 1.0]),
+            TypeError,
+            "sample_weight must be a floating tensor, got list",
+        ),
+        (
+            (IS_POSITIVE, 0.1, torch.ones(3)),
+            ValueError,
+            "sample_weight must be [2] to fit is_positive [2], got [3]",
+        ),
+        (
+            (IS_POSITIVE, 0.1, torch.tensor(1.0)),
+            ValueError,
+            "sample_weight must be [2] to fit is_positive [2], got []",
+        ),
+        (
+            (IS_POSITIVE[None], 0.1, torch.ones(3)),
+            ValueError,
+            "sample_weight must be [1, 2] or [2] to fit is_positive [1, 2], got [3]",
+        ),
     ],
 )
 def test_bad_arguments(arguments: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error) as caught:
         prior_weights(*arguments)
-    assert says in str(caught.value)
+    assert str(caught.value) == says
+
+
+def test_forms_of_the_arguments() -> None:
+    """One prior for all classes as a tensor, weights of each class of their own."""
+    is_positive = torch.tensor([[True, False, False], [True, True, False]])
+    own = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    found = prior_weights(is_positive, torch.tensor(0.25), own)
+    for c in range(2):
+        assert found[c].equal(prior_weights(is_positive[c], 0.25, own[c]))
 
 
 def test_shown_and_not_saved() -> None:

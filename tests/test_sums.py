@@ -276,8 +276,18 @@ def refused(rank: int, what: str) -> float:
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("dense", "ValueError", 'backend must be "auto" or "panel" with gather="sums"'),
-        ("twice", "RuntimeError", 'gather="sums" has first derivatives only'),
+        (
+            "dense",
+            "ValueError",
+            'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows of '
+            'the others has no pairs to sum over; got "dense"',
+        ),
+        (
+            "twice",
+            "RuntimeError",
+            'gather="sums" has first derivatives only: for create_graph=True or torch.func use '
+            'gather="rows"',
+        ),
         ("gather", "RuntimeError", "ranks disagree on gather: rank 0, 1, … have rows, sums"),
         ("per class", "RuntimeError", "ranks disagree on reduction: rank 0, 1, … have mean, none"),
         ("weights", "ValueError", "on rank 1: sample_weight must be"),

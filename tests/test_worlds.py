@@ -248,8 +248,7 @@ def train_all(rank: int, cases: list[Case]) -> list[Outcome | Failure | None]:
 
 @pytest.fixture(scope="module")
 def eight_ranks() -> Iterator[Ranks]:
-    pool = Ranks(len(WORLDS))
-    assert pool.run(make_groups) == [None] * len(WORLDS)
+    pool = Ranks(len(WORLDS), prepare=make_groups)
     yield pool
     pool.close()
 

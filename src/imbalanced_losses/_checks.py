@@ -163,20 +163,20 @@ def _share(name: str, value: Any) -> float:
 def prior_weights(is_positive: Any, target_prior: Any, sample_weight: Any) -> None:
     """The arguments of functional.prior_weights."""
     if not isinstance(is_positive, Tensor) or is_positive.dtype != torch.bool:
-        kind = is_positive.dtype if isinstance(is_positive, Tensor) else _kind(is_positive)
-        raise TypeError(f"is_positive must be a bool tensor, got {kind}; use targets == 1")
+        got = _dtype_or_kind(is_positive)
+        raise TypeError(f"is_positive must be a bool tensor, got {got}; use targets == 1")
     if is_positive.dim() not in (1, 2):
         raise ValueError(f"is_positive must be [M] or [C, M], got {list(is_positive.shape)}")
     if not isinstance(target_prior, Tensor):
         _share("target_prior", target_prior)
     elif target_prior.dim() > 0:
-        _fits("target_prior", target_prior, is_positive, is_positive.shape[:-1])
+        _fits("target_prior", target_prior, ("is_positive", is_positive), is_positive.shape[:-1])
     if sample_weight is not None:
         if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-            raise TypeError(f"sample_weight must be a floating tensor, got {_kind(sample_weight)}")
-        _fits(
-            "sample_weight", sample_weight, is_positive, is_positive.shape, is_positive.shape[-1:]
-        )
+            got = _dtype_or_kind(sample_weight)
+            raise TypeError(f"sample_weight must be a floating tensor, got {got}")
+        shapes = is_positive.shape, is_positive.shape[-1:]
+        _fits("sample_weight", sample_weight, ("is_positive", is_positive), *shapes)
 
 
 def row_values(
@@ -359,33 +359,35 @@ def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: An
         raise ValueError(f"scores must be [M] or [C, M], got {list(scores.shape)}")
     if isinstance(is_positive, Tensor) and is_positive.dtype != torch.bool:
         raise TypeError(f"is_positive must be bool, got {is_positive.dtype}; use targets == 1")
-    _fits("is_positive", is_positive, scores, scores.shape)
+    own = ("scores", scores)
+    _fits("is_positive", is_positive, own, scores.shape)
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             fix = _fixes.of_dtype("temperature", temperature)
             raise TypeError(f"temperature must be floating point, got {temperature.dtype}{fix}")
-        _fits("temperature", temperature, scores, scores.shape[:-1], torch.Size(()))
+        _fits("temperature", temperature, own, scores.shape[:-1], torch.Size(()))
     else:
         number_above_zero("temperature", temperature)
     if sample_weight is not None:
-        _fits("sample_weight", sample_weight, scores, scores.shape[-1:], scores.shape)
+        _fits("sample_weight", sample_weight, own, scores.shape[-1:], scores.shape)
 
 
-def _fits(name: str, value: Any, scores: Tensor, *shapes: torch.Size) -> None:
-    """A real tensor of one of the shapes, on the device of the scores."""
+def _fits(name: str, value: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> None:
+    """A real tensor of one of the shapes, on the device of the argument `beside` it."""
     value = _tensor(name, value)
+    other, given = beside
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
     if value.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(
-            f"{name} must be {expected} to fit scores {list(scores.shape)}, got "
+            f"{name} must be {expected} to fit {other} {list(given.shape)}, got "
             f"{list(value.shape)}{_fixes.of_shape(name, value, shapes)}"
         )
-    if value.dim() > 0 and value.device != scores.device:
+    if value.dim() > 0 and value.device != given.device:
         raise ValueError(
-            f"{name} must be on the device of scores ({scores.device}), got {value.device}"
-            f"{_fixes.of_device(name, 'scores')}"
+            f"{name} must be on the device of {other} ({given.device}), got {value.device}"
+            f"{_fixes.of_device(name, other)}"
         )
 
 
@@ -398,3 +400,7 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 def _kind(value: Any) -> str:
     return type(value).__name__
+
+
+def _dtype_or_kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else _kind(value)

@@ -72,7 +72,7 @@ def of_targets(value: Tensor, logits: Tensor, multilabel: bool) -> str:
     """For targets that are not [N], or [N, C] for multi-label."""
     num_rows, num_classes = logits.shape
     expected = num_rows * num_classes if multilabel else num_rows
-    if not multilabel and num_classes > 1 and value.shape == logits.shape:
+    if not multilabel and value.shape == logits.shape:
         return "; for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)"
     if not multilabel and num_classes == 1 and value.shape == (num_rows, 2):
         return "; for one-hot rows use targets.argmax(1)"

@@ -13,7 +13,8 @@ from imbalanced_losses._reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
 
-# A pair of scores further apart has less than a hundredth of the largest gradient: σ′(6) / σ′(0).
+# Of scores further apart than this many τ the gradient is below a hundredth of the largest:
+# σ′(6) / σ′(0).
 REACH = 6.0
 
 
@@ -21,7 +22,7 @@ class Diagnostics(NamedTuple):
     """What `SmoothAPLoss.diagnose` found for each class; `print` shows advice too.
 
     A positive and a negative *carry gradient* for each other while their scores
-    are less than 6 τ apart; beyond, the slope of the sigmoid is below a
+    are at most 6 τ apart; beyond, the slope of the sigmoid is below a
     hundredth of its largest.
 
     Attributes:

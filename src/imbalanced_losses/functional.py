@@ -169,7 +169,7 @@ def _score_spread_of_pool(
     dtype = _compute_dtype(scores)
     limits, unit = torch.finfo(dtype), unit.squeeze(-1)
     floor = torch.maximum(limits.eps * mean.detach().squeeze(-1).abs(), limits.tiny**0.5 / unit)
-    has_spread = (unit > 0) & (variance.detach() > floor.square())
+    has_spread = variance.detach() > floor.square()  # not where unit is 0: the floor is infinite
     deviation = torch.where(has_spread, variance, 1.0).sqrt() * unit
     return torch.where(has_spread, deviation, 1.0).to(dtype)
 
@@ -531,9 +531,10 @@ def _slopes_in_temperature(of: _Problems, slopes: Tensor) -> Tensor:
     −Σ score · slope / τ. Slopes sum to zero: any origin will do, and one amid the scores that have
     a slope keeps the products small.
     """
-    # No further than slopes can tell, so that no product overflows.
+    # So that no product overflows: slopes are at most 1/τ < 1e155, and scores so many τ from zero
+    # are equal or out of reach of each other.
     temperature = torch.as_tensor(of.temperature, dtype=torch.float64)[:, None]
-    scaled = (of.scores.double() / temperature).clamp(-1e300, 1e300)
+    scaled = (of.scores.double() / temperature).clamp(-1e140, 1e140)
     slopes = slopes.double()
     scaled = torch.where(slopes != 0, scaled, 0.0)  # a NaN that no sum has seen counts for nothing
     size = slopes.abs()
@@ -767,7 +768,7 @@ def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) ->
     if weights is None and exchange is ALONE:
         return None
     num_problems, num_rows = scores.shape
-    is_weighted = scores.new_full((num_problems, 1), weights is not None, dtype=torch.float64)
+    is_weighted = scores.new_full((num_problems, 1), weights is not None)
     if weights is None:
         weights = scores.new_ones(()).expand(scores.shape)
     weights = weights.detach().expand(scores.shape)
