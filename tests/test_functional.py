@@ -339,6 +339,17 @@ def test_the_slope_in_temperature_where_scores_over_it_overflow(score: float) ->
     assert by_temperature.isfinite()
 
 
+def test_a_nan_in_a_class_without_positives_leaves_its_temperature_alone() -> None:
+    scores = torch.tensor([[0.0, 1.0, 0.5], [0.0, math.nan, 1.0]])
+    is_positive = torch.tensor([[True, False, False], [False, False, False]])
+    temperature = torch.tensor([0.5, 0.5], requires_grad=True)
+    ap, valid = smooth_ap(scores, is_positive, temperature)
+    (slope,) = torch.autograd.grad(ap.sum(), temperature)
+    assert valid.tolist() == [True, False]
+    assert slope[0].abs() > 0.01
+    assert slope[1].item() == 0
+
+
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("num_problems", [1, 4])
 def test_positives_as_a_mask_are_those_listed(num_problems: int, is_weighted: bool) -> None:
@@ -346,7 +357,7 @@ def test_positives_as_a_mask_are_those_listed(num_problems: int, is_weighted: bo
     shape = (num_problems, 12)
     is_positive = torch.rand(shape, generator=seeded(0)) < 0.4
     if num_problems > 1:
-        is_positive[1], is_positive[2] = False, True
+        is_positive[1], is_positive[2], is_positive[3] = False, True, torch.arange(12) == 5
     weights = torch.rand(shape, generator=seeded(1)) if is_weighted else None
     if weights is not None:
         weights[:, :3] = 0
@@ -440,6 +451,10 @@ def test_each_class_has_a_unit_of_its_own() -> None:
     scale = torch.tensor([1e200, 1e-150], dtype=torch.float64)
     found = score_spread(scores * scale[:, None])
     torch.testing.assert_close(found, score_spread(scores) * scale, rtol=1e-12, atol=0)
+
+
+def test_spread_around_zero() -> None:
+    assert score_spread(torch.tensor([-2.0, 2.0])).item() == 2
 
 
 @pytest.mark.parametrize("scores", [[0.0, 1e-25], [0.0, 1e-20]])

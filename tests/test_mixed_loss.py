@@ -325,15 +325,21 @@ def test_what_is_missing_stays_and_the_rest_is_taken(name: str) -> None:
 # --- Trainers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("calls_per_step", [1, 2])
-def test_activation_checkpointing_counts_once(calls_per_step: int) -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("calls_per_step", [1, 2, None])
+def test_activation_checkpointing_counts_once(
+    calls_per_step: int | None, use_reentrant: bool
+) -> None:
     options = {"warmup_steps": 1, "blend_steps": 3, "calls_per_step": calls_per_step}
     options["temperature"] = (1.0, 0.1, 3)
     plain, again = make_mix(**options), make_mix(**options)
     for step in range(6):
         one, other = make_batch(6, seed=step).leaf(), make_batch(6, seed=step).leaf()
         plain(one.logits, one.targets).backward()
-        checkpoint(again, other.logits, other.targets, use_reentrant=False).backward()
+        checkpoint(again, other.logits, other.targets, use_reentrant=use_reentrant).backward()
+        if calls_per_step is None:
+            plain.step()
+            again.step()
         assert one.logits.grad is not None
         assert one.logits.grad.equal(other.logits.grad)
     for name, value in state_of(plain).items():

@@ -110,9 +110,9 @@ class MixedLoss(nn.Module):
         self.final_main_weight = _checks.number_above_zero("main_weight", main_weight)
         self.warmup_steps = _checks.integer("warmup_steps", warmup_steps, minimum=0)
         self.blend_steps = _checks.integer("blend_steps", blend_steps, minimum=0)
-        self.temperature_schedule = temperature
-        if temperature is not None:
-            self.temperature_schedule = _checks.temperature_schedule(temperature)
+        self.temperature_schedule = (
+            None if temperature is None else _checks.temperature_schedule(temperature)
+        )
         self.refit_temperature = _checks.boolean("refit_temperature", refit_temperature)
         self.calls_per_step = calls_per_step
         if calls_per_step is not None:
