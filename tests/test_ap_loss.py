@@ -211,6 +211,17 @@ def test_backend_reaches_the_engine() -> None:
         loss_fn(torch.zeros(2, 1), torch.tensor([0, 1]))
 
 
+def test_pairs_of_all_rows_take_all_rows() -> None:
+    loss_fn = SmoothAPLoss(num_classes=1, queue_size=0, gather="sums")
+    loss_fn.backend = "dense"
+    with pytest.raises(ValueError, match="backend") as caught:
+        loss_fn(torch.zeros(2, 1), torch.tensor([0, 1]))
+    assert str(caught.value) == (
+        'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows of the '
+        'others has no pairs to sum over; got "dense"'
+    )
+
+
 def test_binary_is_one_of_two_classes() -> None:
     """One column with labels {0, 1} is class 1 of a two-class loss; [N, 1] targets are the same."""
     logits, targets, _ = random_batch(seeded(2), 30, 1)

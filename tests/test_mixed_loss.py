@@ -410,7 +410,8 @@ def test_bad_input_at_the_switch_is_an_error_on_every_rank(ranks: Ranks) -> None
                 "main": {"temperature_unit": "spread"},
             },
             ValueError,
-            "refit_temperature must be False where main_loss has temperature_unit",
+            '^refit_temperature must be False where main_loss has temperature_unit="spread", '
+            "which follows the spread of the scores at every step$",
         ),
         ({"main": {"reduction": "none"}}, ValueError, "main_loss must have reduction"),
     ],
