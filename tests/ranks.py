@@ -99,18 +99,17 @@ class Ranks:
         """The result of each rank; `job` is called with the rank first."""
         if not self.processes:
             self.start()
-        for connection in self.connections:
-            connection.send_bytes(packed((job, arguments)))
         results = []
-        for rank, connection in enumerate(self.connections):
-            try:
-                answer = connection.recv_bytes() if connection.poll(self.patience_s) else None
-            except (EOFError, ConnectionResetError):
-                answer = None
-            if answer is None:
-                self.kill()
-                raise TimeoutError(f"rank {rank} does not answer")
-            results.append(torch.load(io.BytesIO(answer), weights_only=False))
+        try:
+            for connection in self.connections:
+                connection.send_bytes(packed((job, arguments)))
+            for rank, connection in enumerate(self.connections):
+                if not connection.poll(self.patience_s):
+                    raise TimeoutError(f"rank {rank} does not answer")
+                results.append(torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False))
+        except (EOFError, OSError):
+            self.kill()
+            raise
         return results
 
     def close(self) -> None:

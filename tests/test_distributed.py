@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -289,6 +291,28 @@ def test_a_rank_that_stays_away_is_an_error_not_a_hang(gather: str) -> None:
     assert first.error == "RuntimeError"
     assert "not all of them took part" in first.message
     assert second == 0.0
+
+
+def late_or_gone(rank: int, what: str) -> tuple[str, int]:
+    if what == "late" and rank == 0:
+        time.sleep(10)
+    if what == "gone" and rank == 1:
+        os._exit(1)
+    return what, rank
+
+
+@pytest.mark.parametrize("what", ["late", "gone"])
+def test_after_a_rank_that_does_not_answer_jobs_get_answers_of_their_own(what: str) -> None:
+    pool = Ranks()
+    try:
+        assert pool.run(late_or_gone, "neither") == [("neither", 0), ("neither", 1)]
+        patience_s, pool.patience_s = pool.patience_s, 1.0 if what == "late" else pool.patience_s
+        with pytest.raises((TimeoutError, EOFError, ConnectionResetError)):
+            pool.run(late_or_gone, what)
+        pool.patience_s = patience_s
+        assert pool.run(late_or_gone, "again") == [("again", 0), ("again", 1)]
+    finally:
+        pool.close()
 
 
 # --- Uneven numbers of batches --------------------------------------------------------------------
