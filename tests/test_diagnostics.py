@@ -251,12 +251,10 @@ HEALTHY = {
 
 def diagnostics_of(num_classes: int = 1, queue_age: int = 0, **numbers: float) -> Diagnostics:
     """Of healthy classes but for these numbers."""
-    fields = {
-        name: torch.full((num_classes,), value, dtype=torch.float64)
-        if isinstance(value, float)
-        else torch.full((num_classes,), value)
-        for name, value in {**HEALTHY, **numbers}.items()
-    }
+    fields = {}
+    for name, value in {**HEALTHY, **numbers}.items():
+        dtype = torch.float64 if isinstance(value, float) else torch.int64
+        fields[name] = torch.full((num_classes,), value, dtype=dtype)
     return Diagnostics(**fields, queue_age=queue_age)
 
 
@@ -320,6 +318,14 @@ queue_age                 1,234
   the spread of the scores is more than 50 τ: raise the temperature, or set
   temperature_unit="spread" with 0.1"""
     )
+
+
+def test_print_of_what_was_found() -> None:
+    batch = make_batch(30, 12)
+    text = str(SmoothAPLoss(12, 0, 0.3).diagnose(batch.logits, batch.targets))
+    assert text.startswith("ap  ")
+    assert "(the first 5 of 12 classes)" in text
+    assert "- 6 classes (6, 7, 8, 9, 10, …): fewer than three positives" in text
 
 
 @pytest.mark.parametrize("num_classes", [1, 5])

@@ -302,14 +302,16 @@ def late_or_gone(rank: int, what: str) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("what", ["late", "gone"])
-def test_after_a_rank_that_does_not_answer_jobs_get_answers_of_their_own(what: str) -> None:
+def test_after_a_rank_that_does_not_answer_jobs_get_answers_of_their_own(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = Ranks()
     try:
         assert pool.run(late_or_gone, "neither") == [("neither", 0), ("neither", 1)]
-        patience_s, pool.patience_s = pool.patience_s, 1.0 if what == "late" else pool.patience_s
-        with pytest.raises((TimeoutError, EOFError, ConnectionResetError)):
-            pool.run(late_or_gone, what)
-        pool.patience_s = patience_s
+        with monkeypatch.context() as impatient:
+            impatient.setattr(pool, "patience_s", 2.0)
+            with pytest.raises((TimeoutError, EOFError, ConnectionResetError)):
+                pool.run(late_or_gone, what)
         assert pool.run(late_or_gone, "again") == [("again", 0), ("again", 1)]
     finally:
         pool.close()
@@ -389,10 +391,8 @@ def test_even_steps(ranks: Ranks) -> None:
 class TwoAlike:
     """A group of two ranks that have the same batches; it notes the devices of its sums."""
 
-    devices: list[Any] = []  # noqa: RUF012, emptied by the test
-
-    def __init__(self, process_group: Any) -> None:
-        pass
+    def __init__(self) -> None:
+        self.devices: list[Any] = []
 
     def size(self) -> int:
         return 2
@@ -404,10 +404,10 @@ class TwoAlike:
 
 def test_even_steps_of_batches_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a batch is, is the loader's business; and the numbers travel on the device given."""
-    monkeypatch.setattr(distributed, "Group", TwoAlike)
-    TwoAlike.devices.clear()
+    group = TwoAlike()
+    monkeypatch.setattr(distributed, "Group", lambda process_group: group)
     assert list(even_steps([None, 3, None], device="cpu")) == [None, 3, None]
-    assert TwoAlike.devices == ["cpu"] * 4
+    assert group.devices == ["cpu"] * 4
 
 
 # --- Groups ---------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_weights_of_each_class_of_their_own() -> None:
         assert ap[c].item() == pytest.approx(expected, rel=0, abs=1e-12)
 
 
-def test_what_is_given_is_what_others_are_given_by_default() -> None:
+def test_the_default_temperature() -> None:
     scores, is_positive = torch.randn(20), torch.arange(20) < 6
     assert smooth_ap(scores, is_positive).ap.equal(smooth_ap(scores, is_positive, 0.01).ap)
 

@@ -167,16 +167,17 @@ def prior_weights(is_positive: Any, target_prior: Any, sample_weight: Any) -> No
         raise TypeError(f"is_positive must be a bool tensor, got {got}; use targets == 1")
     if is_positive.dim() not in (1, 2):
         raise ValueError(f"is_positive must be [M] or [C, M], got {list(is_positive.shape)}")
+    beside = ("is_positive", is_positive)
     if not isinstance(target_prior, Tensor):
         _share("target_prior", target_prior)
     elif target_prior.dim() > 0:
-        _fits("target_prior", target_prior, ("is_positive", is_positive), is_positive.shape[:-1])
+        _fits("target_prior", target_prior, beside, is_positive.shape[:-1])
     if sample_weight is not None:
         if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
             got = _dtype_or_kind(sample_weight)
             raise TypeError(f"sample_weight must be a floating tensor, got {got}")
         shapes = is_positive.shape, is_positive.shape[-1:]
-        _fits("sample_weight", sample_weight, ("is_positive", is_positive), *shapes)
+        _fits("sample_weight", sample_weight, beside, *shapes)
 
 
 def row_values(
@@ -359,17 +360,17 @@ def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: An
         raise ValueError(f"scores must be [M] or [C, M], got {list(scores.shape)}")
     if isinstance(is_positive, Tensor) and is_positive.dtype != torch.bool:
         raise TypeError(f"is_positive must be bool, got {is_positive.dtype}; use targets == 1")
-    own = ("scores", scores)
-    _fits("is_positive", is_positive, own, scores.shape)
+    beside = ("scores", scores)
+    _fits("is_positive", is_positive, beside, scores.shape)
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             fix = _fixes.of_dtype("temperature", temperature)
             raise TypeError(f"temperature must be floating point, got {temperature.dtype}{fix}")
-        _fits("temperature", temperature, own, scores.shape[:-1], torch.Size(()))
+        _fits("temperature", temperature, beside, scores.shape[:-1], torch.Size(()))
     else:
         number_above_zero("temperature", temperature)
     if sample_weight is not None:
-        _fits("sample_weight", sample_weight, own, scores.shape[-1:], scores.shape)
+        _fits("sample_weight", sample_weight, beside, scores.shape[-1:], scores.shape)
 
 
 def _fits(name: str, value: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> None:
