@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imbalanced_losses import _checks
+from imbalanced_losses._checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
+from imbalanced_losses._module import LossModule
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
-from imbalanced_losses._saved import is_saved_by_predecessor, unchanged_on_error
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_on_host, is_recomputed, is_traced
+from imbalanced_losses._tracing import is_in_backward, is_on_host, is_traced, is_transformed
 from imbalanced_losses._typing import typed_as
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
@@ -31,12 +34,14 @@ class PerClass(NamedTuple):
     valid: Tensor  # [C] bool
 
 
-class _QueuedRankingLoss(nn.Module):
+class _QueuedRankingLoss(LossModule):
     """Base of the ranking losses: rows in, one loss out.
 
     One forward pass is: check → gather over ranks → extend by the queue's rows → drop ignored rows
     → cap → per-class losses → push the live batch → reduce. A subclass implements `_per_class`.
     """
+
+    _queue: MemoryQueue
 
     #: Compare the values of targets and sample_weight with what is allowed; reads one bool back
     #: from the device in each forward pass. Shapes and dtypes are checked in any case.
@@ -100,8 +105,7 @@ class _QueuedRankingLoss(nn.Module):
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._place_numbers()
-        self._num_steps = 0  # training-mode forward passes, the counter of the draws
-        self._last_batch: Pool | None = None  # the last one remembered
+        self._fixed = _SETTINGS
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -172,7 +176,8 @@ class _QueuedRankingLoss(nn.Module):
             return_per_class: also return the loss of each class.
             sample_weight: [N], finite and ≥ 0: how many rows each row stands
                 for, in the sense of scikit-learn's `average_precision_score`. 0
-                is the same as leaving the row out.
+                is the same as leaving the row out. With multilabel=True also
+                [N, C], a weight for each label. Without gradient.
 
         Returns:
             loss: [] float32 (float64 for float64 logits), [C] for
@@ -188,14 +193,13 @@ class _QueuedRankingLoss(nn.Module):
             ValueError: a shape or a value that does not fit. Nothing has
                 changed then.
         """
+        self._require_a_step_of_its_own()
         batch, exchange = self._batch(logits, targets, sample_weight)
-        again = self._is_recomputed(batch)
-        self._fit(batch)
-        pool = self._capped(self._present(self._extended(batch, again)), again)
+        self._follow(batch.logits.device)
+        pool = self._capped(self._present(self._extended(batch)))
         problems = self._problems(pool, exchange)
         losses, valid = self._per_class(problems)
-        if not again:
-            self._remember(batch)
+        self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
         return (loss, mark_invalid(losses, valid), valid) if return_per_class else loss
 
@@ -232,7 +236,7 @@ class _QueuedRankingLoss(nn.Module):
     ) -> float:
         """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
         batch, exchange = self._batch(logits, targets, sample_weight)
-        self._fit(batch)
+        self._follow(batch.logits.device)
         problems = self._problems(batch, exchange)
         spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
         return float(spread.mean())
@@ -272,7 +276,7 @@ class _QueuedRankingLoss(nn.Module):
             "temperature": self.temperature,
             "target_prior": _as_number(self.target_prior),
             "training": self.training,
-            "steps made": self._num_steps,
+            "steps made": self._queue.num_steps,
         }
         sent: Pool | Exception
         try:
@@ -288,7 +292,7 @@ class _QueuedRankingLoss(nn.Module):
         logits = _checks.logits(logits, self.num_classes, targets)
         targets = _checks.targets(targets, logits, self.multilabel)
         if sample_weight is not None:
-            sample_weight = _checks.sample_weight(sample_weight, logits)
+            sample_weight = _checks.sample_weight(sample_weight, logits, self.multilabel)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
         if self.check_values and not logits.is_meta:
@@ -296,16 +300,16 @@ class _QueuedRankingLoss(nn.Module):
             _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
         return Pool(logits, targets.detach().to(torch.int64), weights)
 
-    def _fit(self, rows: Pool) -> None:
-        """Take on the device of the rows."""
-        self._queue.fit(rows)
-        if self._temperature_now.device != rows.logits.device:
+    def _follow(self, device: torch.device) -> None:
+        self._queue.to(device)
+        if self._temperature_now.device != self._device():
             self._place_numbers()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _QueuedRankingLoss:
-        super()._apply(fn, recurse)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of what another process sent: its state is its own."""
+        super().__setstate__(state)
+        self._queue = copy.copy(self._queue)
         self._place_numbers()
-        return self
 
     def _place_numbers(self) -> None:
         """Settings as tensors, beside the queue: copied at every step they would wait for it.
@@ -317,7 +321,7 @@ class _QueuedRankingLoss(nn.Module):
         self._prior = None if self.target_prior is None else self._as_tensor(self.target_prior)
 
     def _as_tensor(self, number: float | Sequence[float]) -> Tensor:
-        device = self._queue.cursor.device
+        device = self._device()
         with torch.inference_mode(False):  # it outlives it
             if isinstance(number, float):
                 return torch.full((), number, dtype=torch.float64, device=device)  # no copy
@@ -335,29 +339,27 @@ class _QueuedRankingLoss(nn.Module):
         """Whether a forward pass has another outcome after others."""
         return self.queue_size > 0 or self.max_pool_size is not None
 
-    def _is_recomputed(self, batch: Pool) -> bool:
-        """Whether the last forward pass is being computed again, by activation checkpointing.
-
-        The queue and the draw of the first time are used then, and nothing is remembered twice.
-        """
-        if not is_recomputed() or not self._updates_queue():
-            return False
-        if self._depends_on_state() and not _is_same(self._last_batch, batch):
+    def _require_a_step_of_its_own(self) -> None:
+        """Refuse a forward pass that would change the state where that can't be right."""
+        if not (self._depends_on_state() and self._updates_queue()):
+            return
+        if is_in_backward():
             raise RuntimeError(
-                "a forward pass of the loss is being recomputed (activation checkpointing) after "
-                "another one: call backward before the next forward, or keep the loss outside "
-                "the checkpointed function"
+                "the loss was called inside a backward pass, where its queue or max_pool_size "
+                "would take the batch for another step: with activation checkpointing keep the "
+                "loss outside the checkpointed function; in a hook call it in eval()"
             )
-        return True
+        if is_transformed():
+            raise RuntimeError(
+                "under torch.func the loss can't keep a batch in its queue, nor count a draw of "
+                "max_pool_size: call it in eval(), or without queue_size and max_pool_size"
+            )
 
-    def _extended(self, batch: Pool, again: bool) -> Pool:
+    def _extended(self, batch: Pool) -> Pool:
         """The batch, then the rows of the queue."""
         if self.queue_size == 0:
             return batch
-        rows = self._queue.rows_before_last_push() if again else self._queue.rows()
-        if rows.logits.dtype != batch.logits.dtype:  # float64 beside float32
-            weights = None if rows.weights is None else rows.weights.to(batch.logits.dtype)
-            rows = rows._replace(logits=rows.logits.to(batch.logits.dtype), weights=weights)
+        rows = self._queue.rows_beside(batch)
         if self.queue_follows_shift:
             shift = _zero_with_gradient_of_mean(batch, self.ignore_index)
             rows = rows._replace(logits=rows.logits + shift)
@@ -374,34 +376,25 @@ class _QueuedRankingLoss(nn.Module):
         present = pool.is_present(self.ignore_index)
         return pool if present.all() else pool.select(present.nonzero().squeeze(1))
 
-    def _capped(self, pool: Pool, again: bool) -> Pool:
+    def _capped(self, pool: Pool) -> Pool:
         """At most max_pool_size rows, each weighted by one over its chance of being drawn."""
         limit = self.max_pool_size
-        if limit is None or not self.training or len(pool.targets) <= limit:
+        if limit is None or not self.training or pool.targets.shape[0] <= limit:
             return pool
-        step = self._num_steps - 1 if again else self._num_steps
+        step = self._queue.num_steps
         sample = quota_indices(strata_of(pool.targets), limit, self.sampling_seed, step)
         drawn = pool.select(sample.rows)
         weights = drawn.row_weights()
-        weights = weights * sample.weights.to(weights.dtype)
+        factor = sample.weights.to(weights.dtype)
+        weights = weights * (factor if weights.dim() == 1 else factor[:, None])
         return drawn._replace(weights=weights.clamp_(max=torch.finfo(weights.dtype).max))
 
     def _remember(self, batch: Pool) -> None:
         """The one change of state of a forward pass."""
-        if not self._updates_queue():
-            return
-        before, last_push = (self._num_steps, self._last_batch), self._queue.last_push
-        try:
+        if self._updates_queue():
             # A number that changes would have code compiled anew in every step. Only draws need it.
-            if self.max_pool_size is not None or not torch.compiler.is_compiling():
-                self._num_steps += self.training
-            if self._depends_on_state():
-                self._last_batch = batch._replace(logits=batch.logits.detach())
-            self._queue.push(batch)
-        except BaseException:  # Ctrl-C, for one: it leaves the state before the step or after it
-            if self._queue.last_push is None or self._queue.last_push is last_push:
-                self._num_steps, self._last_batch = before
-            raise
+            is_counted = self.max_pool_size is not None or not torch.compiler.is_compiling()
+            self._queue.push(batch, is_step=self.training and is_counted)
 
     def __repr__(self) -> str:
         """The call that constructs such a loss, defaults left out but for the first few."""
@@ -428,66 +421,31 @@ class _QueuedRankingLoss(nn.Module):
         ]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "temperature"] = torch.tensor(
-            self._temperature, dtype=torch.float64, device="cpu"
+    def get_extra_state(self) -> Tensor:
+        """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
+        return pack_ranking(self._saved())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take what `get_extra_state` gave, of a queue of any size."""
+        saved = unpack_ranking(state, self._saved(), self.ignore_index)
+        self._queue.restore(saved.slots, saved.cursor, saved.is_weighted)
+        self._queue.num_steps = saved.num_steps
+        self.temperature = saved.temperature
+
+    def _saved(self) -> Saved:
+        queue = self._queue
+        return Saved(
+            self._temperature, queue.num_steps, int(queue.cursor), queue.is_weighted, queue.slots()
         )
-        destination[prefix + "num_steps"] = torch.tensor(self._num_steps, device="cpu")
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Take a checkpoint, or change nothing, as in `torch.nn.Module`.
+    def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return in_current_form(state_dict, prefix, self._saved())
 
-        Args:
-            state_dict: of a loss for as many classes. Of a queue of another
-                size the newest rows are kept.
-            strict: whether missing and unexpected keys are an error.
-            assign: take the tensors themselves instead of copying them.
 
-        Returns:
-            The names of the missing and the unexpected keys.
-
-        Raises:
-            RuntimeError: keys or values that do not fit; the loss is as it was.
-        """
-        with unchanged_on_error(self):
-            return super().load_state_dict(state_dict, strict, assign)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        queue = prefix + "_queue."
-        own = dict(state_dict)
-        saved = {name: own.pop(prefix + name, None) for name in ("temperature", "num_steps")}
-        if strict and not is_saved_by_predecessor(state_dict, queue):
-            missing_keys += [prefix + name for name, value in saved.items() if value is None]
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._last_batch = None
-        if not self._queue.fits(state_dict, queue):
-            return  # the queue will refuse; nothing of such a checkpoint is taken
-        try:
-            temperature = _checks.saved_temperature(saved["temperature"], self._temperature)
-            num_steps = _checks.saved_count(saved["num_steps"], self._num_steps)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix}{error}")
-            for name in [name for name in state_dict if name.startswith(queue)]:
-                del state_dict[name]
-            state_dict.update(self._queue.state_dict(prefix=queue))  # what the queue holds already
-            return
-        self.temperature, self._num_steps = temperature, num_steps
+_SETTINGS = frozenset(inspect.signature(_QueuedRankingLoss.__init__).parameters) - {
+    "self",
+    "temperature",
+}
 
 
 def _as_number(prior: tuple[float, ...] | None) -> float:
@@ -510,17 +468,3 @@ def _zero_with_gradient_of_mean(batch: Pool, ignore_index: int) -> Tensor:
     share = usable / usable.sum(0).clamp(min=1).double()  # [N, C]
     mean = (torch.where(usable, batch.logits, 0.0) * share).sum(0)
     return (mean - mean.detach()).to(batch.logits.dtype)
-
-
-def _is_same(last: Pool | None, batch: Pool) -> bool:
-    """Whether two batches are the same, bit for bit."""
-    if last is None or (last.weights is None) != (batch.weights is None):
-        return False
-    pairs = [(last.targets, batch.targets), (last.row_weights(), batch.row_weights())]
-    bits = torch.int64 if batch.logits.dtype == torch.float64 else torch.int32
-    if last.logits.dtype != batch.logits.dtype or last.logits.device != batch.logits.device:
-        return False
-    pairs.append(
-        (last.logits.contiguous().view(bits), batch.logits.detach().contiguous().view(bits))
-    )
-    return all(torch.equal(one, other) for one, other in pairs)

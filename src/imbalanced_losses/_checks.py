@@ -116,14 +116,15 @@ def targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     return value
 
 
-def sample_weight(given: Any, logits: Tensor) -> Tensor:
-    """Real [N]."""
+def sample_weight(given: Any, logits: Tensor, multilabel: bool = False) -> Tensor:
+    """Real [N]; with multilabel labels also [N, C], which it always becomes."""
     value = _tensor("sample_weight", given)
     if value.is_complex():
         raise TypeError(f"sample_weight must be real, got {value.dtype}")
-    if value.shape != logits.shape[:1]:
+    if value.shape != logits.shape[:1] and not (multilabel and value.shape == logits.shape):
+        expected = f"[{logits.shape[0]}]{f' or {list(logits.shape)}' if multilabel else ''}"
         raise ValueError(
-            f"sample_weight must be [{len(logits)}], one weight a row of logits, "
+            f"sample_weight must be {expected}, one weight a row of logits, "
             f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits)}"
         )
     if value.device != logits.device:
@@ -131,7 +132,7 @@ def sample_weight(given: Any, logits: Tensor) -> Tensor:
             f"sample_weight must be on the device of logits ({logits.device}), got {value.device}"
             f"{_fixes.of_device('sample_weight', 'logits')}"
         )
-    return value
+    return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
 
 
 def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
@@ -226,23 +227,10 @@ def row_values(
         raise ValueError(f"sample_weight must be finite and >= 0, got {first}")
 
 
-def saved_temperature(value: Any, otherwise: float) -> float:
-    """The temperature in a checkpoint, or what holds where it has none."""
-    if value is None:
-        return otherwise
-    return number_above_zero("temperature", _one_number("temperature", value))
-
-
-def saved_count(value: Any, otherwise: int) -> int:
-    """The number of steps in a checkpoint, or what holds where it has none."""
-    return otherwise if value is None else _count("num_steps", _one_number("num_steps", value))
-
-
-def _count(name: str, number: float, maximum: float = 2.0**53) -> int:
-    """A count that was saved; larger ones are none, and float64 does not tell them apart."""
+def saved_count(name: str, number: float, maximum: int = 2**53) -> int:
+    """A count in a checkpoint; float64 does not tell larger ones apart."""
     if not (number.is_integer() and 0 <= number <= maximum):
-        expected = "0 or 1" if maximum == 1 else "an int >= 0"
-        raise ValueError(f"{name} must be {expected}, got {number:g}")
+        raise ValueError(f"{name} must be an int in 0..{maximum}, got {number:g}")
     return int(number)
 
 
@@ -315,39 +303,6 @@ def class_weight(value: Any, num_classes: int) -> None:
         )
     if not bool((value.isfinite() & (value > 0)).all()):
         raise ValueError(f"class_weight must be finite and > 0, got {value.tolist()}")
-
-
-def saved_schedule(saved: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
-    """The state of a schedule in a checkpoint, each number as the one that holds is.
-
-    What the checkpoint lacks stays as it is.
-    """
-    found: dict[str, Any] = {}
-    for name, value in saved.items():
-        now = otherwise[name]
-        if value is None:
-            found[name] = now
-            continue
-        number = _one_number(name, value)
-        if isinstance(now, float):
-            found[name] = number_above_zero(name, number)
-        elif isinstance(now, bool):
-            found[name] = bool(_count(name, number, maximum=1))
-        else:
-            found[name] = _count(name, number)
-    return found
-
-
-def _one_number(name: str, value: Any) -> float:
-    if not isinstance(value, (Tensor, Real)):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{name} must be one number, got {value.dtype} {list(value.shape)}")
-        if value.is_meta:
-            raise ValueError(f"{name} must be a number, got a tensor on the meta device")
-        value = value.detach()
-    return float(value)
 
 
 def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: Any) -> None:

@@ -185,10 +185,11 @@ class _ScaleGradient(torch.autograd.Function):
 
 def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     """The rows of all ranks in rank order; the gradient reaches this one's."""
-    packed = _packed(own, max(lengths))
+    rows = own.packed()
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(lengths) - rows.shape[0]))
     parts = [
-        _unpacked(part[:length], own)
-        for part, length in zip(_all_gather(packed, group), lengths, strict=True)
+        own.unpacked(part[:length], own.logits.dtype)
+        for part, length in zip(_all_gather(rows, group), lengths, strict=True)
     ]
     rank = dist.get_rank(group.handle)
     parts[rank] = parts[rank]._replace(logits=own.logits)
@@ -219,7 +220,7 @@ def _exchanged_headers(
         header["weighted"] = int(batch.weights is not None)
         header["differentiated"] = int(torch.is_grad_enabled() and batch.logits.requires_grad)
         header["classes"] = batch.logits.shape[1]
-        header["target columns"] = _columns(batch.targets)
+        header["target columns"] = batch.targets.shape[1:].numel()
         header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
     for name, value in settings.items():
         header[name] = _WORDS.index(value) if isinstance(value, str) else value
@@ -255,25 +256,3 @@ def _together(collective: Callable[..., Any], *arguments: Any, group: Group) -> 
             "Ranks with fewer batches: see imbalanced_losses.distributed.even_steps. "
             f"torch.distributed says: {error}"
         ) from error
-
-
-def _columns(targets: Tensor) -> int:
-    return 1 if targets.dim() == 1 else targets.shape[1]
-
-
-def _packed(batch: Pool, num_rows: int) -> Tensor:
-    """One float64 row [C + target columns + 1] a batch row, padded: exact for every field."""
-    targets = batch.targets.reshape(len(batch.targets), _columns(batch.targets))
-    fields = (batch.logits.detach(), targets, batch.row_weights()[:, None])
-    rows = torch.cat([field.double() for field in fields], dim=1)
-    return torch.nn.functional.pad(rows, (0, 0, 0, num_rows - len(rows)))
-
-
-def _unpacked(rows: Tensor, like: Pool) -> Pool:
-    num_classes = like.logits.shape[1]
-    logits, targets, weights = rows.split((num_classes, _columns(like.targets), 1), dim=1)
-    return Pool(
-        logits.to(like.logits.dtype),
-        targets.to(torch.int64).reshape(len(rows), *like.targets.shape[1:]),
-        weights.squeeze(1).to(like.logits.dtype),
-    )

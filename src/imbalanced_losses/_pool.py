@@ -26,7 +26,7 @@ class Pool(NamedTuple):
 
     logits: Tensor  # [M, C] float32 or float64
     targets: Tensor  # [M] int64, or [M, C] for multi-label
-    weights: Tensor | None  # [M] ≥ 0, in the dtype of the logits; None = 1 everywhere
+    weights: Tensor | None  # as targets, ≥ 0, in the dtype of the logits; None = 1 everywhere
     num_constant: int = 0  # the last of the rows, which have no gradient
 
     def select(self, index: Tensor) -> Pool:
@@ -53,15 +53,39 @@ class Pool(NamedTuple):
         return Pool(logits, torch.cat((self.targets, rows.targets)), weights, num_constant)
 
     def row_weights(self) -> Tensor:
-        """[M], ones where the pool has none."""
-        return self.logits.new_ones(len(self.logits)) if self.weights is None else self.weights
+        """As targets, ones where the pool has none."""
+        return self.logits.new_ones(self.targets.shape) if self.weights is None else self.weights
 
     def is_present(self, ignore_index: int) -> Tensor:
         """[M] bool: rows with a target that counts and a weight above zero."""
         present = self.targets != ignore_index
-        if present.dim() == 2:
-            present = present.any(1)
-        return present if self.weights is None else present & (self.weights > 0)
+        if self.weights is not None:
+            present = present & (self.weights > 0)
+        return present.any(1) if present.dim() == 2 else present
+
+    def is_storable(self, ignore_index: int) -> Tensor:
+        """[M] bool: rows that are present, and finite in every class."""
+        storable = self.is_present(ignore_index) & self.logits.isfinite().all(1)
+        if self.weights is None:
+            return storable
+        is_finite = self.weights.isfinite()
+        return storable & (is_finite.all(1) if is_finite.dim() == 2 else is_finite)
+
+    def packed(self) -> Tensor:
+        """[M, columns] float64: logits, targets and, where there are any, weights; exact."""
+        fields = (self.logits.detach(), self.targets, self.weights)
+        return torch.cat([_columns(field).double() for field in fields if field is not None], dim=1)
+
+    def unpacked(self, rows: Tensor, dtype: torch.dtype) -> Pool:
+        """Packed rows [n, columns] as a pool of the form of this one, its floats of a dtype."""
+        num_classes, per_label = self.logits.shape[1], _columns(self.targets).shape[1]
+        widths = [num_classes, per_label] + [per_label] * (self.weights is not None)
+        logits, *labels = rows.split(widths, dim=1)
+        targets, *weights = (
+            columns if self.targets.dim() == 2 else columns.squeeze(1) for columns in labels
+        )
+        own = weights[0].to(dtype) if weights else None
+        return Pool(logits.to(dtype), targets.to(torch.int64), own)
 
     def problems(self, ignore_index: int) -> Problems:
         """One problem a class: one-vs-rest, or each label by itself for multi-label targets."""
@@ -75,8 +99,14 @@ class Pool(NamedTuple):
         counts = labels != ignore_index
         weights = None
         if self.weights is not None:
-            weights = (self.weights * counts).expand(num_classes, -1)
+            own = self.weights if self.weights.dim() == 1 else self.weights.T
+            weights = (own * counts).expand(num_classes, -1)
         elif not (is_on_host(counts) and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
         num_live = len(self.targets) - self.num_constant
         return Problems(self.logits.T, is_positive, weights, num_live)
+
+
+def _columns(field: Tensor) -> Tensor:
+    """[M, k] of a field [M] or [M, k]."""
+    return field[:, None] if field.dim() == 1 else field

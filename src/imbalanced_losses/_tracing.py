@@ -1,4 +1,4 @@
-"""In which circumstances code runs: with values or only shapes, for the first time or again."""
+"""Whether code runs with values or only shapes, and what runs it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def is_recomputed() -> bool:
-    """Whether activation checkpointing is computing a forward pass again.
-
-    Only that happens inside a backward pass. Compiled code recomputes what it chooses, but never
-    a forward pass that changes state.
+def is_in_backward() -> bool:
+    """Whether a backward pass runs this: activation checkpointing that computes a forward again,
+    or somebody's hook. Compiled code never has a forward pass that changes state run twice.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work, such as `grad` or `vmap`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imbalanced_losses._base import PerClass, _is_same, _QueuedRankingLoss
+from imbalanced_losses._base import PerClass, _QueuedRankingLoss
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses.diagnostics import Diagnostics, _diagnosed
@@ -121,9 +121,9 @@ class SmoothAPLoss(_QueuedRankingLoss):
     ) -> Diagnostics:
         """What a batch, ranked with the rows in the queue, gives to learn from.
 
-        Call it now and then, before or after the step of that batch; nothing
-        changes. It sorts the pool and takes a few times as long as a forward
-        pass.
+        Call it now and then, before the step of that batch (afterwards its rows
+        are in the queue as well); nothing changes. It sorts the pool and takes
+        a few times as long as a forward pass.
 
         Where forward gathers the rows of all ranks this does too, and all of
         them must call it; with gather="sums" it is about the rows of this rank.
@@ -153,11 +153,8 @@ class SmoothAPLoss(_QueuedRankingLoss):
         else:
             batch, _ = self._batch(logits, targets, sample_weight)
         batch = batch._replace(logits=batch.logits.detach())
-        self._fit(batch)
-        again = _is_same(self._last_batch, batch) and (
-            self.queue_size == 0 or self._queue.last_push is not None
-        )
-        pool = self._capped(self._present(self._extended(batch, again)), again)
+        self._follow(batch.logits.device)
+        pool = self._capped(self._present(self._extended(batch)))
         problems = self._problems(pool, ALONE)
         spread = score_spread(problems.scores, problems.weights)
         tau = self.temperature * (spread if self.temperature_unit == "spread" else 1)

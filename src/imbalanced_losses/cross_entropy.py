@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from imbalanced_losses import _checks
+from imbalanced_losses._module import LossModule
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["CrossEntropy"]
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(LossModule):
     """PyTorch's cross-entropies with the arguments of `SmoothAPLoss`.
 
     Binary cross-entropy for one class and for multi-label targets, softmax
@@ -62,8 +64,6 @@ class CrossEntropy(nn.Module):
     arXiv 1708.02002, eq. 4, for gamma.
     """
 
-    class_weight: Tensor | None
-
     #: Compare the values of targets and sample_weight with what is allowed; reads one bool back
     #: from the device in each forward pass.
     check_values: bool = True
@@ -85,7 +85,18 @@ class CrossEntropy(nn.Module):
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
         if class_weight is not None:
             _checks.class_weight(class_weight, num_classes)
-        self.register_buffer("class_weight", class_weight, persistent=False)
+        self._class_weight: Tensor | None = class_weight
+        self._fixed = _SETTINGS
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """[C], on the device of the module, or of the last batch."""
+        return self._class_weight
+
+    def _follow(self, device: torch.device) -> None:
+        if self._class_weight is not None and device.type != "meta":
+            with torch.inference_mode(False):  # it outlives it
+                self._class_weight = self._class_weight.to(device)
 
     def forward(
         self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
@@ -98,7 +109,7 @@ class CrossEntropy(nn.Module):
             targets: [N] integers in {0..C-1}, {0, 1} for one class, or
                 ignore_index; [N, C] with multilabel=True.
             sample_weight: [N], finite and ≥ 0: how many rows each row stands
-                for.
+                for. With multilabel=True also [N, C].
 
         Returns:
             [] ≥ 0, float32 (float64 for float64 logits); 0, attached to the
@@ -111,9 +122,9 @@ class CrossEntropy(nn.Module):
         logits = _checks.logits(logits, self.num_classes, targets)
         targets = _checks.targets(targets, logits, self.multilabel)
         if sample_weight is not None:
-            sample_weight = _checks.sample_weight(sample_weight, logits)
+            sample_weight = _checks.sample_weight(sample_weight, logits, self.multilabel)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = logits.new_ones(len(logits))
+        weights = logits.new_ones(targets.shape)
         if sample_weight is not None:
             weights = sample_weight.detach().to(logits.dtype)
         is_binary = self.multilabel or self.num_classes == 1
@@ -121,13 +132,12 @@ class CrossEntropy(nn.Module):
             num_labels = 2 if is_binary else self.num_classes
             _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
         targets = targets.to(torch.int64)
-        counts = (targets != self.ignore_index) & (
-            weights if targets.dim() == 1 else weights[:, None]
-        ).bool()
-        of_classes = None if self.class_weight is None else self.class_weight.to(logits)
+        counts = (targets != self.ignore_index) & weights.bool()
+        self._follow(logits.device)
+        of_classes = None if self._class_weight is None else self._class_weight.to(logits)
         if is_binary:
             targets, counts = targets.view(logits.shape), counts.view(logits.shape)
-            weights = weights[:, None] * counts
+            weights = weights.view(logits.shape) * counts
             labels = torch.where(counts, targets, 0).to(logits.dtype)
             terms = binary_cross_entropy_with_logits(
                 torch.where(counts, logits, 0.0), labels, reduction="none"
@@ -169,3 +179,6 @@ class CrossEntropy(nn.Module):
             if (value := getattr(self, name)) != default:
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts)
+
+
+_SETTINGS = frozenset(inspect.signature(CrossEntropy.__init__).parameters) - {"self"}

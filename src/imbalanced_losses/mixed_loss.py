@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
-from imbalanced_losses._saved import unchanged_on_error
-from imbalanced_losses._tracing import is_recomputed
+from imbalanced_losses._checkpoint import older_numbers, pack, unchanged_on_error, unpack
+from imbalanced_losses._module import LossModule
+from imbalanced_losses._tracing import is_in_backward
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["MixedLoss"]
@@ -21,7 +24,7 @@ __all__ = ["MixedLoss"]
 _STATE = ("num_calls", "num_steps", "has_switched", "temperature_scale")
 
 
-class MixedLoss(nn.Module):
+class MixedLoss(LossModule):
     """(1 − w) · auxiliary + w · main, where w may start at 0 and grow.
 
     A constant mix is the first choice: cross-entropy gives every row a gradient
@@ -93,7 +96,7 @@ class MixedLoss(nn.Module):
     def __init__(
         self,
         auxiliary_loss: Callable[..., Tensor],
-        main_loss: _QueuedRankingLoss,
+        main_loss: _QueuedRankingLoss,  # or what torch.compile makes of one
         *,
         main_weight: float,
         warmup_steps: int = 0,
@@ -104,7 +107,8 @@ class MixedLoss(nn.Module):
     ) -> None:
         """See the class for the arguments."""
         super().__init__()
-        _checks.losses_to_mix(auxiliary_loss, main_loss, _QueuedRankingLoss)
+        ranking = getattr(main_loss, "_orig_mod", main_loss)  # of a compiled loss
+        _checks.losses_to_mix(auxiliary_loss, ranking, _QueuedRankingLoss)
         self.auxiliary_loss = auxiliary_loss
         self.main_loss = main_loss
         self.final_main_weight = _checks.number_above_zero("main_weight", main_weight)
@@ -135,6 +139,13 @@ class MixedLoss(nn.Module):
         self._num_steps = 0
         self._has_switched = self.warmup_steps == 0
         self._temperature_scale = 1.0
+        self._fixed = _SETTINGS
+
+    @property
+    def _ranking(self) -> _QueuedRankingLoss:
+        """The main loss itself, where it was compiled."""
+        ranking: _QueuedRankingLoss = getattr(self.main_loss, "_orig_mod", self.main_loss)
+        return ranking
 
     @property
     def num_steps(self) -> int:
@@ -160,7 +171,7 @@ class MixedLoss(nn.Module):
     def current_temperature(self) -> float:
         """τ of the main loss in the next call, a refit to come not included."""
         if self.temperature_schedule is None:
-            return self.main_loss.temperature
+            return self._ranking.temperature
         start, end, steps = self.temperature_schedule
         share = min(1.0, max(0, self._num_steps - self.warmup_steps) / steps)
         return self._temperature_scale * math.pow(start, 1 - share) * math.pow(end, share)
@@ -195,9 +206,13 @@ class MixedLoss(nn.Module):
             TypeError, ValueError: what the losses raise. The schedule has not
                 moved then.
         """
-        is_again = self.training and is_recomputed()
-        is_counted = self.training and not is_again
-        weight = self._weight_at(self._last_step()) if is_again else self.main_weight
+        if self.training and not self._is_constant() and is_in_backward():
+            raise RuntimeError(
+                "the loss was called inside a backward pass, where its schedule would count a "
+                "step more: with activation checkpointing keep the loss outside the checkpointed "
+                "function; in a hook call it in eval()"
+            )
+        weight = self.main_weight
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         auxiliary: Tensor | float = 0.0
         if weight < 1:
@@ -205,12 +220,12 @@ class MixedLoss(nn.Module):
                 auxiliary = (1 - weight) * self.auxiliary_loss(logits, targets, **weights)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one
-                    self.main_loss._refuse(error, logits, targets, sample_weight)
+                    self._ranking._refuse(error, logits, targets, sample_weight)
                 raise
         if weight > 0:
-            main = self._counted_main_loss if is_counted else self.main_loss
+            main = self._counted_main_loss if self.training else self.main_loss
             return weight * main(logits, targets, sample_weight=sample_weight) + auxiliary
-        if is_counted:
+        if self.training:
             self._count()
         assert isinstance(auxiliary, Tensor)
         return auxiliary
@@ -219,18 +234,22 @@ class MixedLoss(nn.Module):
         self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
         """The main loss of a training call, which then counts; if it raises, nothing has moved."""
-        with nullcontext() if self._has_switched else unchanged_on_error(self):
-            before = self._num_calls, self._num_steps, self.main_loss.temperature
-            main_steps = self.main_loss._num_steps
-            try:
-                self._prepare(logits, targets, sample_weight)
-                self._count()
-                loss: Tensor = self.main_loss(logits, targets, sample_weight=sample_weight)
-                return loss
-            except BaseException:
-                if self.main_loss._num_steps == main_steps:
-                    self._num_calls, self._num_steps, self.main_loss.temperature = before
-                raise
+        with nullcontext() if torch.compiler.is_compiling() else self._unchanged_on_error():
+            self._prepare(logits, targets, sample_weight)
+            self._count()
+            loss: Tensor = self.main_loss(logits, targets, sample_weight=sample_weight)
+            return loss
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Move nothing if the block raises before the main loss has made its step."""
+        ranking, queue = self._ranking, self._ranking._queue
+        steps = queue.num_steps
+        with (
+            unchanged_on_error(vars(self), vars(ranking), unless=lambda: queue.num_steps > steps),
+            nullcontext() if self._has_switched else queue.unchanged_on_error(),
+        ):
+            yield
 
     if TYPE_CHECKING:
 
@@ -242,21 +261,19 @@ class MixedLoss(nn.Module):
         if not self._has_switched:
             scale = 1.0
             if self.refit_temperature:
-                scale = self.main_loss._spread_of_batch(logits, targets, sample_weight)
+                scale = self._ranking._spread_of_batch(logits, targets, sample_weight)
                 if self.temperature_schedule is None:
-                    self.main_loss.temperature *= scale
-            self.main_loss.reset_queue()
+                    self._ranking.temperature *= scale
+            self._ranking.reset_queue()
             self._temperature_scale, self._has_switched = scale, True
         if self.temperature_schedule is not None:
-            self.main_loss.temperature = self.current_temperature
+            self._ranking.temperature = self.current_temperature
 
     def _count(self) -> None:
         if self.calls_per_step is None:
             return
-        # A number that changes would have code compiled anew in every step; a constant mix has no
-        # use for it.
-        is_constant = self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
-        if is_constant and torch.compiler.is_compiling():
+        # A number that changes would have code compiled anew in every step.
+        if self._is_constant() and torch.compiler.is_compiling():
             return
         # At the end of a step; resumed with fewer calls a step, it may lie behind.
         is_end = self._num_calls + 1 >= self.calls_per_step
@@ -271,10 +288,9 @@ class MixedLoss(nn.Module):
             return self.final_main_weight * (done + 1) / (self.blend_steps + 1)
         return self.final_main_weight
 
-    def _last_step(self) -> int:
-        """The step of the last call."""
-        has_ended = self.calls_per_step is not None and self._num_calls == 0
-        return self._num_steps - has_ended
+    def _is_constant(self) -> bool:
+        """Whether the mix is the same in every step."""
+        return self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
 
     def extra_repr(self) -> str:
         """The settings in `repr`, defaults left out; the losses follow."""
@@ -293,60 +309,36 @@ class MixedLoss(nn.Module):
                 parts.append(f"{name.removesuffix('_schedule')}={value!r}")
         return ", ".join(parts)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _STATE:
-            value = getattr(self, "_" + name)
-            destination[prefix + name] = torch.tensor(
-                value, dtype=torch.float64 if isinstance(value, float) else None, device="cpu"
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: with a main loss of its own, as that has state."""
+        super().__setstate__(state)
+        self._modules = {**self._modules, "main_loss": copy.copy(self.main_loss)}
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Take a checkpoint, or change nothing, as in `torch.nn.Module`.
+    def get_extra_state(self) -> Tensor:
+        """Where the schedule stands, for `state_dict`: uint8, the same size for every state."""
+        return pack([getattr(self, "_" + name) for name in _STATE])
 
-        Args:
-            state_dict: of a mix of losses like these, with its schedule.
-            strict: whether missing and unexpected keys are an error.
-            assign: take the tensors themselves instead of copying them.
+    def set_extra_state(self, state: Any) -> None:
+        """Take what `get_extra_state` gave."""
+        (*counts, scale), _ = unpack(state, len(_STATE))
+        numbers = [
+            _checks.saved_count(name, count, 1 if name == "has_switched" else 2**53)
+            for name, count in zip(_STATE, counts, strict=False)
+        ]
+        self._temperature_scale = _checks.number_above_zero("temperature_scale", scale)
+        self._num_calls, self._num_steps, self._has_switched = *numbers[:2], bool(numbers[2])
 
-        Returns:
-            The names of the missing and the unexpected keys.
+    def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return older_numbers(state_dict, prefix, _STATE)
 
-        Raises:
-            RuntimeError: keys or values that do not fit; both losses are as
-                they were.
-        """
-        with unchanged_on_error(self):
-            return super().load_state_dict(state_dict, strict, assign)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = dict(state_dict)
-        saved = {name: own.pop(prefix + name, None) for name in _STATE}
-        if strict:
-            missing_keys += [prefix + name for name, value in saved.items() if value is None]
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        try:
-            found = _checks.saved_schedule(saved, {n: getattr(self, "_" + n) for n in _STATE})
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix}{error}")
-            return
-        for name, value in found.items():
-            setattr(self, "_" + name, value)
+_SETTINGS = frozenset(
+    {
+        *inspect.signature(MixedLoss.__init__).parameters,
+        "final_main_weight",
+        "temperature_schedule",
+    }
+) - {"self"}
 
 
 def _name_of(function: Callable[..., Any]) -> str:
