@@ -188,7 +188,12 @@ class _QueuedRankingLoss(nn.Module):
             ValueError: a shape or a value that does not fit. Nothing has
                 changed then.
         """
-        batch, exchange = self._batch(logits, targets, sample_weight)
+        error = None
+        try:
+            _checks.boolean("return_per_class", return_per_class)
+        except TypeError as own_error:
+            error = own_error  # the other ranks wait to hear of it
+        batch, exchange = self._batch(logits, targets, sample_weight, error)
         again = self._is_recomputed(batch)
         self._fit(batch)
         pool = self._capped(self._present(self._extended(batch, again)), again)
