@@ -123,7 +123,7 @@ def sample_weight(given: Any, logits: Tensor) -> Tensor:
         raise TypeError(f"sample_weight must be real, got {value.dtype}")
     if value.shape != logits.shape[:1]:
         raise ValueError(
-            f"sample_weight must be [{len(logits)}], one weight a row of logits, "
+            f"sample_weight must be [{logits.shape[0]}], one weight a row of logits, "
             f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits)}"
         )
     if value.device != logits.device:
@@ -379,7 +379,8 @@ def _fits(name: str, value: Any, beside: tuple[str, Tensor], *shapes: torch.Size
     other, given = beside
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
-    if value.shape not in shapes:
+    # Of as many dimensions: else a compiler would tell the lengths of different ones apart.
+    if value.shape not in [shape for shape in shapes if len(shape) == value.dim()]:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(
             f"{name} must be {expected} to fit {other} {list(given.shape)}, got "

@@ -113,7 +113,7 @@ class CrossEntropy(nn.Module):
         if sample_weight is not None:
             sample_weight = _checks.sample_weight(sample_weight, logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = logits.new_ones(len(logits))
+        weights = logits.new_ones(logits.shape[0])
         if sample_weight is not None:
             weights = sample_weight.detach().to(logits.dtype)
         is_binary = self.multilabel or self.num_classes == 1

@@ -584,7 +584,7 @@ def _opaque_smooth_ap(
     rows = scores.unsqueeze(0) if is_one else scores
     fixed, by_class = 0.0, None
     if isinstance(temperature, Tensor):
-        by_class = temperature.to(scores.device).expand(len(rows))
+        by_class = temperature.to(scores.device).expand(rows.shape[0])
     else:
         fixed = temperature
     can_need = torch.is_grad_enabled()
