@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from imbalanced_losses import SmoothAPLoss, _checks
-from imbalanced_losses.functional import smooth_ap
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss, _checks
+from imbalanced_losses.functional import prior_weights, score_spread, smooth_ap
 from tests.rows import IGNORED, assert_same_state, make_batch, queued_rows, state_of
 
 NAN, INF = float("nan"), float("inf")
@@ -285,6 +288,13 @@ BAD_TARGETS = {
     "vector-in-multilabel": call(
         "targets", torch.zeros(4), ValueError, "[4, 3]", "got [4]", kind="multilabel"
     ),
+    "beyond-int64-in-uint64": call(
+        "targets",
+        torch.tensor([0, 1, 2, 2**64 - 100], dtype=torch.uint64),
+        ValueError,
+        *IN_0_2,
+        f"got {2**64 - 100}",
+    ),
     "other-device": call(
         "targets", GOOD.targets.to("meta"), ValueError, "device", "cpu", "got meta"
     ),
@@ -312,12 +322,18 @@ BAD_WEIGHTS = {
     ),
 }
 
+BAD_FLAGS = {
+    "tensor": call("return_per_class", torch.ones(4), TypeError, "True or False", "(Tensor)"),
+    "int": call("return_per_class", 1, TypeError, "True or False", "got 1 (int)"),
+}
+
 BAD_CALLS = [
     pytest.param(bad, id=f"{name}-{id_}")
     for name, group in (
         ("logits", BAD_LOGITS),
         ("targets", BAD_TARGETS),
         ("sample_weight", BAD_WEIGHTS),
+        ("return_per_class", BAD_FLAGS),
     )
     for id_, bad in group.items()
 ]
@@ -429,6 +445,65 @@ def test_a_temperature_for_all_classes_may_be_on_the_host() -> None:
     assert smooth_ap(scores, scores > 0, torch.tensor(0.1)).ap.is_meta
 
 
+# --- Tensors that are no dense ones --------------------------------------------------------------
+
+
+def in_parts(tensor: Tensor, layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor([tensor[:1], tensor[1:]], layout=layout)
+
+
+NOT_DENSE: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "sparse": (Tensor.to_sparse, "got layout torch.sparse_coo", ".to_dense()"),
+    "mkldnn": (Tensor.to_mkldnn, "got layout torch._mkldnn", ".to_dense()"),
+    "quantized": (
+        lambda it: torch.quantize_per_tensor(it, 0.1, 0, torch.qint8),
+        "got quantized torch.qint8",
+        ".dequantize()",
+    ),
+    "nested": (
+        lambda it: in_parts(it, torch.strided),
+        "got a nested one",
+        "torch.cat({}.unbind())",
+    ),
+    "jagged": (lambda it: in_parts(it, torch.jagged), "got a nested one", "torch.cat({}.unbind())"),
+    "distributed": (
+        lambda it: DTensor.from_local(it, init_device_mesh("cpu", (1,))),
+        "got a DTensor",
+        ".full_tensor()",
+    ),
+}
+
+
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # that quantised and nested tensors will change
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense(kind: str) -> None:
+    """In every place, and the fix is right: it gives a plain tensor of these values."""
+    change, got, fix = NOT_DENSE[kind]
+    rows = {"logits": GOOD.logits, "targets": GOOD.targets.float(), "sample_weight": torch.ones(4)}
+    scores = {"scores": GOOD.logits.T.contiguous(), "is_positive": GOOD.logits.T > 0}
+    calls: list[tuple[Any, dict[str, Tensor], str]] = [
+        (loss_fn, rows, name) for loss_fn in (SmoothAPLoss(3), CrossEntropy(3)) for name in rows
+    ]
+    calls += [(smooth_ap, scores, "scores"), (score_spread, {}, "scores")]
+    for called, others, name in calls:
+        value = change((others or scores)[name])
+        with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, {got}; ") as caught:
+            called(**{**others, name: value})
+        code = str(caught.value).partition("; use ")[2]
+        assert code == (fix.format(name) if "{}" in fix else name + fix)
+        mended = eval(code, {"torch": torch, name: value})
+        torch.testing.assert_close(mended, (others or scores)[name], atol=0.06, rtol=0)
+
+
 def test_bad_backend_of_a_loss_changes_nothing() -> None:
     class Misnamed(SmoothAPLoss):
         backend = "fast"  # type: ignore[assignment]
@@ -442,8 +517,10 @@ def test_bad_backend_of_a_loss_changes_nothing() -> None:
 
 # --- Conversions that are documented -------------------------------------------------------------
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (*UNSIGNED, *SIGNED)
+FLOATS = (torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = pytest.mark.parametrize("kind", LOSSES)
 
 
@@ -467,7 +544,7 @@ def test_bool_targets_agree(kind: str) -> None:
     assert loss_and_rows(kind, lambda it: it == 1) == loss_and_rows(kind, lambda it: it)
 
 
-@pytest.mark.parametrize("dtype", [*INTEGERS[1:], *FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", [*SIGNED, *FLOATS[1:]], ids=str)
 @KINDS
 def test_ignore_index_of_any_dtype_agrees(kind: str, dtype: torch.dtype) -> None:
     def with_ignored(targets: Tensor) -> Tensor:
@@ -512,11 +589,105 @@ def test_weights_of_any_real_dtype_agree(dtype: torch.dtype) -> None:
     batch = make_batch(6)
     weights = torch.tensor([1, 0, 1, 1, 0, 1])
     kept = weights.nonzero().flatten()
-    losses = [
-        SmoothAPLoss(1, 0, 0.2)(batch.logits, batch.targets, sample_weight=weights.to(dtype)),
-        SmoothAPLoss(1, 0, 0.2)(batch.logits[kept], batch.targets[kept]),
-    ]
-    assert losses[0] == losses[1]
+    scores, is_positive = batch.logits.T, batch.targets[None] == 1
+    for weighted, plain in (
+        (SmoothAPLoss(1, 0, 0.2), SmoothAPLoss(1, 0, 0.2)),
+        (CrossEntropy(1), CrossEntropy(1)),
+    ):
+        found = weighted(batch.logits, batch.targets, sample_weight=weights.to(dtype))
+        torch.testing.assert_close(found, plain(batch.logits[kept], batch.targets[kept]))
+    found, _ = smooth_ap(scores, is_positive, 0.2, sample_weight=weights.to(dtype))
+    assert found == smooth_ap(scores[:, kept], is_positive[:, kept], 0.2).ap
+    found = score_spread(scores, weights.to(dtype))
+    torch.testing.assert_close(found, score_spread(scores[:, kept]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+def test_float8_is_computed_in_float32(dtype: torch.dtype) -> None:
+    batch = make_batch(9)
+    logits, is_positive = batch.logits.to(dtype), batch.targets == 1
+    for loss_fn in (SmoothAPLoss(1, 0, 0.2), CrossEntropy(1)):
+        found = loss_fn(logits, batch.targets)
+        assert found.dtype == torch.float32
+        assert found == loss_fn(logits.float(), batch.targets)
+    found, _ = smooth_ap(logits[:, 0], is_positive)
+    assert found == smooth_ap(logits[:, 0].float(), is_positive).ap
+
+
+# --- Subclasses of tensors -----------------------------------------------------------------------
+
+
+class Image(Tensor):
+    """As MONAI's and fastai's: what comes of it is one too, and it meets no other subclass."""
+
+
+class Category(Tensor):
+    pass
+
+
+def ap_loss(*args: Any, **options: Any) -> Callable[..., Tensor]:
+    return lambda x, y, w: SmoothAPLoss(*args, 0.2, **options)(x, y, sample_weight=w)
+
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "classes": ap_loss(3, 8),
+    "cap": ap_loss(3, 8, max_pool_size=7),
+    "spread": ap_loss(3, 0, temperature_unit="spread"),
+    "follows": ap_loss(3, 8, queue_follows_shift=True),
+    "prior": lambda x, y, w: ap_loss(3, 0, target_prior=w[:3] / 9)(x, y, w),
+    "per_class": lambda x, y, w: SmoothAPLoss(3)(x, y, True, sample_weight=w)[1].sum(),
+    "labels": lambda x, y, w: ap_loss(3, 8, multilabel=True)(x, y[:, None].expand(-1, 3) % 2, w),
+    "cross-entropy": lambda x, y, w: CrossEntropy(3, w[:3])(x, y, sample_weight=w),
+    "mixed": lambda x, y, w: MixedLoss(CrossEntropy(3), SmoothAPLoss(3), main_weight=0.5)(
+        x, y, sample_weight=w
+    ),
+    "mixed-with-another": lambda x, y, w: MixedLoss(
+        lambda logits, _: logits.square().mean(), SmoothAPLoss(3), main_weight=0.5
+    )(x, y),
+    "smooth_ap": lambda x, y, w: smooth_ap(x[:, 0], y == 1, w[3], sample_weight=w).ap,
+    "score_spread": lambda x, y, w: score_spread(x.T, w).sum(),
+    "prior_weights": lambda x, y, w: prior_weights(y == 1, w[0] / 9, w).sum() + 0 * as_plain(x),
+}
+
+
+def as_plain(x: Tensor) -> Tensor:
+    return x.as_subclass(Tensor).sum()
+
+
+@pytest.mark.parametrize("of_weights", [Tensor, Category])
+@pytest.mark.parametrize("of_targets", [Tensor, Category])
+@pytest.mark.parametrize("of_logits", [Tensor, Image])
+@pytest.mark.parametrize("name", CALLS)
+def test_subclasses_are_as_plain_tensors(
+    name: str, of_logits: type[Tensor], of_targets: type[Tensor], of_weights: type[Tensor]
+) -> None:
+    batch, weights = make_batch(9, 3), torch.arange(1.0, 10.0)
+    found, expected = (batch.leaf().logits for _ in range(2))
+    loss = CALLS[name](
+        found.as_subclass(of_logits),
+        batch.targets.as_subclass(of_targets),
+        weights.as_subclass(of_weights),
+    )
+    loss_of_plain = CALLS[name](expected, batch.targets, weights)
+    assert type(loss) is Tensor
+    assert loss.equal(loss_of_plain)
+    loss.backward()
+    loss_of_plain.backward()
+    assert found.grad is not None
+    assert expected.grad is not None
+    assert found.grad.as_subclass(Tensor).equal(expected.grad)
+
+
+def test_a_loss_that_saw_a_subclass_is_copied() -> None:
+    loss_fn = SmoothAPLoss(3, 8)
+    loss_fn(GOOD.logits.as_subclass(Image), GOOD.targets.as_subclass(Category))
+    loss_fn(GOOD.logits, GOOD.targets)
+    assert_same_state(copy.deepcopy(loss_fn), state_of(loss_fn))
+
+
+def test_parameters_stay_what_they_are() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert _checks.class_weight(weight, 3) is weight
 
 
 # --- Value checks can be turned off --------------------------------------------------------------

@@ -190,6 +190,26 @@ def test_export(queue_size: int, training: bool) -> None:
         torch.testing.assert_close(exported(features, targets), beside(features, targets))
 
 
+@IN_ONE_GRAPH
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", [*LOSSES, "cross-entropy"])
+def test_export_of_a_batch_of_any_length(name: str, strict: bool, training: bool) -> None:
+    loss_fn = (LOSSES | {"cross-entropy": lambda: CrossEntropy(3)})[name]().train(training)
+    beside = copy.deepcopy(loss_fn)
+    num_classes = classes(loss_fn)
+    shape = (20, num_classes) if loss_fn_is_multilabel(loss_fn) else (20,)
+    logits, targets = torch.randn(20, num_classes, generator=seeded(0)), torch.arange(20) % 2
+    targets = targets.view(-1, *(1,) * (len(shape) - 1)).expand(shape).clone()
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    exported = torch.export.export(
+        loss_fn, (logits, targets), dynamic_shapes=(rows, rows), strict=strict
+    ).module()
+    for length in (20, 9):
+        batch = logits[:length], targets[:length]
+        torch.testing.assert_close(exported(*batch), beside(*batch))
+
+
 def test_what_is_traced() -> None:
     assert is_on_host(torch.ones(2))
     assert not is_traced(torch.ones(2))

@@ -65,6 +65,13 @@ MISTAKES = {
     "logits-integer": Mistake(
         1, ONE.long(), BINARY, "use logits.float()", {"logits": "logits.float()"}
     ),
+    "logits-argmax": Mistake(
+        3,
+        THREE.argmax(1),
+        CLASSES,
+        "pass the scores themselves, not their argmax",
+        {"logits": "torch.zeros(6, 3)"},
+    ),
     "logits-vector": Mistake(
         1, ROWS, BINARY, "use logits.unsqueeze(1)", {"logits": "logits.unsqueeze(1)"}
     ),
@@ -241,6 +248,29 @@ MISTAKES = {
         "torch.uint8 cannot hold -100: use targets.long() before filling in",
         {"targets": "targets.long().masked_fill(targets == 156, -100)"},
     ),
+    "targets-wrapped-in-64-bits": Mistake(
+        3,
+        THREE,
+        torch.tensor([2**64 - 100, 1, 2, 0, 1, 2], dtype=torch.uint64),
+        "torch.uint64 cannot hold -100: use targets.long() before filling in",
+        {"targets": "targets.long()"},
+    ),
+    "targets-not-annotated": Mistake(
+        3,
+        THREE,
+        torch.where(CLASSES == 2, torch.nan, CLASSES),
+        "NaN as 'not annotated': use targets.nan_to_num(-7)",
+        {"targets": "targets.nan_to_num(-7)"},
+        ignore_index=-7,
+    ),
+    "labels-not-annotated": Mistake(
+        3,
+        THREE,
+        torch.where(THREE > 0.5, torch.nan, ONE_HOT.float()),
+        "NaN as 'not annotated': use targets.nan_to_num(-100)",
+        {"targets": "targets.nan_to_num(-100)"},
+        multilabel=True,
+    ),
     "targets-more-classes": Mistake(
         3,
         torch.cat((THREE, THREE[:, :1]), dim=1)[:, :3],
@@ -361,7 +391,6 @@ def test_a_call(mistake: Mistake, loss_class: Any) -> None:
 
 NO_FIX = {
     "fractions-of-classes": (3, THREE, CLASSES + 0.25, None, "got 0.25"),
-    "nan": (1, ONE, torch.where(BINARY == 1, torch.nan, 0.0), None, "got nan"),
     "beyond-one": (1, ONE, BINARY * 1.5, None, "got 1.5"),
     "far-beyond": (3, THREE, CLASSES * 1000, None, "got 1000"),
     "twice-as-many-classes": (3, THREE, torch.tensor([0, 1, 2, 0, 1, 6]), None, "got 6"),

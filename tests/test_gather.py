@@ -279,9 +279,10 @@ def disagree(rank: int, what: str) -> dict[str, Tensor]:
         batch = batch._replace(logits=batch.logits.to(torch.complex64))
     if other and what == "no-tensor":
         batch = batch._replace(logits=[0.1, 0.2])
+    asked = 1 if other and what == "flag" else True
     before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
     try:
-        batch.through(loss_fn)
+        loss_fn(*batch[:2], asked)
     except Exception:
         for name, value in loss_fn.state_dict().items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -324,12 +325,15 @@ def test_bad_input_on_one_rank_is_an_error_on_every_rank() -> None:
     assert "targets must be integers in 0..2" in first.message
 
 
-@pytest.mark.parametrize("what", ["complex-logits", "no-tensor"])
-def test_a_type_error_on_one_rank_is_one_on_every_rank(ranks: Ranks, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("complex-logits", "logits"), ("no-tensor", "logits"), ("flag", "return_per_class")],
+)
+def test_a_type_error_on_one_rank_is_one_on_every_rank(ranks: Ranks, what: str, name: str) -> None:
     first, second = ranks.run(disagree, what)
     assert first == second
     assert first.error == "TypeError"
-    assert first.message.startswith(f"on rank {WORLD_SIZE - 1}: logits must ")
+    assert first.message.startswith(f"on rank {WORLD_SIZE - 1}: {name} must ")
 
 
 # --- The rows that are gathered ------------------------------------------------------------------

@@ -180,12 +180,12 @@ IS_POSITIVE = torch.tensor([True, False])
         (
             (IS_POSITIVE.long(), 0.1),
             TypeError,
-            "is_positive must be a bool tensor, got torch.int64; use targets == 1",
+            "is_positive must be bool, got torch.int64; use targets == 1",
         ),
         (
             ([True, False], 0.1),
             TypeError,
-            "is_positive must be a bool tensor, got list; use targets == 1",
+            "is_positive must be a torch.Tensor, got list; use torch.as_tensor(is_positive)",
         ),
         (
             (IS_POSITIVE[None, None], 0.1),
@@ -211,12 +211,12 @@ IS_POSITIVE = torch.tensor([True, False])
         (
             (IS_POSITIVE, 0.1, IS_POSITIVE),
             TypeError,
-            "sample_weight must be a floating tensor, got torch.bool",
+            "sample_weight must be floating point, got torch.bool; use sample_weight.float()",
         ),
         (
             (IS_POSITIVE, 0.1, [1.0, 1.0]),
             TypeError,
-            "sample_weight must be a floating tensor, got list",
+            "sample_weight must be a torch.Tensor, got list; use torch.as_tensor(sample_weight)",
         ),
         (
             (IS_POSITIVE, 0.1, torch.ones(3)),

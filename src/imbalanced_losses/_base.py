@@ -194,7 +194,7 @@ class _QueuedRankingLoss(LossModule):
                 changed then.
         """
         self._require_a_step_of_its_own()
-        batch, exchange = self._batch(logits, targets, sample_weight)
+        batch, exchange = self._batch(logits, targets, sample_weight, return_per_class)
         self._follow(batch.logits.device)
         pool = self._capped(self._present(self._extended(batch)))
         problems = self._problems(pool, exchange)
@@ -245,13 +245,14 @@ class _QueuedRankingLoss(LossModule):
         self, error: Exception, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
     ) -> None:
         """Raise, in the place of forward, an error from beside this loss: on every rank."""
-        self._batch(logits, targets, sample_weight, error)
+        self._batch(logits, targets, sample_weight, error=error)
 
     def _batch(
         self,
         logits: Tensor,
         targets: Tensor,
         sample_weight: Tensor | None,
+        return_per_class: bool = False,
         error: Exception | None = None,
     ) -> tuple[Pool, Exchange]:
         """The arguments of forward as rows, and the ranks that hold others to rank them with.
@@ -260,6 +261,7 @@ class _QueuedRankingLoss(LossModule):
         the arguments have none of their own.
         """
         if not self._gathers():
+            _checks.boolean("return_per_class", return_per_class)
             batch = self._checked(logits, targets, sample_weight)
             if error is not None:
                 raise error
@@ -280,6 +282,7 @@ class _QueuedRankingLoss(LossModule):
         }
         sent: Pool | Exception
         try:
+            _checks.boolean("return_per_class", return_per_class)
             sent = self._checked(logits, targets, sample_weight)
             sent = sent if error is None else error
         except (TypeError, ValueError) as own_error:

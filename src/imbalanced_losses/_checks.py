@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from imbalanced_losses import _fixes
 from imbalanced_losses._tracing import is_on_host, is_traced
@@ -46,24 +47,20 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> Any:
 
 def number_above_zero(name: str, value: Any) -> float:
     """A finite number above zero."""
-    number = _real(name, value, "> 0")
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-    return number
+    return _finite(name, value, "> 0", least=math.ulp(0.0))
 
 
 def number_at_least_zero(name: str, value: Any) -> float:
     """A finite number from zero on."""
-    number = _real(name, value, ">= 0")
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return number
+    return _finite(name, value, ">= 0", least=0.0)
 
 
-def _real(name: str, value: Any, bound: str) -> float:
+def _finite(name: str, value: Any, bound: str, least: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         fix = _fixes.of_number(value)
         raise TypeError(f"{name} must be a float {bound}, got {value!r} ({_kind(value)}){fix}")
+    if not least <= float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
     return float(value)
 
 
@@ -108,12 +105,7 @@ def targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
             f"targets must be {expected} to fit logits {list(logits.shape)}, "
             f"got {list(value.shape)}{fix}"
         )
-    if value.device != logits.device:
-        raise ValueError(
-            f"targets must be on the device of logits ({logits.device}), got {value.device}"
-            f"{_fixes.of_device('targets', 'logits')}"
-        )
-    return value
+    return _on_device("targets", value, "logits", logits)
 
 
 def sample_weight(given: Any, logits: Tensor, multilabel: bool = False) -> Tensor:
@@ -127,18 +119,14 @@ def sample_weight(given: Any, logits: Tensor, multilabel: bool = False) -> Tenso
             f"sample_weight must be {expected}, one weight a row of logits, "
             f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits)}"
         )
-    if value.device != logits.device:
-        raise ValueError(
-            f"sample_weight must be on the device of logits ({logits.device}), got {value.device}"
-            f"{_fixes.of_device('sample_weight', 'logits')}"
-        )
+    _on_device("sample_weight", value, "logits", logits)
     return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
 
 
 def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
     """A share of positives for each class, in (0, 1)."""
     if isinstance(value, Tensor):
-        value = value.tolist()
+        value = _tensor("target_prior", value).tolist()
     if not isinstance(value, (list, tuple)):
         if num_classes > 1:
             raise TypeError(
@@ -161,24 +149,24 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
-def prior_weights(is_positive: Any, target_prior: Any, sample_weight: Any) -> None:
-    """The arguments of functional.prior_weights."""
-    if not isinstance(is_positive, Tensor) or is_positive.dtype != torch.bool:
-        got = _dtype_or_kind(is_positive)
-        raise TypeError(f"is_positive must be a bool tensor, got {got}; use targets == 1")
+def prior_weights(
+    is_positive: Any, target_prior: Any, sample_weight: Any
+) -> tuple[Tensor, float | Tensor, Tensor | None]:
+    """The arguments of `functional.prior_weights`."""
+    is_positive = _bool(is_positive)
     if is_positive.dim() not in (1, 2):
         raise ValueError(f"is_positive must be [M] or [C, M], got {list(is_positive.shape)}")
     beside = ("is_positive", is_positive)
-    if not isinstance(target_prior, Tensor):
+    if isinstance(target_prior, Tensor):
+        shapes = is_positive.shape[:-1], torch.Size(())
+        target_prior = _fits("target_prior", target_prior, beside, *shapes)
+    else:
         _share("target_prior", target_prior)
-    elif target_prior.dim() > 0:
-        _fits("target_prior", target_prior, beside, is_positive.shape[:-1])
     if sample_weight is not None:
-        if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-            got = _dtype_or_kind(sample_weight)
-            raise TypeError(f"sample_weight must be a floating tensor, got {got}")
         shapes = is_positive.shape, is_positive.shape[-1:]
+        sample_weight = _floating("sample_weight", sample_weight)
         _fits("sample_weight", sample_weight, beside, *shapes)
+    return is_positive, target_prior, sample_weight
 
 
 def row_values(
@@ -194,21 +182,24 @@ def row_values(
         targets, sample_weight: as given.
         weights: sample_weight in the dtype of the computation, where it has to be finite too.
     """
-    if weights is None and not targets.is_floating_point() and is_on_host(targets):
+    wide = targets if targets.is_floating_point() else targets.to(torch.int64)
+    if weights is None and not wide.is_floating_point() and is_on_host(targets):
         if targets.dtype == torch.bool or targets.numel() == 0:
             return
-        low, high = torch.stack(torch.aminmax(targets)).tolist()
+        low, high = torch.stack(torch.aminmax(wide)).tolist()
         if low >= 0 and high < num_labels:
             return
-    wide = targets if targets.is_floating_point() else targets.to(torch.int64)
     good_targets = (wide >= 0) & (wide < num_labels)
-    if targets.is_floating_point():
+    if wide.is_floating_point():
         good_targets &= wide == wide.trunc()
     good_targets |= wide == ignore_index
+    if targets.dtype == torch.uint64:
+        good_targets &= wide >= 0  # from 2⁶³ on they have wrapped
     all_good = good_targets.all()
     labels = "0 or 1" if num_labels == 2 else f"integers in 0..{num_labels - 1}"
     if sample_weight is not None and weights is not None:
-        good_weights = (sample_weight >= 0) & weights.isfinite()
+        signed = sample_weight if sample_weight.dtype.is_signed else weights
+        good_weights = (signed >= 0) & weights.isfinite()
         all_good &= good_weights.all()
     if is_traced(targets):
         text = f"targets must be {labels}, or ignore_index={ignore_index}"
@@ -291,72 +282,119 @@ def one_number(name: str, value: Tensor) -> None:
         )
 
 
-def class_weight(value: Any, num_classes: int) -> None:
+def class_weight(given: Any, num_classes: int) -> Tensor:
     """[C] floating, finite and > 0."""
-    value = _tensor("class_weight", value)
-    if not value.is_floating_point():
-        fix = _fixes.of_dtype("class_weight", value)
-        raise TypeError(f"class_weight must be floating point, got {value.dtype}{fix}")
+    value = _floating("class_weight", given)
     if value.shape != (num_classes,):
         raise ValueError(
             f"class_weight must be [num_classes] = [{num_classes}], got {list(value.shape)}"
         )
     if not bool((value.isfinite() & (value > 0)).all()):
         raise ValueError(f"class_weight must be finite and > 0, got {value.tolist()}")
+    return value
 
 
-def smooth_ap(scores: Any, is_positive: Any, temperature: Any, sample_weight: Any) -> None:
+def scores(given: Any) -> Tensor:
+    """Floating [M] or [C, M]."""
+    value = _floating("scores", given)
+    if value.dim() not in (1, 2):
+        raise ValueError(f"scores must be [M] or [C, M], got {list(value.shape)}")
+    return value
+
+
+def weights_of_scores(given: Any, scores: Tensor) -> Tensor | None:
+    """Real [M] or the shape of the scores, floating from here on; or None."""
+    if given is None:
+        return None
+    value = _fits("sample_weight", given, ("scores", scores), scores.shape[-1:], scores.shape)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return value if value.is_floating_point() else value.to(dtype)
+
+
+def smooth_ap(
+    scores_given: Any, is_positive: Any, temperature: Any, sample_weight: Any
+) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None]:
     """The arguments of `functional.smooth_ap`."""
-    scores = _tensor("scores", scores)
-    if not scores.is_floating_point():
-        fix = _fixes.of_dtype("scores", scores)
-        raise TypeError(f"scores must be floating point, got {scores.dtype}{fix}")
-    if scores.dim() not in (1, 2):
-        raise ValueError(f"scores must be [M] or [C, M], got {list(scores.shape)}")
-    if isinstance(is_positive, Tensor) and is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {is_positive.dtype}; use targets == 1")
-    beside = ("scores", scores)
-    _fits("is_positive", is_positive, beside, scores.shape)
+    rows = scores(scores_given)
+    beside = ("scores", rows)
+    is_positive = _fits("is_positive", _bool(is_positive), beside, rows.shape)
     if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
-            fix = _fixes.of_dtype("temperature", temperature)
-            raise TypeError(f"temperature must be floating point, got {temperature.dtype}{fix}")
-        _fits("temperature", temperature, beside, scores.shape[:-1], torch.Size(()))
+        temperature = _floating("temperature", temperature)
+        _fits("temperature", temperature, beside, rows.shape[:-1], torch.Size(()))
     else:
         number_above_zero("temperature", temperature)
-    if sample_weight is not None:
-        _fits("sample_weight", sample_weight, beside, scores.shape[-1:], scores.shape)
+    return rows, is_positive, temperature, weights_of_scores(sample_weight, rows)
 
 
-def _fits(name: str, value: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> None:
+def _fits(name: str, given: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> Tensor:
     """A real tensor of one of the shapes, on the device of the argument `beside` it."""
-    value = _tensor(name, value)
-    other, given = beside
+    value = _tensor(name, given)
+    other, tensor = beside
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
-    if value.shape not in shapes:
+    # Of as many dimensions: else a compiler would tell the lengths of different ones apart.
+    if value.shape not in [shape for shape in shapes if len(shape) == value.dim()]:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(
-            f"{name} must be {expected} to fit {other} {list(given.shape)}, got "
+            f"{name} must be {expected} to fit {other} {list(tensor.shape)}, got "
             f"{list(value.shape)}{_fixes.of_shape(name, value, shapes)}"
         )
-    if value.dim() > 0 and value.device != given.device:
+    return value if value.dim() == 0 else _on_device(name, value, *beside)
+
+
+def _on_device(name: str, value: Tensor, other: str, beside: Tensor) -> Tensor:
+    if value.device != beside.device:
         raise ValueError(
-            f"{name} must be on the device of {other} ({given.device}), got {value.device}"
-            f"{_fixes.of_device(name, other)}"
+            f"{name} must be on the device of {other} ({beside.device}), got {value.device}"
+            f"; use {name}.to({other}.device)"
         )
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        fix = _fixes.of_type(name, value)
-        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}{fix}")
     return value
+
+
+def _bool(given: Any) -> Tensor:
+    value = _tensor("is_positive", given)
+    if value.dtype != torch.bool:
+        raise TypeError(f"is_positive must be bool, got {value.dtype}; use targets == 1")
+    return value
+
+
+def _floating(name: str, given: Any) -> Tensor:
+    value = _tensor(name, given)
+    if not value.is_floating_point():
+        fix = _fixes.of_dtype(name, value)
+        raise TypeError(f"{name} must be floating point, got {value.dtype}{fix}")
+    return value
+
+
+def _tensor(name: str, given: Any) -> Tensor:
+    """A dense tensor that can be calculated with: float8 becomes float32."""
+    if not isinstance(given, Tensor):
+        fix = _fixes.of_type(name, given)
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(given)}{fix}")
+    value: Tensor = plain(given)
+    if not torch.compiler.is_compiling():  # older compilers do not know is_nested
+        is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+        if not is_dense or _kind(value) == "DTensor":
+            raise TypeError(f"{name} must be a dense tensor, got {_fixes.of_layout(name, value)}")
+    is_float8 = value.dtype.itemsize == 1 and value.is_floating_point()
+    return value.float() if is_float8 else value
+
+
+def plain(value: Any) -> Any:
+    """A tensor of a subclass that acts by `__torch_function__` (MONAI's, fastai's) as a plain one.
+
+    Those that act by `__torch_dispatch__`, such as compilers' own, are left alone.
+    """
+    kind = type(value)
+    if (
+        torch.compiler.is_compiling()
+        or kind in (Tensor, Parameter)
+        or not isinstance(value, Tensor)
+    ):
+        return value
+    is_passive = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return value.as_subclass(Tensor) if is_passive else value
 
 
 def _kind(value: Any) -> str:
     return type(value).__name__
-
-
-def _dtype_or_kind(value: Any) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else _kind(value)

@@ -26,8 +26,21 @@ def of_number(value: Any) -> str:
     return "; use its .item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
 
 
+def of_layout(name: str, value: Tensor) -> str:
+    """What a tensor is that should be dense, and what makes it so."""
+    if hasattr(value, "full_tensor"):
+        return f"a DTensor; use {name}.full_tensor()"
+    if value.is_nested:
+        return f"a nested one; use torch.cat({name}.unbind())"
+    if value.is_quantized:
+        return f"quantized {value.dtype}; use {name}.dequantize()"
+    return f"layout {value.layout}; use {name}.to_dense()"
+
+
 def of_dtype(name: str, value: Tensor) -> str:
     """For what should be floating point."""
+    if name == "logits" and value.dim() == 1 and not value.is_complex():
+        return "; pass the scores themselves, not their argmax"
     return "" if value.is_complex() else f"; use {name}.float()"
 
 
@@ -83,10 +96,6 @@ def of_targets(value: Tensor, logits: Tensor, multilabel: bool) -> str:
     return ""
 
 
-def of_device(name: str, other: str) -> str:
-    return f"; use {name}.to({other}.device)"
-
-
 def of_sample_weight(value: Tensor, logits: Tensor) -> str:
     """For weights that are not [N]."""
     num_rows, num_classes = logits.shape
@@ -99,6 +108,8 @@ def of_sample_weight(value: Tensor, logits: Tensor) -> str:
 
 def of_labels(targets: Tensor, num_labels: int, ignore_index: int) -> str:
     """For targets with values that are no labels."""
+    if targets.is_floating_point() and bool(targets.isnan().any()):
+        return f"; NaN as 'not annotated': use targets.nan_to_num({ignore_index})"
     labels = set(targets.unique().tolist()) - {ignore_index}
     if num_labels == 2 and labels <= {-1, 1}:
         return "; for labels -1 and 1 use targets > 0"
@@ -107,7 +118,7 @@ def of_labels(targets: Tensor, num_labels: int, ignore_index: int) -> str:
         return "; labels are not probabilities: use targets > 0.5" if is_soft else ""
     low, high = int(min(labels)), int(max(labels))
     others = labels.difference(range(num_labels))
-    if targets.element_size() == 1 and others == {ignore_index % 256}:
+    if not targets.dtype.is_signed and others == {ignore_index % 256 ** targets.element_size()}:
         return f"; {targets.dtype} cannot hold {ignore_index}: use targets.long() before filling in"
     if len(others) == 1 and (255 in others or low < 0):
         other = int(others.pop())

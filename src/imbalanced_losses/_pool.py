@@ -49,7 +49,7 @@ class Pool(NamedTuple):
             weights = torch.cat((self.row_weights(), rows.row_weights()))
         # Class by class in memory, as they will be ranked.
         logits = torch.cat((self.logits.T, rows.logits.T), dim=1).T
-        num_constant = 0 if rows.logits.requires_grad else len(rows.targets)
+        num_constant = 0 if rows.logits.requires_grad else rows.targets.shape[0]
         return Pool(logits, torch.cat((self.targets, rows.targets)), weights, num_constant)
 
     def row_weights(self) -> Tensor:
@@ -103,7 +103,7 @@ class Pool(NamedTuple):
             weights = (own * counts).expand(num_classes, -1)
         elif not (is_on_host(counts) and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
-        num_live = len(self.targets) - self.num_constant
+        num_live = self.targets.shape[0] - self.num_constant
         return Problems(self.logits.T, is_positive, weights, num_live)
 
 

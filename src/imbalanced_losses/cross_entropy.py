@@ -84,7 +84,7 @@ class CrossEntropy(LossModule):
         self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
         if class_weight is not None:
-            _checks.class_weight(class_weight, num_classes)
+            class_weight = _checks.class_weight(class_weight, num_classes)
         self._class_weight: Tensor | None = class_weight
         self._fixed = _SETTINGS
 

@@ -108,9 +108,9 @@ def _smooth_ap_of_pool(
     taken for 0. With an exchange the rows are this process's part of the pool: the value is that
     of the whole pool, the gradient its derivative by these rows.
     """
-    _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
+    arguments = _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
+    scores, is_positive, temperature, sample_weight = arguments
     _checks.choice("backend", backend, BACKENDS)
-    arguments = (scores, is_positive, temperature, sample_weight)
     if is_traced(scores) or any(map(_is_batched, arguments)):
         _only_alone(exchange)
         return _opaque_smooth_ap(*arguments, backend, num_live)
@@ -143,7 +143,8 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         >>> score_spread(torch.tensor([1.0, 3.0]))
         tensor(1.)
     """
-    return _score_spread_of_pool(scores, sample_weight, ALONE)
+    scores = _checks.scores(scores)
+    return _score_spread_of_pool(scores, _checks.weights_of_scores(sample_weight, scores), ALONE)
 
 
 def _score_spread_of_pool(
@@ -208,8 +209,8 @@ def prior_weights(
     Source: Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
     Neural Computation 2002, eq. 2.4: what shifts is the ratio of the priors alone.
     """
-    _checks.prior_weights(is_positive, target_prior, sample_weight)
-    return _prior_weights_of_pool(is_positive, target_prior, sample_weight, ALONE)
+    arguments = _checks.prior_weights(is_positive, target_prior, sample_weight)
+    return _prior_weights_of_pool(*arguments, ALONE)
 
 
 def _prior_weights_of_pool(
@@ -584,7 +585,7 @@ def _opaque_smooth_ap(
     rows = scores.unsqueeze(0) if is_one else scores
     fixed, by_class = 0.0, None
     if isinstance(temperature, Tensor):
-        by_class = temperature.to(scores.device).expand(len(rows))
+        by_class = temperature.to(scores.device).expand(rows.shape[0])
     else:
         fixed = temperature
     can_need = torch.is_grad_enabled()

@@ -217,7 +217,8 @@ class MixedLoss(LossModule):
         auxiliary: Tensor | float = 0.0
         if weight < 1:
             try:
-                auxiliary = (1 - weight) * self.auxiliary_loss(logits, targets, **weights)
+                found = self.auxiliary_loss(logits, targets, **weights)
+                auxiliary = (1 - weight) * _checks.plain(found)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one
                     self._ranking._refuse(error, logits, targets, sample_weight)
