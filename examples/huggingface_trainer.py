@@ -1,5 +1,7 @@
 """Hugging Face Trainer: `compute_loss`, gradient accumulation, AP as metric, the loss's state.
 
+At the end the same without a subclass, by `compute_loss_func`.
+
 A transformer of 0.2 million weights, built here, learns to tell animated films (6 %) by the title.
 Nothing is fetched from a hub. The titles are those of multilabel.py.
 
@@ -8,7 +10,9 @@ python examples/huggingface_trainer.py
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,23 @@ class RankingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def as_function(loss_fn: nn.Module) -> Callable[..., Tensor]:
+    """The same loss for `Trainer(compute_loss_func=…)`, where no subclass is needed."""
+
+    def compute_loss(
+        outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        # The model isn't here to ask, and no callback comes before the first validation batch; but
+        # Trainer evaluates without gradient.
+        loss_fn.train(torch.is_grad_enabled())
+        loss: Tensor = loss_fn(outputs.logits, labels)
+        if num_items_in_batch is not None:
+            loss = loss * len(labels) / num_items_in_batch
+        return loss
+
+    return compute_loss
+
+
 class SaveLoss(TrainerCallback):
     """Queue and schedule into each checkpoint's folder."""
 
@@ -107,7 +128,9 @@ def make_model() -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def make_trainer(loss_fn: nn.Module, parts: tuple[Part, ...], folder: str) -> RankingTrainer:
+def make_trainer(
+    loss_fn: nn.Module, parts: tuple[Part, ...], folder: str, *, is_function: bool = False
+) -> Trainer:
     arguments = TrainingArguments(
         folder,
         num_train_epochs=EPOCHS,
@@ -127,14 +150,15 @@ def make_trainer(loss_fn: nn.Module, parts: tuple[Part, ...], folder: str) -> Ra
         use_cpu=True,
         seed=0,
     )
-    trainer = RankingTrainer(
-        make_model(),
-        arguments,
-        train_dataset=Titles(parts[0]),
-        eval_dataset=Titles(parts[1]),
-        compute_metrics=average_precision,
-        loss_fn=loss_fn,
-    )
+    others: dict[str, Any] = {
+        "train_dataset": Titles(parts[0]),
+        "eval_dataset": Titles(parts[1]),
+        "compute_metrics": average_precision,
+    }
+    if is_function:
+        trainer = Trainer(make_model(), arguments, compute_loss_func=as_function(loss_fn), **others)
+    else:
+        trainer = RankingTrainer(make_model(), arguments, loss_fn=loss_fn, **others)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -143,6 +167,11 @@ def make_loss() -> MixedLoss:
     ranking = SmoothAPLoss(1, queue_size=512, temperature=0.1, temperature_unit="spread")
     # A step of the schedule is an optimizer step: two micro-batches.
     return MixedLoss(CrossEntropy(1), ranking, main_weight=0.9, warmup_steps=4, calls_per_step=2)
+
+
+def assert_same_state(loss_fn: nn.Module, state: dict[str, Any]) -> None:
+    for key, value in loss_fn.state_dict().items():
+        assert torch.equal(value, state[key]), key
 
 
 def main() -> None:
@@ -161,9 +190,18 @@ def main() -> None:
                 resumed = make_trainer(fresh := make_loss(), parts, folder)
                 fresh.load_state_dict(torch.load(after_two / "loss.pt"))
                 resumed.train(resume_from_checkpoint=str(after_two))
-                for key, value in loss_fn.state_dict().items():
-                    assert torch.equal(value, fresh.state_dict()[key]), key
+                assert_same_state(loss_fn, fresh.state_dict())
+                by_subclass = loss_fn
     print("huggingface_trainer: resumed before the last epoch, the loss ends in the same state")
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(loss_fn := make_loss(), parts, folder, is_function=True)
+        trainer.train()
+        assert_same_state(loss_fn, by_subclass.state_dict())
+        before = copy.deepcopy(loss_fn.state_dict())
+        trainer.evaluate(test)
+        assert_same_state(loss_fn, before)
+    print("huggingface_trainer: by function the same, and evaluation leaves the queue as it was")
 
 
 if __name__ == "__main__":

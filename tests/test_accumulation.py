@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,18 +116,136 @@ def test_dropout_draws_the_same_numbers_twice_and_goes_on_after() -> None:
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
 
 
-def test_running_statistics_move_once() -> None:
-    model, features, targets = (
-        make_model(nn.BatchNorm1d(6)),
-        make_features(),
-        make_batch(24).targets,
-    )
+class Mean(nn.Module):
+    """Counts its calls, and keeps the last mean in a buffer that it assigns anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(6).double())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.num_calls += 1
+        self.mean = 0.9 * self.mean + hidden.detach().mean(0)
+        return hidden
+
+
+def compiled(model: nn.Module) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+class Outer(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.model(rows)
+        return logits
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    torch.compiler.reset()
+    outer = Outer(model)
+    outer.compile(backend="aot_eager", fullgraph=True)
+    return outer
+
+
+def as_lambda(model: Any) -> Any:
+    return lambda rows: model(rows)  # noqa: PLW0108 - so that it is no module
+
+
+def in_parts(model: nn.Sequential) -> Any:
+    """The last layers, whose buffers are among those of all, run by themselves as well."""
+    return lambda rows: model[1:](model[0](rows)) + 0 * model(rows)
+
+
+@pytest.mark.parametrize(
+    "make_callable",
+    [
+        lambda model: model,
+        as_lambda,
+        lambda model: functools.partial(torch.nn.Module.__call__, model),
+        lambda model: model.forward,
+        in_parts,
+        compiled,
+        lambda model: as_lambda(compiled(model)),
+        lambda model: as_lambda(compiled_in_place(model)),
+    ],
+    ids=[
+        "module",
+        "lambda",
+        "partial",
+        "method",
+        "parts",
+        "compiled",
+        "lambda-compiled",
+        "compiled-in-place",
+    ],
+)
+@pytest.mark.parametrize("between", [nn.BatchNorm1d, lambda _: Mean()], ids=["norm", "mean"])
+def test_running_statistics_move_once(
+    make_callable: Callable[[nn.Module], Any], between: Callable[[int], nn.Module]
+) -> None:
+    features, targets = make_features(), make_batch(24).targets
+    model = make_model(between(6).double())
     beside = copy.deepcopy(model)
-    for rows in features.split(12):
-        beside(rows)
-    backward_in_micro_batches(model, SmoothAPLoss(1, 0, 0.2), features.split(12), targets)
+    call, call_beside = make_callable(model), make_callable(beside)
+    in_module = nn.Module.__call__
+    for _ in range(2):
+        backward_in_micro_batches(call, SmoothAPLoss(1, 0, 0.2), features.split(12), targets)
+        logits = torch.cat([call_beside(rows) for rows in features.split(12)])
+        SmoothAPLoss(1, 0, 0.2)(logits, targets).backward()
+    assert nn.Module.__call__ is in_module
     for own, other in zip(model.buffers(), beside.buffers(), strict=True):
         torch.testing.assert_close(own, other)
+    for own, other in zip(gradients(model), gradients(beside), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
+
+
+def test_passes_in_threads_keep_to_their_own_modules() -> None:
+    """A pass in another thread begins within this one's first pass, and ends after it."""
+    features, targets = make_features(), make_batch(24).targets
+    models = [make_model(nn.BatchNorm1d(6).double()) for _ in range(3)]
+    in_module = nn.Module.__call__
+    began, ended = threading.Event(), threading.Event()
+
+    def other(rows: Tensor) -> Tensor:
+        began.set()
+        assert ended.wait(30)
+        logits: Tensor = models[1](rows)
+        return logits
+
+    def first(rows: Tensor) -> Tensor:
+        if not began.is_set():
+            thread.start()
+            assert began.wait(30)
+        logits: Tensor = models[0](rows)
+        return logits
+
+    def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
+        ended.set()
+        return logits.square().mean()
+
+    inputs = features.split(12)
+    thread = threading.Thread(
+        target=backward_in_micro_batches, args=(other, loss_fn, inputs, targets)
+    )
+    backward_in_micro_batches(first, loss_fn, inputs, targets)
+    thread.join(30)
+    assert nn.Module.__call__ is in_module
+    for rows in inputs:
+        models[2](rows)
+    for model in models[:2]:
+        for own, other_buffer in zip(model.buffers(), models[2].buffers(), strict=True):
+            torch.testing.assert_close(own, other_buffer)
+
+
+def test_a_compiled_function_is_refused() -> None:
+    function = torch.compile(as_lambda(make_model()), backend="eager")
+    with pytest.raises(TypeError, match="model must be a module or a plain function"):
+        backward_in_micro_batches(function, SmoothAPLoss(1), [make_features()], torch.zeros(24))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -219,7 +340,7 @@ class CountingModel(nn.Module):
         return logits
 
 
-def train_on(rank: int, gather: str) -> tuple[list[Tensor], int, float]:
+def train_on(rank: int, gather: str, is_called: bool) -> tuple[list[Tensor], int, float]:
     """Gradient of the share of a rank, in micro-batches; how often DDP reduced; the loss."""
     model = CountingModel()
     wrapped = DistributedDataParallel(model)
@@ -234,18 +355,23 @@ def train_on(rank: int, gather: str) -> tuple[list[Tensor], int, float]:
     loss_fn = SmoothAPLoss(1, 0, 0.2, gather=gather)  # type: ignore[arg-type]
     rows = slice(24 * rank, 24 * rank + 24)
     features, targets = make_features(48)[rows], make_batch(48).targets[rows]
-    loss = backward_in_micro_batches(wrapped, loss_fn, features.split(8), targets)
+    whole = nn.Sequential(wrapped) if is_called else wrapped
+    call = as_lambda(whole) if is_called else whole
+    loss = backward_in_micro_batches(call, loss_fn, features.split(8), targets)
     return [p.grad for p in model.parameters()], reduced, loss.item()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("gather", ["rows", "sums"])
-def test_ranks_that_accumulate_equal_one_process(ranks: Ranks, gather: str) -> None:
+@pytest.mark.parametrize("is_called", [False, True], ids=["wrapped", "called"])
+def test_ranks_that_accumulate_equal_one_process(
+    ranks: Ranks, gather: str, is_called: bool
+) -> None:
     model = CountingModel()
     logits = torch.cat([model(rows) for rows in make_features(48).split(8)])
     expected = SmoothAPLoss(1, 0, 0.2)(logits, make_batch(48).targets)
     expected.backward()
     by_one = gradients(model)
-    results = ranks.run(train_on, gather)
+    results = ranks.run(train_on, gather, is_called)
     assert len(results) == WORLD_SIZE
     for result in results:
         assert not isinstance(result, Failure), result

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from imbalanced_losses import SmoothAPLoss, distributed
 from imbalanced_losses._gather import Gather
-from imbalanced_losses.distributed import _without_rows, even_steps
+from imbalanced_losses.distributed import even_steps
 from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
 from tests.rows import make_batch, state_of
 from tests.versions import TORCH
@@ -381,11 +384,6 @@ def test_even_steps(ranks: Ranks) -> None:
         assert isinstance(found, Failure)
         assert found.error == "RuntimeError"
         assert found.message.startswith("1 of 2 ranks have no batch at all")
-    nested = {"a": [torch.zeros(3), Sample(torch.zeros(3, 2), torch.zeros(3))], "step": 4}
-    cut = _without_rows(nested)
-    assert [len(cut["a"][0]), *(len(part) for part in cut["a"][1])] == [0, 0, 0]
-    assert isinstance(cut["a"][1], Sample)
-    assert cut["step"] == 4
 
 
 class TwoAlike:
@@ -402,12 +400,124 @@ class TwoAlike:
         return [2 * number for number in numbers]
 
 
-def test_even_steps_of_batches_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a batch is, is the loader's business; and the numbers travel on the device given."""
+def test_even_steps_sums_on_the_device_given(monkeypatch: pytest.MonkeyPatch) -> None:
     group = TwoAlike()
     monkeypatch.setattr(distributed, "Group", lambda process_group: group)
-    assert list(even_steps([None, 3, None], device="cpu")) == [None, 3, None]
-    assert group.devices == ["cpu"] * 4
+    batches = [torch.zeros(2), torch.zeros(1)]
+    assert list(even_steps(batches, device="cpu")) == batches
+    assert group.devices == ["cpu"] * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    rows: Any
+    name: str = "a"
+    number: int = dataclasses.field(default=3, init=False)
+
+
+@dataclasses.dataclass
+class Slotted:
+    __slots__ = ("rows",)
+    rows: Any
+
+
+class Rows(list[Any]):
+    pass
+
+
+def of_transformers(rows: Tensor, module: str, name: str) -> Any:
+    made = getattr(pytest.importorskip(module), name)
+    return made({"rows": rows}) if name == "BatchEncoding" else made(rows, (rows, rows))
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda rows: rows,
+    "tuple": lambda rows: (rows, 3),
+    "list": lambda rows: Rows([rows, torch.tensor(1.0)]),
+    "named tuple": lambda rows: Sample(rows, rows),
+    "dict": lambda rows: {"rows": [rows], "step": torch.tensor(4), "texts": ["a", "b"]},
+    "OrderedDict": lambda rows: OrderedDict(rows=rows),
+    "defaultdict": lambda rows: defaultdict(list, rows=rows),
+    "UserDict": lambda rows: UserDict(rows=rows),
+    "BatchEncoding": lambda rows: of_transformers(rows, "transformers", "BatchEncoding"),
+    "ModelOutput": lambda rows: of_transformers(
+        rows, "transformers.modeling_outputs", "BaseModelOutput"
+    ),
+    "frozen dataclass": Frozen,
+    "dataclass with slots": Slotted,
+    "numpy": lambda rows: {"rows": rows.numpy(), "scalar": np.float32(2)},
+    "nested": lambda rows: {"a": Slotted([Sample(rows, {"b": rows})]), "b": None},
+}
+
+
+def form(batch: Any) -> Any:
+    """Its types, the shapes of its arrays and its other values."""
+    if hasattr(batch, "dtype"):
+        return type(batch), batch.dtype, batch.shape, batch.tolist()
+    if isinstance(batch, Mapping):
+        return type(batch), [(name, form(part)) for name, part in batch.items()]
+    if dataclasses.is_dataclass(batch):
+        fields = dataclasses.fields(batch)
+        return type(batch), [(field.name, form(getattr(batch, field.name))) for field in fields]
+    if isinstance(batch, (tuple, list)):
+        return type(batch), [form(part) for part in batch]
+    return batch
+
+
+class OneBatchMore(TwoAlike):
+    """A group in which the other rank has a second batch."""
+
+    def summed(self, numbers: list[bool], device: Any) -> list[int]:
+        self.devices.append(device)
+        has_other = len(self.devices) < 3
+        return [numbers[0] + has_other, *map(int, numbers[1:])]
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_batches_without_rows_keep_their_type(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "Group", lambda process_group: OneBatchMore())
+    rows = torch.arange(6.0).reshape(3, 2)
+    batch = CONTAINERS[name](rows)
+    first, second = even_steps([batch])
+    assert first is batch
+    assert form(batch) == form(CONTAINERS[name](rows))
+    assert form(second) == form(CONTAINERS[name](rows[:0]))
+    if name == "defaultdict":
+        assert second["new"] == []
+    if name == "ModelOutput":
+        assert second.hidden_states is second["hidden_states"]
+
+
+def steps_and_error(rank: int, batches: list[list[Any]]) -> tuple[int, str]:
+    num_steps = 0
+    try:
+        for _ in even_steps(batches[rank]):
+            num_steps += 1
+    except TypeError as error:
+        return num_steps, str(error)
+    return num_steps, ""
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (None, "got NoneType, which holds none"),
+        ({"text": ["a", "b"], "number": torch.tensor(1.0)}, "got dict, which holds none"),
+        (torch.eye(2).to_sparse(), "got Tensor, which cannot be cut: NotImplementedError"),
+    ],
+    ids=["None", "values", "sparse"],
+)
+def test_a_batch_that_cannot_be_cut_is_refused_on_every_rank(
+    batch: Any, got: str, ranks: Ranks
+) -> None:
+    """In the step where it comes, though the other rank has no batch left."""
+    (steps, message), other = ranks.run(
+        steps_and_error, [[torch.zeros(2), batch], [torch.zeros(2)]]
+    )
+    assert other == (1, message)
+    assert steps == 1
+    assert message.startswith("on rank 0: every batch must hold arrays that can be cut to zero")
+    assert message.endswith(got)
 
 
 # --- Groups ---------------------------------------------------------------------------------------

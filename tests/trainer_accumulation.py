@@ -1,15 +1,15 @@
-"""One step of the Trainer of examples/huggingface_trainer.py, beside the same step by hand."""
+"""One step of both Trainers of examples/huggingface_trainer.py, beside the same step by hand."""
 
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from _data import Part
-from huggingface_trainer import RankingTrainer, Titles, make_model
+from huggingface_trainer import RankingTrainer, Titles, as_function, make_model
 
 from imbalanced_losses import CrossEntropy
 
@@ -35,7 +35,6 @@ def main() -> None:
     loss_fn(expected(words, attention_mask=words != 0).logits, rows.labels).backward()
     torch.optim.SGD(expected.parameters(), RATE).step()
 
-    trained = without_dropout()
     arguments = TrainingArguments(
         sys.argv[1],
         num_train_epochs=1,
@@ -50,9 +49,18 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    RankingTrainer(trained, arguments, train_dataset=rows, loss_fn=loss_fn).train()
-    for found, wanted in zip(trained.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(found, wanted)
+    for trainer in (
+        RankingTrainer(without_dropout(), arguments, train_dataset=rows, loss_fn=loss_fn),
+        Trainer(
+            without_dropout(),
+            arguments,
+            train_dataset=rows,
+            compute_loss_func=as_function(loss_fn),
+        ),
+    ):
+        trainer.train()
+        for found, wanted in zip(trainer.model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 if __name__ == "__main__":

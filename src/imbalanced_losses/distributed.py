@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from imbalanced_losses._gather import Group, ProcessGroup
+from imbalanced_losses._gather import Group, ProcessGroup, raise_first_error
 
 __all__ = ["even_steps"]
 
@@ -29,24 +30,28 @@ def even_steps(
     there are. `torch.distributed`'s `Join` can't do that: it repeats the
     collectives of the trainer, not those within a forward pass.
 
-    One all-reduce of one number a step. Without torch.distributed, or alone,
-    the batches as they are.
+    One all-reduce of three numbers a step. Without torch.distributed, or
+    alone, the batches as they are.
 
     Args:
-        batches: tensors, or nested tuples, lists, named tuples and dicts of
-            them; the first dimension of every tensor is the batch's. Other
-            values are repeated as they were.
+        batches: tensors and other arrays (NumPy, a DataFrame) whose first
+            dimension is the batch's, or nested tuples, lists, named tuples,
+            mappings (`dict`, `BatchEncoding`) and dataclasses of them. All
+            keep their type. Tensors without a dimension and other values
+            (strings, numbers, lists of them) are repeated as they were.
         process_group: the ranks; None: all.
         device: of the all-reduce; None: the current CUDA device for NCCL, else
             the CPU.
 
     Yields:
         The batches; then, while other ranks have more, the last one with its
-        tensors cut to zero rows.
+        arrays cut to zero rows.
 
     Raises:
         RuntimeError: on every rank, where one has no batch at all: there is
             nothing to cut.
+        TypeError: on every rank, in the step of a batch that holds no array
+            with rows, or one of a type that cannot be cut.
 
     Example:
         >>> batches = [torch.zeros(3, 2), torch.zeros(1, 2)]
@@ -59,32 +64,70 @@ def even_steps(
         return
     source = iter(batches)
     none_left = object()
-    last: Any = none_left
+    empty: Any = none_left  # the last batch without its rows
     while True:
         batch: Any = next(source, none_left)
         has_batch = batch is not none_left
+        error = None
         if has_batch:
-            last = batch
-        # How many ranks have a batch, and how many never had one.
-        num_with, num_without = group.summed([has_batch, last is none_left], device)
+            empty, error = _cut_or_error(batch)
+        # How many ranks have a batch, how many never had one, and how many cannot cut theirs.
+        num_with, num_without, num_failed = group.summed(
+            [has_batch, empty is none_left, error is not None], device
+        )
         if num_with == 0:
             return
+        if num_failed > 0:
+            raise_first_error(error, group)
         if num_without > 0:
             raise RuntimeError(
                 f"{num_without} of {group.size()} ranks have no batch at all: give each at least "
                 "one, which may have zero rows"
             )
-        yield batch if has_batch else _without_rows(last)
+        yield batch if has_batch else empty
+
+
+def _cut_or_error(batch: Any) -> tuple[Any, TypeError | None]:
+    """The batch without its rows, or why there is none: other ranks wait, so nothing is raised."""
+    cause = None
+    try:
+        empty = _without_rows(batch)
+        if empty is not batch:
+            return empty, None
+    except Exception as raised:
+        cause = raised
+    how = "holds none" if cause is None else f"cannot be cut: {type(cause).__name__}"
+    error = TypeError(
+        "every batch must hold arrays that can be cut to zero rows (tensors, NumPy arrays and the "
+        f"like, in tuples, lists, mappings or dataclasses), got {type(batch).__name__}, which {how}"
+    )
+    error.__cause__ = cause
+    return batch, error
 
 
 def _without_rows(batch: Any) -> Any:
-    """The batch with every tensor cut to zero rows."""
-    if isinstance(batch, Tensor):
-        return batch[:0]
+    """The batch with every array in it cut to zero rows; itself where it holds none."""
+    if isinstance(getattr(batch, "shape", None), tuple) and hasattr(batch, "__getitem__"):
+        return batch[:0] if batch.shape else batch
     if isinstance(batch, Mapping):
-        return {name: _without_rows(value) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_without_rows(value) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_without_rows(value) for value in batch)
-    return batch
+        parts = dict(batch)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    elif isinstance(batch, (tuple, list)):
+        parts = dict(enumerate(batch))
+    else:
+        return batch
+    cut = {name: _without_rows(part) for name, part in parts.items()}
+    if all(cut[name] is part for name, part in parts.items()):
+        return batch
+    if hasattr(batch, "_fields"):
+        return type(batch)(*cut.values())
+    if isinstance(batch, tuple):
+        return type(batch)(cut.values())
+    copied = copy.copy(batch)
+    for name, part in cut.items():
+        if isinstance(batch, (Mapping, list)):
+            copied[name] = part
+        else:
+            object.__setattr__(copied, name, part)  # dataclasses.replace needs what __init__ takes
+    return copied
