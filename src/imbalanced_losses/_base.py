@@ -15,12 +15,12 @@ from imbalanced_losses import _checks
 from imbalanced_losses._checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
-from imbalanced_losses._module import LossModule
+from imbalanced_losses._module import StatefulLoss, refuse_uncountable_step
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_in_backward, is_on_host, is_traced, is_transformed
+from imbalanced_losses._tracing import is_on_host, is_traced
 from imbalanced_losses._typing import typed_as
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
@@ -34,7 +34,7 @@ class PerClass(NamedTuple):
     valid: Tensor  # [C] bool
 
 
-class _QueuedRankingLoss(LossModule):
+class _QueuedRankingLoss(StatefulLoss):
     """Base of the ranking losses: rows in, one loss out.
 
     One forward pass is: check → gather over ranks → extend by the queue's rows → drop ignored rows
@@ -193,7 +193,8 @@ class _QueuedRankingLoss(LossModule):
             ValueError: a shape or a value that does not fit. Nothing has
                 changed then.
         """
-        self._require_a_step_of_its_own()
+        if self._depends_on_state() and self._updates_queue():
+            refuse_uncountable_step("its queue or max_pool_size")
         batch, exchange = self._batch(logits, targets, sample_weight, return_per_class)
         self._follow(batch.logits.device)
         pool = self._capped(self._present(self._extended(batch)))
@@ -308,6 +309,9 @@ class _QueuedRankingLoss(LossModule):
         if self._temperature_now.device != self._device():
             self._place_numbers()
 
+    def _device(self) -> torch.device:
+        return self._queue.cursor.device
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of what another process sent: its state is its own."""
         super().__setstate__(state)
@@ -341,22 +345,6 @@ class _QueuedRankingLoss(LossModule):
     def _depends_on_state(self) -> bool:
         """Whether a forward pass has another outcome after others."""
         return self.queue_size > 0 or self.max_pool_size is not None
-
-    def _require_a_step_of_its_own(self) -> None:
-        """Refuse a forward pass that would change the state where that can't be right."""
-        if not (self._depends_on_state() and self._updates_queue()):
-            return
-        if is_in_backward():
-            raise RuntimeError(
-                "the loss was called inside a backward pass, where its queue or max_pool_size "
-                "would take the batch for another step: with activation checkpointing keep the "
-                "loss outside the checkpointed function; in a hook call it in eval()"
-            )
-        if is_transformed():
-            raise RuntimeError(
-                "under torch.func the loss can't keep a batch in its queue, nor count a draw of "
-                "max_pool_size: call it in eval(), or without queue_size and max_pool_size"
-            )
 
     def _extended(self, batch: Pool) -> Pool:
         """The batch, then the rows of the queue."""
@@ -428,8 +416,7 @@ class _QueuedRankingLoss(LossModule):
         """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
         return pack_ranking(self._saved())
 
-    def set_extra_state(self, state: Any) -> None:
-        """Take what `get_extra_state` gave, of a queue of any size."""
+    def _take(self, state: Tensor) -> None:
         saved = unpack_ranking(state, self._saved(), self.ignore_index)
         self._queue.restore(saved.slots, saved.cursor, saved.is_weighted)
         self._queue.num_steps = saved.num_steps

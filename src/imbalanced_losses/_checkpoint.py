@@ -63,11 +63,7 @@ def unpack(state: Any, num_numbers: int) -> tuple[list[float], Tensor]:
         AveragedState: the bytes have changed.
         TypeError, ValueError: it is no packed state, or one of another kind of loss.
     """
-    if not isinstance(state, Tensor) or state.is_meta or state.layout != torch.strided:
-        kind = type(state).__name__ if not isinstance(state, Tensor) else state.layout
-        kind = "one on the meta device" if getattr(state, "is_meta", False) else kind
-        raise TypeError(f"the state of a loss must be a dense tensor with values, got {kind}")
-    given = state.detach().cpu().flatten()
+    given = _dense("the state of a loss", state).flatten()
     if given.numel() % 8 or given.numel() < 24:
         raise ValueError(f"the state of a loss must be bytes in eights, got {given.numel()}")
     # Tools cast what they save; bytes survive that in every dtype, unless they were averaged.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._checkpoint import AveragedState, unchanged_on_error
 from imbalanced_losses._queue import MemoryQueue
+from imbalanced_losses._tracing import is_in_backward, is_transformed
 
 
 class LossModule(nn.Module):
@@ -22,8 +24,19 @@ class LossModule(nn.Module):
     alone, and its state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
     """
 
-    _queue: MemoryQueue | None = None
     _fixed: frozenset[str] = frozenset()  # attributes that can't be assigned any more
+    __jit_unused_properties__: ClassVar[list[str]]
+    __jit_ignored_attributes__: ClassVar[list[str]]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Have `torch.jit.script` pass over the loss in a model that merely holds it."""
+        super().__init_subclass__(**keywords)
+        torch.jit.unused(cls.forward)
+        names = [(name, getattr(cls, name)) for name in dir(cls)]
+        cls.__jit_unused_properties__ = [n for n, value in names if isinstance(value, property)]
+        cls.__jit_ignored_attributes__ = [
+            n for c in cls.__mro__ for n in inspect.get_annotations(c)
+        ]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed:
@@ -43,11 +56,61 @@ class LossModule(nn.Module):
         return self
 
     def _device(self) -> torch.device:
-        return torch.device("cpu") if self._queue is None else self._queue.cursor.device
+        return torch.device("cpu")
+
+
+def refuse_uncountable_step(what: str) -> None:
+    """Raise where a forward pass in training mode is no step, or can't be remembered.
+
+    Args:
+        what: would take it for one.
+    """
+    if is_in_backward():
+        raise RuntimeError(
+            f"the loss was called inside a backward pass, where {what} would take it for another "
+            "step: with activation checkpointing keep the loss outside the checkpointed function; "
+            "in a hook call it in eval()"
+        )
+    if is_transformed():
+        raise RuntimeError(f"under torch.func {what} can't take a step: call the loss in eval()")
+
+
+class StatefulLoss(LossModule):
+    """A loss whose state is in every checkpoint, and in nobody's way."""
+
+    _queue: MemoryQueue | None = None
+    _key = "_extra_state"  # of the state in the state_dict that is being loaded
+
+    def _take(self, state: Tensor) -> None:
+        """Take what `get_extra_state` gave, or raise and change nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _take")
 
     def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A state_dict in which this module's state has the form of this version."""
-        return state_dict
+        """A state_dict in which the state that an older version saved has the form of this one."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _in_current_form")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take what `get_extra_state` gave; what is no tensor stands for a state that is missing.
+
+        Raises:
+            TypeError, ValueError: the state of another loss; nothing has changed then.
+
+        Warns:
+            UserWarning: it was averaged, or changed in another way, since it was saved: the queue
+                is empty then, all else stays.
+        """
+        if not isinstance(state, Tensor):
+            return
+        try:
+            self._take(state)
+        except AveragedState as error:
+            if self._queue is not None:
+                self._queue.reset()
+            warnings.warn(
+                f"{self._key}: {error}, as by averaging checkpoints: the queue is empty now, and "
+                "all else stays as it was before loading",
+                stacklevel=2,
+            )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -55,11 +118,10 @@ class LossModule(nn.Module):
         """Take a checkpoint, or change nothing, as in `torch.nn.Module`.
 
         Args:
-            state_dict: of a loss with the same settings, also of imbalanced-losses
-                0.9 and before. Of a queue of another size the newest rows are
-                kept.
+            state_dict: of a loss for the same targets, also of version 0.9 and
+                before. Of a queue of another size the newest rows are kept.
             strict: whether missing and unexpected keys are an error.
-            assign: of no effect on the state, which is always copied.
+            assign: of no effect on the state, which is copied.
 
         Returns:
             The names of the missing and the unexpected keys.
@@ -68,50 +130,31 @@ class LossModule(nn.Module):
             RuntimeError: keys or values that do not fit; the loss is as it was.
 
         Warns:
-            UserWarning: a state that was averaged, or changed in another way,
-                since it was saved: the queue is empty then, all else stays.
+            UserWarning: the state has been averaged since it was saved: the
+                queue is empty then, all else stays.
         """
         parts = [*self.modules()]
         attributes = [
             mapping for part in parts for mapping in (part._parameters, part._buffers, vars(part))
         ]
-        tensors = [*self.parameters(), *self.buffers()]
+        tensors = [(tensor, ...) for tensor in (*self.parameters(), *self.buffers())]
         with contextlib.ExitStack() as stack:
             for part in parts:
-                if isinstance(part, LossModule) and part._queue is not None:
+                if isinstance(part, StatefulLoss) and part._queue is not None:
                     stack.enter_context(part._queue.unchanged_on_error())
-            stack.enter_context(
-                unchanged_on_error(*attributes, writes=[(tensor, ...) for tensor in tensors])
-            )
+            stack.enter_context(unchanged_on_error(*attributes, writes=tensors))
             return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
+        *_, error_msgs = arguments
+        self._key = prefix + "_extra_state"
         try:
-            super()._load_from_state_dict(
-                self._in_current_form(state_dict, prefix),
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
-        except AveragedState as error:
-            if self._queue is not None:
-                self._queue.reset()
-            warnings.warn(
-                f"{prefix}_extra_state: {error}, as by averaging checkpoints: the queue is empty "
-                "now, and all else stays as it was before loading",
-                stacklevel=2,
-            )
+            if not isinstance(state_dict.get(self._key), Tensor):
+                state_dict = self._in_current_form(state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
         except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix}_extra_state: {error}")
+            error_msgs.append(f"{self._key}: {error}")
+        finally:
+            del self._key

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
 from imbalanced_losses._checkpoint import older_numbers, pack, unchanged_on_error, unpack
-from imbalanced_losses._module import LossModule
-from imbalanced_losses._tracing import is_in_backward
+from imbalanced_losses._module import StatefulLoss, refuse_uncountable_step
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["MixedLoss"]
@@ -24,7 +23,7 @@ __all__ = ["MixedLoss"]
 _STATE = ("num_calls", "num_steps", "has_switched", "temperature_scale")
 
 
-class MixedLoss(LossModule):
+class MixedLoss(StatefulLoss):
     """(1 − w) · auxiliary + w · main, where w may start at 0 and grow.
 
     A constant mix is the first choice: cross-entropy gives every row a gradient
@@ -206,12 +205,8 @@ class MixedLoss(LossModule):
             TypeError, ValueError: what the losses raise. The schedule has not
                 moved then.
         """
-        if self.training and not self._is_constant() and is_in_backward():
-            raise RuntimeError(
-                "the loss was called inside a backward pass, where its schedule would count a "
-                "step more: with activation checkpointing keep the loss outside the checkpointed "
-                "function; in a hook call it in eval()"
-            )
+        if self.training and not self._is_constant():
+            refuse_uncountable_step("its schedule")
         weight = self.main_weight
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         auxiliary: Tensor | float = 0.0
@@ -319,8 +314,7 @@ class MixedLoss(LossModule):
         """Where the schedule stands, for `state_dict`: uint8, the same size for every state."""
         return pack([getattr(self, "_" + name) for name in _STATE])
 
-    def set_extra_state(self, state: Any) -> None:
-        """Take what `get_extra_state` gave."""
+    def _take(self, state: Tensor) -> None:
         (*counts, scale), _ = unpack(state, len(_STATE))
         numbers = [
             _checks.saved_count(name, count, 1 if name == "has_switched" else 2**53)
