@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     logits: tuple[float, ...]
     targets: tuple[int, ...]
-    weight: float
+    weight: float | tuple[float, ...]
 
 
 def make_batch(
@@ -71,21 +71,23 @@ def assert_same_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 def queued_rows(loss_fn: SmoothAPLoss) -> list[Row]:
-    """The rows in the queue, oldest first, read from its checkpoint."""
-    state = loss_fn.state_dict()
-    logits, targets, weights, cursor = (
-        state[f"_queue.{name}"] for name in ("logits", "targets", "weights", "cursor")
-    )
-    by_age = [(int(cursor) + i) % len(weights) for i in range(len(weights))]
-    return [as_row(logits[i], targets[i], weights[i]) for i in by_age if weights[i] > 0]
+    """The rows in the queue, oldest first."""
+    queue = loss_fn._queue
+    slots = queue.slots()
+    by_age = [(int(queue.cursor) + i) % queue.size for i in range(queue.size)]
+    present = slots.is_present(loss_fn.ignore_index)
+    return [
+        as_row(slots.logits[i], slots.targets[i], slots.weights[i]) for i in by_age if present[i]
+    ]
 
 
-def as_row(logits: Tensor, targets: Tensor, weight: Tensor | float) -> Row:
-    labels = targets.reshape(-1).tolist()
-    return Row(tuple(logits.double().tolist()), tuple(map(int, labels)), float(weight))
+def as_row(logits: Tensor, targets: Tensor, weight: Tensor) -> Row:
+    labels, weights = (tuple(field.reshape(-1).tolist()) for field in (targets, weight))
+    one = weights[0] if len(set(weights)) == 1 else weights
+    return Row(tuple(logits.double().tolist()), tuple(map(int, labels)), one)
 
 
 def rows_of(batch: Batch) -> list[Row]:
     """The rows of a batch as the queue should hold them."""
-    weights = [1.0] * len(batch.logits) if batch.weights is None else batch.weights.tolist()
+    weights = torch.ones(len(batch.logits)) if batch.weights is None else batch.weights
     return [as_row(*row) for row in zip(batch.logits, batch.targets, weights, strict=True)]
