@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -15,7 +14,7 @@ from imbalanced_losses import _checks
 from imbalanced_losses._checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
-from imbalanced_losses._module import StatefulLoss, refuse_uncountable_step
+from imbalanced_losses._module import StatefulLoss, arguments_of, refuse_uncountable_step
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
@@ -105,7 +104,7 @@ class _QueuedRankingLoss(StatefulLoss):
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._place_numbers()
-        self._fixed = _SETTINGS
+        self._settings = arguments_of(_QueuedRankingLoss)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -391,27 +390,6 @@ class _QueuedRankingLoss(StatefulLoss):
         """The call that constructs such a loss, defaults left out but for the first few."""
         return f"{type(self).__name__}({self.extra_repr()})"
 
-    def extra_repr(self) -> str:
-        """The arguments in `repr`."""
-        named = ("num_classes", "queue_size", "temperature", "reduction", "multilabel")
-        rest = {
-            "ignore_index": -100,
-            "update_queue_in_eval": False,
-            "gather_distributed": None,
-            "max_pool_size": None,
-            "temperature_unit": "score",
-            "queue_follows_shift": False,
-            "process_group": None,
-            "grad_reduce": "mean",
-            "gather": "rows",
-            "target_prior": None,
-        }
-        names = [
-            *named,
-            *(name for name, default in rest.items() if getattr(self, name) != default),
-        ]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
     def get_extra_state(self) -> Tensor:
         """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
         return pack_ranking(self._saved())
@@ -430,12 +408,6 @@ class _QueuedRankingLoss(StatefulLoss):
 
     def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         return in_current_form(state_dict, prefix, self._saved())
-
-
-_SETTINGS = frozenset(inspect.signature(_QueuedRankingLoss.__init__).parameters) - {
-    "self",
-    "temperature",
-}
 
 
 def _as_number(prior: tuple[float, ...] | None) -> float:

@@ -24,7 +24,8 @@ class LossModule(nn.Module):
     alone, and its state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
     """
 
-    _fixed: frozenset[str] = frozenset()  # attributes that can't be assigned any more
+    _settings: Mapping[str, Any] = {}  # once constructed: its arguments and their defaults
+    _attributes: Mapping[str, str] = {}  # of arguments whose attributes have other names
     __jit_unused_properties__: ClassVar[list[str]]
     __jit_ignored_attributes__: ClassVar[list[str]]
 
@@ -39,12 +40,22 @@ class LossModule(nn.Module):
         ]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed:
+        is_fixed = name in self._settings or (self._settings and name in self._attributes.values())
+        if is_fixed and getattr(getattr(type(self), name, None), "fset", None) is None:
             raise AttributeError(
                 f"{name} of {type(self).__name__} can't be changed after construction: construct "
                 "a new loss"
             )
         super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, without those that have their default."""
+        values = {name: getattr(self, self._attributes.get(name, name)) for name in self._settings}
+        return ", ".join(
+            f"{name}={getattr(value, '__qualname__', repr(value))}"
+            for name, value in values.items()
+            if not isinstance(value, nn.Module) and value != self._settings[name]
+        )
 
     def _follow(self, device: torch.device) -> None:
         """Take the tensors to a device."""
@@ -57,6 +68,11 @@ class LossModule(nn.Module):
 
     def _device(self) -> torch.device:
         return torch.device("cpu")
+
+
+def arguments_of(loss: type) -> dict[str, Any]:
+    """The constructor's arguments and their defaults."""
+    return {one.name: one.default for one in inspect.signature(loss).parameters.values()}
 
 
 def refuse_uncountable_step(what: str) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
 from imbalanced_losses._checkpoint import older_numbers, pack, unchanged_on_error, unpack
-from imbalanced_losses._module import StatefulLoss, refuse_uncountable_step
+from imbalanced_losses._module import StatefulLoss, arguments_of, refuse_uncountable_step
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["MixedLoss"]
@@ -92,6 +91,12 @@ class MixedLoss(StatefulLoss):
         with w.
     """
 
+    # Under the names of these arguments is what holds now.
+    _attributes: Mapping[str, str] = {
+        "main_weight": "final_main_weight",
+        "temperature": "temperature_schedule",
+    }
+
     def __init__(
         self,
         auxiliary_loss: Callable[..., Tensor],
@@ -138,7 +143,7 @@ class MixedLoss(StatefulLoss):
         self._num_steps = 0
         self._has_switched = self.warmup_steps == 0
         self._temperature_scale = 1.0
-        self._fixed = _SETTINGS
+        self._settings = arguments_of(MixedLoss)
 
     @property
     def _ranking(self) -> _QueuedRankingLoss:
@@ -288,23 +293,6 @@ class MixedLoss(StatefulLoss):
         """Whether the mix is the same in every step."""
         return self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
 
-    def extra_repr(self) -> str:
-        """The settings in `repr`, defaults left out; the losses follow."""
-        parts = [f"main_weight={self.final_main_weight:g}"]
-        if not isinstance(self.auxiliary_loss, nn.Module):
-            parts.insert(0, f"auxiliary_loss={_name_of(self.auxiliary_loss)}")
-        rest = {
-            "warmup_steps": 0,
-            "blend_steps": 0,
-            "temperature_schedule": None,
-            "refit_temperature": False,
-            "calls_per_step": 1,
-        }
-        for name, default in rest.items():
-            if (value := getattr(self, name)) != default:
-                parts.append(f"{name.removesuffix('_schedule')}={value!r}")
-        return ", ".join(parts)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: with a main loss of its own, as that has state."""
         super().__setstate__(state)
@@ -325,16 +313,3 @@ class MixedLoss(StatefulLoss):
 
     def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         return older_numbers(state_dict, prefix, _STATE)
-
-
-_SETTINGS = frozenset(
-    {
-        *inspect.signature(MixedLoss.__init__).parameters,
-        "final_main_weight",
-        "temperature_schedule",
-    }
-) - {"self"}
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", repr(function))
