@@ -14,7 +14,7 @@ from imbalanced_losses import _checks
 from imbalanced_losses._checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
-from imbalanced_losses._module import StatefulLoss, arguments_of, refuse_uncountable_step
+from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
@@ -192,8 +192,8 @@ class _QueuedRankingLoss(StatefulLoss):
             ValueError: a shape or a value that does not fit. Nothing has
                 changed then.
         """
-        if self._depends_on_state() and self._updates_queue():
-            refuse_uncountable_step("its queue or max_pool_size")
+        if self._updates_queue():
+            self._require_step()
         batch, exchange = self._batch(logits, targets, sample_weight, return_per_class)
         self._follow(batch.logits.device)
         pool = self._capped(self._present(self._extended(batch)))
@@ -342,7 +342,6 @@ class _QueuedRankingLoss(StatefulLoss):
         return self.training or self.update_queue_in_eval
 
     def _depends_on_state(self) -> bool:
-        """Whether a forward pass has another outcome after others."""
         return self.queue_size > 0 or self.max_pool_size is not None
 
     def _extended(self, batch: Pool) -> Pool:

@@ -75,27 +75,40 @@ def arguments_of(loss: type) -> dict[str, Any]:
     return {one.name: one.default for one in inspect.signature(loss).parameters.values()}
 
 
-def refuse_uncountable_step(what: str) -> None:
-    """Raise where a forward pass in training mode is no step, or can't be remembered.
-
-    Args:
-        what: would take it for one.
-    """
-    if is_in_backward():
-        raise RuntimeError(
-            f"the loss was called inside a backward pass, where {what} would take it for another "
-            "step: with activation checkpointing keep the loss outside the checkpointed function; "
-            "in a hook call it in eval()"
-        )
-    if is_transformed():
-        raise RuntimeError(f"under torch.func {what} can't take a step: call the loss in eval()")
-
-
 class StatefulLoss(LossModule):
     """A loss whose state is in every checkpoint, and in nobody's way."""
 
     _queue: MemoryQueue | None = None
     _key = "_extra_state"  # of the state in the state_dict that is being loaded
+
+    def _depends_on_state(self) -> bool:
+        """Whether a forward pass has another outcome after others."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _depends_on_state")
+
+    def _require_step(self) -> None:
+        """Raise where a forward pass that changes the state is no step."""
+        if not self._depends_on_state():
+            return
+        if is_in_backward():
+            raise RuntimeError(
+                "the loss was called inside a backward pass, where its queue, max_pool_size or "
+                "schedule would take that for another step: with activation checkpointing keep "
+                "the loss outside the checkpointed function; in a hook call it in eval()"
+            )
+        if is_transformed():
+            raise RuntimeError(
+                "under torch.func the loss can't move its queue, max_pool_size or schedule on: "
+                "call it in eval()"
+            )
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if self._depends_on_state():
+            raise RuntimeError(
+                "DataParallel would have a thread for each device share one queue or schedule: "
+                "keep the loss outside the wrapped module, or use DistributedDataParallel"
+            )
+        replica: nn.Module = super()._replicate_for_data_parallel()
+        return replica
 
     def _take(self, state: Tensor) -> None:
         """Take what `get_extra_state` gave, or raise and change nothing."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
 from imbalanced_losses._checkpoint import older_numbers, pack, unchanged_on_error, unpack
-from imbalanced_losses._module import StatefulLoss, arguments_of, refuse_uncountable_step
+from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["MixedLoss"]
@@ -210,8 +210,8 @@ class MixedLoss(StatefulLoss):
             TypeError, ValueError: what the losses raise. The schedule has not
                 moved then.
         """
-        if self.training and not self._is_constant():
-            refuse_uncountable_step("its schedule")
+        if self.training:
+            self._require_step()
         weight = self.main_weight
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         auxiliary: Tensor | float = 0.0
@@ -274,7 +274,7 @@ class MixedLoss(StatefulLoss):
         if self.calls_per_step is None:
             return
         # A number that changes would have code compiled anew in every step.
-        if self._is_constant() and torch.compiler.is_compiling():
+        if not self._depends_on_state() and torch.compiler.is_compiling():
             return
         # At the end of a step; resumed with fewer calls a step, it may lie behind.
         is_end = self._num_calls + 1 >= self.calls_per_step
@@ -289,9 +289,8 @@ class MixedLoss(StatefulLoss):
             return self.final_main_weight * (done + 1) / (self.blend_steps + 1)
         return self.final_main_weight
 
-    def _is_constant(self) -> bool:
-        """Whether the mix is the same in every step."""
-        return self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
+    def _depends_on_state(self) -> bool:
+        return self.warmup_steps + self.blend_steps > 0 or self.temperature_schedule is not None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: with a main loss of its own, as that has state."""
