@@ -24,6 +24,11 @@ from imbalanced_losses._typing import typed_as
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
+# What has to be the same in every process that ranks rows together.
+_COMPARED = (
+    *("gather", "grad_reduce", "reduction", "temperature_unit", "queue_follows_shift"),
+    *("ignore_index", "queue_size", "max_pool_size", "temperature", "training"),
+)
 
 
 class PerClass(NamedTuple):
@@ -241,12 +246,6 @@ class _QueuedRankingLoss(StatefulLoss):
         spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
         return float(spread.mean())
 
-    def _refuse(
-        self, error: Exception, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
-    ) -> None:
-        """Raise, in the place of forward, an error from beside this loss: on every rank."""
-        self._batch(logits, targets, sample_weight, error=error)
-
     def _batch(
         self,
         logits: Tensor,
@@ -267,17 +266,8 @@ class _QueuedRankingLoss(StatefulLoss):
                 raise error
             return batch, ALONE
         settings: dict[str, float | str] = {
-            "gather": self.gather,
-            "grad_reduce": self.grad_reduce,
-            "reduction": self.reduction,
-            "temperature_unit": self.temperature_unit,
-            "queue_follows_shift": self.queue_follows_shift,
-            "ignore_index": self.ignore_index,
-            "queue_size": self.queue_size,
-            "max_pool_size": self.max_pool_size or 0,
-            "temperature": self.temperature,
+            **{name: getattr(self, name) or 0 for name in _COMPARED},
             "target_prior": _as_number(self.target_prior),
-            "training": self.training,
             "steps made": self._queue.num_steps,
         }
         sent: Pool | Exception
@@ -384,10 +374,6 @@ class _QueuedRankingLoss(StatefulLoss):
             # A number that changes would have code compiled anew in every step. Only draws need it.
             is_counted = self.max_pool_size is not None or not torch.compiler.is_compiling()
             self._queue.push(batch, is_step=self.training and is_counted)
-
-    def __repr__(self) -> str:
-        """The call that constructs such a loss, defaults left out but for the first few."""
-        return f"{type(self).__name__}({self.extra_repr()})"
 
     def get_extra_state(self) -> Tensor:
         """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +102,9 @@ def backward_in_micro_batches(
     try:
         for k, (rows, one, part) in enumerate(zip(inputs, seen, parts, strict=True)):
             one.random.restore()
-            with nullcontext() if k == len(inputs) - 1 else _without_sync(called):
+            with (
+                nullcontext() if k == len(inputs) - 1 else getattr(called, "no_sync", nullcontext)()
+            ):
                 again = model(rows)
                 if again.shape != part.shape:
                     raise RuntimeError(
@@ -153,9 +155,3 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
         for part, name, buffer, value in before:
             buffer.copy_(value)
             setattr(part, name, buffer)
-
-
-def _without_sync(module: nn.Module) -> AbstractContextManager[Any]:
-    no_sync = getattr(module, "no_sync", nullcontext)
-    context: AbstractContextManager[Any] = no_sync()
-    return context

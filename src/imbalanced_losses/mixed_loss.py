@@ -221,7 +221,7 @@ class MixedLoss(StatefulLoss):
                 auxiliary = (1 - weight) * _checks.plain(found)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one
-                    self._ranking._refuse(error, logits, targets, sample_weight)
+                    self._ranking._batch(logits, targets, sample_weight, error=error)
                 raise
         if weight > 0:
             main = self._counted_main_loss if self.training else self.main_loss
