@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from imbalanced_losses._checkpoint import AveragedState, unchanged_on_error
-from imbalanced_losses._queue import MemoryQueue
-from imbalanced_losses._tracing import is_in_backward, is_transformed
+from imbalanced_losses._checks.tracing import is_in_backward, is_transformed
+from imbalanced_losses._rows.checkpoint import AveragedState, unchanged_on_error
+from imbalanced_losses._rows.queue import MemoryQueue
 
 
 class LossModule(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imbalanced_losses import _checks
+from imbalanced_losses._checks import arguments as _checks
 
 __all__ = ["backward_in_micro_batches"]
 

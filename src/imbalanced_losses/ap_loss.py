@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imbalanced_losses._base import PerClass, _QueuedRankingLoss
-from imbalanced_losses._engine import ALONE, Exchange
-from imbalanced_losses._pool import Pool, Problems
+from imbalanced_losses._loss import PerClass, _QueuedRankingLoss
+from imbalanced_losses._ranking import ALONE, Exchange
+from imbalanced_losses._rows.pool import Pool, Problems
 from imbalanced_losses.diagnostics import Diagnostics, _diagnosed
 from imbalanced_losses.functional import Backend, SmoothAP, _smooth_ap_of_pool, score_spread
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from imbalanced_losses import _checks
+from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import LossModule, arguments_of
-from imbalanced_losses._typing import typed_as
 
 __all__ = ["CrossEntropy"]
 

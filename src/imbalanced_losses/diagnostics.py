@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._pool import Problems
-from imbalanced_losses._reduce import mark_invalid
+from imbalanced_losses._rows.pool import Problems
+from imbalanced_losses._rows.reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
 

@@ -7,9 +7,9 @@ Subclass `QueuedRankingLoss` and implement `_per_class(problems) -> PerClass`, a
 
 from __future__ import annotations
 
-from imbalanced_losses._base import PerClass
-from imbalanced_losses._base import _QueuedRankingLoss as QueuedRankingLoss
-from imbalanced_losses._engine import sigmoid_sums
-from imbalanced_losses._pool import Problems
+from imbalanced_losses._loss import PerClass
+from imbalanced_losses._loss import _QueuedRankingLoss as QueuedRankingLoss
+from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._rows.pool import Problems
 
 __all__ = ["PerClass", "Problems", "QueuedRankingLoss", "sigmoid_sums"]

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses import _checks
-from imbalanced_losses._engine import (
+from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.tracing import is_on_host, is_traced, is_transformed
+from imbalanced_losses._ranking import (
     ALONE,
     BACKENDS,
     Backend,
@@ -20,7 +21,6 @@ from imbalanced_losses._engine import (
     rank_plan,
     sigmoid_sums,
 )
-from imbalanced_losses._tracing import is_on_host, is_traced, is_transformed
 
 __all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from imbalanced_losses import _checks
-from imbalanced_losses._base import _QueuedRankingLoss
-from imbalanced_losses._checkpoint import older_numbers, pack, unchanged_on_error, unpack
+from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.typing import typed_as
+from imbalanced_losses._loss import _QueuedRankingLoss
 from imbalanced_losses._module import StatefulLoss, arguments_of
-from imbalanced_losses._typing import typed_as
+from imbalanced_losses._rows.checkpoint import older_numbers, pack, unchanged_on_error, unpack
 
 __all__ = ["MixedLoss"]
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imbalanced_losses import _checks
-from imbalanced_losses._engine import ALONE, Exchange
-from imbalanced_losses._pool import Pool
+from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._ranking import ALONE, Exchange
+from imbalanced_losses._rows.pool import Pool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -26,13 +26,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from imbalanced_losses._engine._autograd import differentiable_sums
-from imbalanced_losses._engine._choose import choose
-from imbalanced_losses._engine._dense import DensePlan
-from imbalanced_losses._engine._dense_ranks import DenseRanks, DenseRanksOfMany
-from imbalanced_losses._engine._fused import fused_plan, has_kernels
-from imbalanced_losses._engine._panel import PanelPlan, PanelRanks
-from imbalanced_losses._engine._plan import ALONE, Exchange, Plan, RankPlan
+from imbalanced_losses._ranking.choose import choose
+from imbalanced_losses._ranking.cuda.ranks import fused_plan, has_kernels
+from imbalanced_losses._ranking.dense import DensePlan
+from imbalanced_losses._ranking.panels.panels import PanelPlan, PanelRanks
+from imbalanced_losses._ranking.plan import ALONE, Exchange, Plan, RankPlan
+from imbalanced_losses._ranking.sums import differentiable_sums
+from imbalanced_losses._ranking.tiles import DenseRanks, DenseRanksOfMany
 
 Backend = Literal["auto", "dense", "panel"]
 __all__ = [

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine import ALONE, Exchange
-from imbalanced_losses._tracing import is_on_host
+from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking import ALONE, Exchange
 
 
 class Problems(NamedTuple):

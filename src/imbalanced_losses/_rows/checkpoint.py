@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._checks import number_above_zero, saved_count
-from imbalanced_losses._pool import Pool
+from imbalanced_losses._checks.arguments import number_above_zero, saved_count
+from imbalanced_losses._rows.pool import Pool
 
 _FORMAT = 1.0
 # Keys up to version 0.9, those that begin with _q up to 0.6, and what each holds.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imbalanced_losses._checkpoint import unchanged_on_error
-from imbalanced_losses._pool import Pool
-from imbalanced_losses._tracing import is_on_host
+from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._rows.checkpoint import unchanged_on_error
+from imbalanced_losses._rows.pool import Pool
 
 
 class MemoryQueue:

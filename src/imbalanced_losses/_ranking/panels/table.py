@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._derivatives import sigmoid_derivative
+from imbalanced_losses._ranking.sigmoid import sigmoid_derivative
 
 
 @lru_cache(maxsize=64)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from imbalanced_losses import _checks
-from imbalanced_losses._checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
-from imbalanced_losses._engine import ALONE, Exchange
-from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
+from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.tracing import is_on_host, is_traced
+from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
-from imbalanced_losses._pool import Pool, Problems
-from imbalanced_losses._queue import MemoryQueue
-from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
-from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_on_host, is_traced
-from imbalanced_losses._typing import typed_as
+from imbalanced_losses._ranking import ALONE, Exchange
+from imbalanced_losses._rows.checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
+from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGroup, gather
+from imbalanced_losses._rows.pool import Pool, Problems
+from imbalanced_losses._rows.queue import MemoryQueue
+from imbalanced_losses._rows.reduce import Reduction, mark_invalid, reduce_valid
+from imbalanced_losses._rows.subsample import quota_indices, strata_of
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]

@@ -47,10 +47,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._panel_line import Line, Precision, lay_line
-from imbalanced_losses._engine._panel_table import table_spectrum, translation_table
-from imbalanced_losses._engine._plan import ALONE, Exchange, SlopesOf
-from imbalanced_losses._engine._scratch import scratch
+from imbalanced_losses._ranking.panels.line import Line, Precision, lay_line
+from imbalanced_losses._ranking.panels.table import table_spectrum, translation_table
+from imbalanced_losses._ranking.plan import ALONE, Exchange, SlopesOf
+from imbalanced_losses._ranking.scratch import scratch
 
 # Sources that pass through moments and evaluation at a time: their powers stay in the cache.
 BLOCK = 1 << 15

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine import _dense
-from imbalanced_losses._engine._dense import tile_slices
-from imbalanced_losses._engine._plan import SlopesOf
-from imbalanced_losses._engine._scratch import scratch
+from imbalanced_losses._ranking import dense as _dense
+from imbalanced_losses._ranking.dense import tile_slices
+from imbalanced_losses._ranking.plan import SlopesOf
+from imbalanced_losses._ranking.scratch import scratch
 
 # So many pairs, or fewer, take less time than the calls that would spare them something.
 _FEW_PAIRS = 1 << 13

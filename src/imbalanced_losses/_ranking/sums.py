@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._plan import Plan
+from imbalanced_losses._ranking.plan import Plan
 
 
 def differentiable_sums(

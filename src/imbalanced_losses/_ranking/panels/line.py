@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._plan import ALONE, Exchange
-from imbalanced_losses._engine._scratch import scratch
-from imbalanced_losses._tracing import is_on_host
+from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.plan import ALONE, Exchange
+from imbalanced_losses._ranking.scratch import scratch
 
 # Rows that tell where the bulk of the scores lies.
 _SAMPLE = 1024

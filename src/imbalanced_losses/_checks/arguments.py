@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from imbalanced_losses import _fixes
-from imbalanced_losses._tracing import is_on_host, is_traced
+from imbalanced_losses._checks import hints as _fixes
+from imbalanced_losses._checks.tracing import is_on_host, is_traced
 
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURE_UNITS = ("score", "spread")

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._choose import choose_fused
-from imbalanced_losses._engine._panel import PRECISIONS, Panels
-from imbalanced_losses._engine._plan import SlopesOf
+from imbalanced_losses._ranking.choose import choose_fused
+from imbalanced_losses._ranking.panels.panels import PRECISIONS, Panels
+from imbalanced_losses._ranking.plan import SlopesOf
 
 # Where the kernels run.
 DEVICES = ("cuda",)
@@ -349,9 +349,9 @@ def _sorted_items(slot: Tensor, num_panels: int) -> tuple[Tensor, _Items]:
 
 def _kernels() -> Any:
     """The module of the kernels, which imports Triton."""
-    from imbalanced_losses._engine import _kernels
+    from imbalanced_losses._ranking.cuda import kernels
 
-    return _kernels
+    return kernels
 
 
 def _launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._derivatives import sigmoid_derivative_
+from imbalanced_losses._ranking.sigmoid import sigmoid_derivative_
 
 # Elements of one tile: four MiB of float32, which stay in the last-level cache.
 TILE = 1 << 20

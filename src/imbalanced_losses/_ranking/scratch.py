@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imbalanced_losses import _tracing
+from imbalanced_losses._checks import tracing as _tracing
 
 # Elements from which memory is kept, and up to which: 16 MiB of float64.
 _FEWEST, _MOST = 1 << 14, 1 << 21

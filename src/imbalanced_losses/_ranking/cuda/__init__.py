@@ -1,0 +1,1 @@
+"""Soft ranks on CUDA devices."""

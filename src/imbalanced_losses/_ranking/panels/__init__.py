@@ -1,0 +1,1 @@
+"""Soft ranks in linear time."""
