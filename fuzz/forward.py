@@ -229,10 +229,10 @@ class Watched:
 
     def compare_queue(self) -> None:
         queue = self.loss_fn._queue
-        weights = queue.weights[: queue.size]
-        cursor = int(queue.cursor)
-        order = [i for i in [*range(cursor, queue.size), *range(cursor)] if weights[i] > 0]
-        found = queue.logits[order].tolist()
+        slots, cursor = queue.slots(), int(queue.cursor)
+        present = slots.is_present(self.loss_fn.ignore_index)
+        order = [i for i in [*range(cursor, queue.size), *range(cursor)] if present[i]]
+        found = slots.logits[order].tolist()
         assert found == [row.logits for row in self.model.queue], "the queue holds other rows"
         labels = [row.target for row in self.model.queue]
-        assert queue.targets[order].tolist() == labels, "the queue holds other labels"
+        assert slots.targets[order].tolist() == labels, "the queue holds other labels"
