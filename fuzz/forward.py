@@ -135,11 +135,11 @@ class Watched:
 
     def reload(self) -> None:
         """Through a checkpoint, which is the same loss."""
-        before = state_of(self.loss_fn)
-        state = {name: value.clone() for name, value in self.loss_fn.state_dict().items()}
+        state = self.loss_fn.state_dict()
         self.loss_fn.reset_queue()
         self.loss_fn.load_state_dict(state)
-        assert state_of(self.loss_fn) == before, "a checkpoint of its own changed the state"
+        (before,), (found,) = state.values(), self.loss_fn.state_dict().values()
+        assert found.equal(before), "a checkpoint of its own changed the state"
 
     def call(self, choices: Choices) -> None:
         loss_fn = self.loss_fn
@@ -176,15 +176,15 @@ class Watched:
         gradient = logits.grad
         assert gradient is not None
         has_nan = has_live_nan(loss_fn, *batch)
+        # What float16 cannot hold is inf there, as GradScaler expects it.
+        is_good = ~gradient.isnan() if logits.dtype == torch.float16 else gradient.isfinite()
         if not has_nan:
-            # What float16 cannot hold is inf there, as GradScaler expects it.
-            is_good = ~gradient.isnan() if logits.dtype == torch.float16 else gradient.isfinite()
             assert bool(is_good.all()), f"gradient {gradient} of loss {loss}"
             upper = loss_fn.num_classes if loss_fn.reduction == "sum" else 1
             values = loss.nan_to_num(0.0) if loss_fn.reduction == "none" else loss
             assert bool(((values >= -1e-5) & (values <= upper * (1 + 1e-5))).all()), f"loss {loss}"
         elif bool(total.isfinite()) and loss_fn.reduction != "none":
-            assert bool(gradient.isfinite().all()), f"gradient {gradient} of loss {loss}"
+            assert bool(is_good.all()), f"gradient {gradient} of loss {loss}"
         if valid is not None and not has_nan:
             assert bool((per_class.isnan() == ~valid).all()), f"{per_class} where {valid}"
 

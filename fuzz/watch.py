@@ -18,7 +18,7 @@ def state_of(module: nn.Module) -> list[Any]:
             for name, value in vars(owner).items() if owner is not None else ():
                 if isinstance(value, (bool, int, float, str)):
                     found.append((name, value))
-                elif isinstance(value, Tensor) and name != "pushed_at":  # for `diagnose` alone
+                elif isinstance(value, Tensor):
                     found.append((name, value.dtype, value.shape, value.numpy().tobytes()))
     return found
 

@@ -232,6 +232,10 @@ def test_interrupted_at_any_line_of_a_mix(name: str) -> None:
     assert_before_or_after(INTERRUPTED[name], a_step, 1)
 
 
+def test_interrupted_in_emptying_the_queue_it_is_that_before_it_or_after_it() -> None:
+    assert_before_or_after(INTERRUPTED["queue"], SmoothAPLoss.reset_queue, 1)
+
+
 @pytest.mark.parametrize("saved_by", [nn.Module.state_dict, saved_by_0_9], ids=["now", "0.9"])
 @pytest.mark.parametrize("name", ["queue", "mix"])
 def test_interrupted_in_loading_the_state_is_that_before_it_or_after_it(

@@ -247,7 +247,7 @@ def test_an_early_checkpoint_of_the_predecessor_loads(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_to_meta_and_back(dtype: torch.dtype) -> None:
     """Whoever fills a model's memory later does not know of the queue: it does not go."""
-    loss_fn = new_loss(num_classes=1)
+    loss_fn = new_loss(num_classes=1, target_prior=0.1)
     batch = make_batch(4, dtype=dtype)
     batch.through(loss_fn)
     expected = make_batch(3, seed=1).through(loss_fn.eval())
