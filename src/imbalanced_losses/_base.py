@@ -19,7 +19,7 @@ from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_on_host, is_traced
+from imbalanced_losses._tracing import is_in_backward, is_on_host, is_traced
 from imbalanced_losses._typing import typed_as
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
@@ -373,7 +373,8 @@ class _QueuedRankingLoss(StatefulLoss):
         if self._updates_queue():
             # A number that changes would have code compiled anew in every step. Only draws need it.
             is_counted = self.max_pool_size is not None or not torch.compiler.is_compiling()
-            self._queue.push(batch, is_step=self.training and is_counted)
+            is_step = self.training and is_counted and not is_in_backward()
+            self._queue.push(batch, is_step=is_step)
 
     def get_extra_state(self) -> Tensor:
         """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
