@@ -70,6 +70,11 @@ def assert_same_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
+def numbers_of(state: dict[str, Tensor]) -> Tensor:
+    """Every number [k] of the state of losses, for where rounding may make them differ a little."""
+    return torch.cat([packed.view(torch.float64)[1:] for packed in state.values()])
+
+
 def queued_rows(loss_fn: SmoothAPLoss) -> list[Row]:
     """The rows in the queue, oldest first."""
     queue = loss_fn._queue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +16,7 @@ from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 from imbalanced_losses.accumulation import backward_in_micro_batches
 from tests.cases import seeded
 from tests.ranks import WORLD_SIZE, Failure, Ranks
-from tests.rows import make_batch, state_of
+from tests.rows import make_batch
 
 SIZES = ([24], [8, 8, 8], [1] * 24, [0, 20, 4], [5, 5, 14])
 
@@ -72,10 +70,9 @@ def test_gradient_and_state_are_those_of_the_whole_batch(
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
         for own, other in zip(gradients(model), by_whole, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
-    saved, other = state_of(split_loss), state_of(whole_loss)
-    assert saved.keys() == other.keys()
-    for name, value in saved.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-13)
+    queues = [getattr(it, "main_loss", it)._queue for it in (split_loss, whole_loss)]
+    for field, other in zip(*(queue.slots().packed() for queue in queues), strict=True):
+        torch.testing.assert_close(field, other, rtol=1e-12, atol=1e-13)
 
 
 def test_sums_of_micro_batches_are_something_else() -> None:
@@ -130,122 +127,46 @@ class Mean(nn.Module):
         return hidden
 
 
-def compiled(model: nn.Module) -> Any:
+def compiled(model: Any) -> Any:
     torch.compiler.reset()
     return torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
-class Outer(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows: Tensor) -> Tensor:
-        logits: Tensor = self.model(rows)
-        return logits
-
-
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    torch.compiler.reset()
-    outer = Outer(model)
-    outer.compile(backend="aot_eager", fullgraph=True)
-    return outer
-
-
-def as_lambda(model: Any) -> Any:
-    return lambda rows: model(rows)  # noqa: PLW0108 - so that it is no module
-
-
-def in_parts(model: nn.Sequential) -> Any:
-    """The last layers, whose buffers are among those of all, run by themselves as well."""
-    return lambda rows: model[1:](model[0](rows)) + 0 * model(rows)
-
-
 @pytest.mark.parametrize(
-    "make_callable",
+    "as_callable",
     [
-        lambda model: model,
-        as_lambda,
-        lambda model: functools.partial(torch.nn.Module.__call__, model),
-        lambda model: model.forward,
-        in_parts,
-        compiled,
-        lambda model: as_lambda(compiled(model)),
-        lambda model: as_lambda(compiled_in_place(model)),
+        lambda model: (model, None),
+        lambda model: (compiled(model), None),
+        lambda model: (lambda rows: model(rows), model),  # noqa: PLW0108 - so that it is no module
+        lambda model: (model.forward, model),
+        lambda model: (compiled(model.forward), model),
     ],
-    ids=[
-        "module",
-        "lambda",
-        "partial",
-        "method",
-        "parts",
-        "compiled",
-        "lambda-compiled",
-        "compiled-in-place",
-    ],
+    ids=["module", "compiled", "lambda", "method", "compiled-method"],
 )
 @pytest.mark.parametrize("between", [nn.BatchNorm1d, lambda _: Mean()], ids=["norm", "mean"])
 def test_running_statistics_move_once(
-    make_callable: Callable[[nn.Module], Any], between: Callable[[int], nn.Module]
+    as_callable: Callable[[nn.Module], Any], between: Callable[[int], nn.Module]
 ) -> None:
     features, targets = make_features(), make_batch(24).targets
     model = make_model(between(6).double())
     beside = copy.deepcopy(model)
-    call, call_beside = make_callable(model), make_callable(beside)
-    in_module = nn.Module.__call__
+    (call, module), (call_beside, _) = as_callable(model), as_callable(beside)
+    loss_fn = SmoothAPLoss(1, 0, 0.2)
     for _ in range(2):
-        backward_in_micro_batches(call, SmoothAPLoss(1, 0, 0.2), features.split(12), targets)
+        backward_in_micro_batches(call, loss_fn, features.split(12), targets, module=module)
         logits = torch.cat([call_beside(rows) for rows in features.split(12)])
-        SmoothAPLoss(1, 0, 0.2)(logits, targets).backward()
-    assert nn.Module.__call__ is in_module
+        loss_fn(logits, targets).backward()
     for own, other in zip(model.buffers(), beside.buffers(), strict=True):
         torch.testing.assert_close(own, other)
     for own, other in zip(gradients(model), gradients(beside), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
 
 
-def test_passes_in_threads_keep_to_their_own_modules() -> None:
-    """A pass in another thread begins within this one's first pass, and ends after it."""
-    features, targets = make_features(), make_batch(24).targets
-    models = [make_model(nn.BatchNorm1d(6).double()) for _ in range(3)]
-    in_module = nn.Module.__call__
-    began, ended = threading.Event(), threading.Event()
-
-    def other(rows: Tensor) -> Tensor:
-        began.set()
-        assert ended.wait(30)
-        logits: Tensor = models[1](rows)
-        return logits
-
-    def first(rows: Tensor) -> Tensor:
-        if not began.is_set():
-            thread.start()
-            assert began.wait(30)
-        logits: Tensor = models[0](rows)
-        return logits
-
-    def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
-        ended.set()
-        return logits.square().mean()
-
-    inputs = features.split(12)
-    thread = threading.Thread(
-        target=backward_in_micro_batches, args=(other, loss_fn, inputs, targets)
-    )
-    backward_in_micro_batches(first, loss_fn, inputs, targets)
-    thread.join(30)
-    assert nn.Module.__call__ is in_module
-    for rows in inputs:
-        models[2](rows)
-    for model in models[:2]:
-        for own, other_buffer in zip(model.buffers(), models[2].buffers(), strict=True):
-            torch.testing.assert_close(own, other_buffer)
-
-
-def test_a_compiled_function_is_refused() -> None:
-    function = torch.compile(as_lambda(make_model()), backend="eager")
-    with pytest.raises(TypeError, match="model must be a module or a plain function"):
-        backward_in_micro_batches(function, SmoothAPLoss(1), [make_features()], torch.zeros(24))
+def test_a_function_has_to_name_its_module() -> None:
+    model, features = make_model(), make_features()
+    with pytest.raises(TypeError, match="module must be the network that the function calls"):
+        backward_in_micro_batches(model.forward, SmoothAPLoss(1), [features], torch.zeros(24))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -274,7 +195,9 @@ def test_a_model_may_be_any_function() -> None:
     model, features, targets = make_model(), make_features(), make_batch(24).targets
     batches = [{"x": rows} for rows in features.split(12)]
     loss_fn = SmoothAPLoss(1, 0, 0.2)
-    backward_in_micro_batches(lambda batch: model(batch["x"]), loss_fn, batches, targets)
+    backward_in_micro_batches(
+        lambda batch: model(batch["x"]), loss_fn, batches, targets, module=model
+    )
     by_function = gradients(model)
     backward_in_micro_batches(model, loss_fn, features.split(12), targets)
     assert all(map(torch.equal, by_function, gradients(model)))
@@ -324,7 +247,9 @@ def test_errors_leave_no_gradient() -> None:
 
     random = torch.get_rng_state()
     with pytest.raises(RuntimeError, match=r"micro-batch 0 were \[24, 1\] .* are \[23, 1\]"):
-        backward_in_micro_batches(shrinking, SmoothAPLoss(1), [features], make_batch(24).targets)
+        backward_in_micro_batches(
+            shrinking, SmoothAPLoss(1), [features], make_batch(24).targets, module=model
+        )
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -355,9 +280,9 @@ def train_on(rank: int, gather: str, is_called: bool) -> tuple[list[Tensor], int
     loss_fn = SmoothAPLoss(1, 0, 0.2, gather=gather)  # type: ignore[arg-type]
     rows = slice(24 * rank, 24 * rank + 24)
     features, targets = make_features(48)[rows], make_batch(48).targets[rows]
-    whole = nn.Sequential(wrapped) if is_called else wrapped
-    call = as_lambda(whole) if is_called else whole
-    loss = backward_in_micro_batches(call, loss_fn, features.split(8), targets)
+    call, module = (lambda rows: wrapped(rows), wrapped) if is_called else (wrapped, None)  # noqa: PLW0108
+    parts = features.split(8)
+    loss = backward_in_micro_batches(call, loss_fn, parts, targets, module=module)
     return [p.grad for p in model.parameters()], reduced, loss.item()  # type: ignore[misc]
 
 

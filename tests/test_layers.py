@@ -26,8 +26,9 @@ LAYERS = (
     ("_reduce", "_checks"),
     ("_engine",),
     ("_pool",),
-    ("_saved",),
+    ("_checkpoint",),
     ("functional", "_queue", "_gather", "_subsample"),
+    ("_module",),
     ("_base", "diagnostics"),
 )
 LOSSES, TOP = len(LAYERS), len(LAYERS) + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -15,16 +14,21 @@ from imbalanced_losses import _checks
 from imbalanced_losses._checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._engine import ALONE, Exchange
 from imbalanced_losses._gather import Gather, GradReduce, Group, ProcessGroup, gather
-from imbalanced_losses._module import StatefulLoss, refuse_uncountable_step
+from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._pool import Pool, Problems
 from imbalanced_losses._queue import MemoryQueue
 from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._subsample import quota_indices, strata_of
-from imbalanced_losses._tracing import is_on_host, is_traced
+from imbalanced_losses._tracing import is_in_backward, is_on_host, is_traced
 from imbalanced_losses._typing import typed_as
 from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
 
 TemperatureUnit = Literal["score", "spread"]
+# What has to be the same in every process that ranks rows together.
+_COMPARED = (
+    *("gather", "grad_reduce", "reduction", "temperature_unit", "queue_follows_shift"),
+    *("ignore_index", "queue_size", "max_pool_size", "temperature", "training"),
+)
 
 
 class PerClass(NamedTuple):
@@ -105,7 +109,7 @@ class _QueuedRankingLoss(StatefulLoss):
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._place_numbers()
-        self._fixed = _SETTINGS
+        self._settings = arguments_of(_QueuedRankingLoss)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -193,8 +197,8 @@ class _QueuedRankingLoss(StatefulLoss):
             ValueError: a shape or a value that does not fit. Nothing has
                 changed then.
         """
-        if self._depends_on_state() and self._updates_queue():
-            refuse_uncountable_step("its queue or max_pool_size")
+        if self._updates_queue():
+            self._require_step()
         batch, exchange = self._batch(logits, targets, sample_weight, return_per_class)
         self._follow(batch.logits.device)
         pool = self._capped(self._present(self._extended(batch)))
@@ -242,12 +246,6 @@ class _QueuedRankingLoss(StatefulLoss):
         spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
         return float(spread.mean())
 
-    def _refuse(
-        self, error: Exception, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
-    ) -> None:
-        """Raise, in the place of forward, an error from beside this loss: on every rank."""
-        self._batch(logits, targets, sample_weight, error=error)
-
     def _batch(
         self,
         logits: Tensor,
@@ -268,17 +266,8 @@ class _QueuedRankingLoss(StatefulLoss):
                 raise error
             return batch, ALONE
         settings: dict[str, float | str] = {
-            "gather": self.gather,
-            "grad_reduce": self.grad_reduce,
-            "reduction": self.reduction,
-            "temperature_unit": self.temperature_unit,
-            "queue_follows_shift": self.queue_follows_shift,
-            "ignore_index": self.ignore_index,
-            "queue_size": self.queue_size,
-            "max_pool_size": self.max_pool_size or 0,
-            "temperature": self.temperature,
+            **{name: getattr(self, name) or 0 for name in _COMPARED},
             "target_prior": _as_number(self.target_prior),
-            "training": self.training,
             "steps made": self._queue.num_steps,
         }
         sent: Pool | Exception
@@ -343,7 +332,6 @@ class _QueuedRankingLoss(StatefulLoss):
         return self.training or self.update_queue_in_eval
 
     def _depends_on_state(self) -> bool:
-        """Whether a forward pass has another outcome after others."""
         return self.queue_size > 0 or self.max_pool_size is not None
 
     def _extended(self, batch: Pool) -> Pool:
@@ -385,32 +373,8 @@ class _QueuedRankingLoss(StatefulLoss):
         if self._updates_queue():
             # A number that changes would have code compiled anew in every step. Only draws need it.
             is_counted = self.max_pool_size is not None or not torch.compiler.is_compiling()
-            self._queue.push(batch, is_step=self.training and is_counted)
-
-    def __repr__(self) -> str:
-        """The call that constructs such a loss, defaults left out but for the first few."""
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-    def extra_repr(self) -> str:
-        """The arguments in `repr`."""
-        named = ("num_classes", "queue_size", "temperature", "reduction", "multilabel")
-        rest = {
-            "ignore_index": -100,
-            "update_queue_in_eval": False,
-            "gather_distributed": None,
-            "max_pool_size": None,
-            "temperature_unit": "score",
-            "queue_follows_shift": False,
-            "process_group": None,
-            "grad_reduce": "mean",
-            "gather": "rows",
-            "target_prior": None,
-        }
-        names = [
-            *named,
-            *(name for name, default in rest.items() if getattr(self, name) != default),
-        ]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+            is_step = self.training and is_counted and not is_in_backward()
+            self._queue.push(batch, is_step=is_step)
 
     def get_extra_state(self) -> Tensor:
         """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
@@ -430,12 +394,6 @@ class _QueuedRankingLoss(StatefulLoss):
 
     def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         return in_current_form(state_dict, prefix, self._saved())
-
-
-_SETTINGS = frozenset(inspect.signature(_QueuedRankingLoss.__init__).parameters) - {
-    "self",
-    "temperature",
-}
 
 
 def _as_number(prior: tuple[float, ...] | None) -> float:

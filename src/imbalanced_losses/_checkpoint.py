@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -76,10 +76,7 @@ def unpack(state: Any, num_numbers: int) -> tuple[list[float], Tensor]:
         raise ValueError(
             "the state must be that of the same kind of loss, saved by this version or an older one"
         )
-    numbers = values[2 : 2 + num_numbers]
-    if len(numbers) != num_numbers:
-        raise ValueError("the state of a loss is cut short")
-    return numbers.tolist(), values[2 + num_numbers :]
+    return values[2 : 2 + num_numbers].tolist(), values[2 + num_numbers :]
 
 
 def _checksum(words: Tensor) -> Tensor:
@@ -152,18 +149,8 @@ def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict
         raise ValueError(f"{prefix}_queue.targets must be integers, as they were saved")
     numbers = {"temperature": now.temperature, "num_steps": now.num_steps, "is_weighted": False}
     numbers |= {name: _number(name, found[name]) for name in (*numbers, "cursor") if name in found}
-    rows = [part.flatten(1) if part.dim() > 1 else part[:, None] for part in (targets, weights)]
-    saved = pack(
-        (
-            logits.shape[1],
-            targets.dim() - 1,
-            logits.dtype == torch.float64,
-            *(numbers[name] for name in Saved._fields[:-1]),
-        ),
-        torch.cat([part.double() for part in (logits, *rows)], dim=1),
-    )
-    rest = {key: value for key, value in state_dict.items() if key not in keys}
-    return {**rest, prefix + "_extra_state": saved}
+    saved = Saved(**numbers, slots=Pool(logits, targets, weights))  # type: ignore[arg-type]
+    return _with_state(state_dict, prefix, keys, pack_ranking(saved))
 
 
 def older_numbers(state_dict: dict[str, Any], prefix: str, names: Sequence[str]) -> dict[str, Any]:
@@ -172,8 +159,14 @@ def older_numbers(state_dict: dict[str, Any], prefix: str, names: Sequence[str])
     if not all(key in state_dict for key in keys):
         return state_dict
     saved = pack([_number(key, _dense(key, state_dict[key])) for key in keys])
-    rest = {key: value for key, value in state_dict.items() if key not in keys}
-    return {**rest, prefix + "_extra_state": saved}
+    return _with_state(state_dict, prefix, keys, saved)
+
+
+def _with_state(
+    state_dict: dict[str, Any], prefix: str, without: Container[str], state: Tensor
+) -> dict[str, Any]:
+    rest = {key: value for key, value in state_dict.items() if key not in without}
+    return {**rest, prefix + "_extra_state": state}
 
 
 def _dense(key: str, value: Any) -> Tensor:

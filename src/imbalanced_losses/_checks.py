@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from imbalanced_losses import _fixes
@@ -256,6 +256,17 @@ def losses_to_mix(auxiliary_loss: Any, main_loss: Any, ranking: type) -> None:
     for name, loss in (("auxiliary_loss", auxiliary_loss), ("main_loss", main_loss)):
         if getattr(loss, "reduction", None) == "none":
             raise ValueError(f'{name} must have reduction "mean" or "sum", got "none"')
+
+
+def called_module(model: Any, module: Any) -> nn.Module:
+    """The module behind a model: itself, or what came beside a function."""
+    found = model if isinstance(model, nn.Module) else module
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"module must be the network that the function calls, got {_kind(found)}: its running "
+            "statistics would move twice, since every micro-batch goes through it twice"
+        )
+    return found
 
 
 def micro_batches(value: Any) -> None:

@@ -24,7 +24,8 @@ class LossModule(nn.Module):
     alone, and its state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
     """
 
-    _fixed: frozenset[str] = frozenset()  # attributes that can't be assigned any more
+    _settings: Mapping[str, Any] = {}  # once constructed: its arguments and their defaults
+    _attributes: Mapping[str, str] = {}  # of arguments whose attributes have other names
     __jit_unused_properties__: ClassVar[list[str]]
     __jit_ignored_attributes__: ClassVar[list[str]]
 
@@ -39,12 +40,22 @@ class LossModule(nn.Module):
         ]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed:
+        is_fixed = name in self._settings or (self._settings and name in self._attributes.values())
+        if is_fixed and getattr(getattr(type(self), name, None), "fset", None) is None:
             raise AttributeError(
                 f"{name} of {type(self).__name__} can't be changed after construction: construct "
                 "a new loss"
             )
         super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, without those that have their default."""
+        values = {name: getattr(self, self._attributes.get(name, name)) for name in self._settings}
+        return ", ".join(
+            f"{name}={getattr(value, '__qualname__', repr(value))}"
+            for name, value in values.items()
+            if not isinstance(value, nn.Module) and value != self._settings[name]
+        )
 
     def _follow(self, device: torch.device) -> None:
         """Take the tensors to a device."""
@@ -59,20 +70,9 @@ class LossModule(nn.Module):
         return torch.device("cpu")
 
 
-def refuse_uncountable_step(what: str) -> None:
-    """Raise where a forward pass in training mode is no step, or can't be remembered.
-
-    Args:
-        what: would take it for one.
-    """
-    if is_in_backward():
-        raise RuntimeError(
-            f"the loss was called inside a backward pass, where {what} would take it for another "
-            "step: with activation checkpointing keep the loss outside the checkpointed function; "
-            "in a hook call it in eval()"
-        )
-    if is_transformed():
-        raise RuntimeError(f"under torch.func {what} can't take a step: call the loss in eval()")
+def arguments_of(loss: type) -> dict[str, Any]:
+    """The constructor's arguments and their defaults."""
+    return {one.name: one.default for one in inspect.signature(loss).parameters.values()}
 
 
 class StatefulLoss(LossModule):
@@ -80,6 +80,35 @@ class StatefulLoss(LossModule):
 
     _queue: MemoryQueue | None = None
     _key = "_extra_state"  # of the state in the state_dict that is being loaded
+
+    def _depends_on_state(self) -> bool:
+        """Whether a forward pass has another outcome after others."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _depends_on_state")
+
+    def _require_step(self) -> None:
+        """Raise where a forward pass that changes the state is no step."""
+        if not self._depends_on_state():
+            return
+        if is_in_backward():
+            raise RuntimeError(
+                "the loss was called inside a backward pass, where its queue, max_pool_size or "
+                "schedule would take that for another step: with activation checkpointing keep "
+                "the loss outside the checkpointed function; in a hook call it in eval()"
+            )
+        if is_transformed():
+            raise RuntimeError(
+                "under torch.func the loss can't move its queue, max_pool_size or schedule on: "
+                "call it in eval()"
+            )
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if self._depends_on_state():
+            raise RuntimeError(
+                "DataParallel would have a thread for each device share one queue or schedule: "
+                "keep the loss outside the wrapped module, or use DistributedDataParallel"
+            )
+        replica: nn.Module = super()._replicate_for_data_parallel()
+        return replica
 
     def _take(self, state: Tensor) -> None:
         """Take what `get_extra_state` gave, or raise and change nothing."""

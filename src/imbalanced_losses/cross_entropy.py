@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from imbalanced_losses import _checks
-from imbalanced_losses._module import LossModule
+from imbalanced_losses._module import LossModule, arguments_of
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["CrossEntropy"]
@@ -86,7 +85,7 @@ class CrossEntropy(LossModule):
         if class_weight is not None:
             class_weight = _checks.class_weight(class_weight, num_classes)
         self._class_weight: Tensor | None = class_weight
-        self._fixed = _SETTINGS
+        self._settings = arguments_of(CrossEntropy)
 
     @property
     def class_weight(self) -> Tensor | None:
@@ -169,16 +168,3 @@ class CrossEntropy(LossModule):
             return terms.new_ones(())
         # From just above 0, where a power below 1 has no slope.
         return (-torch.expm1(-terms)).clamp(min=torch.finfo(terms.dtype).tiny) ** self.gamma
-
-    def extra_repr(self) -> str:
-        """The arguments in `repr`, defaults left out."""
-        parts = [f"num_classes={self.num_classes}"]
-        if self.class_weight is not None:
-            parts.append(f"class_weight=tensor({self.class_weight.tolist()})")
-        for name, default in {"ignore_index": -100, "multilabel": False, "gamma": 0.0}.items():
-            if (value := getattr(self, name)) != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
-
-
-_SETTINGS = frozenset(inspect.signature(CrossEntropy.__init__).parameters) - {"self"}

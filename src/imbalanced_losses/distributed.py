@@ -70,7 +70,13 @@ def even_steps(
         has_batch = batch is not none_left
         error = None
         if has_batch:
-            empty, error = _cut_or_error(batch)
+            try:
+                empty = _without_rows(batch)
+            except Exception as raised:  # other ranks wait to hear of it
+                error = TypeError(
+                    "every batch must hold tensors or other arrays of rows, in tuples, lists, "
+                    f"mappings or dataclasses, got {type(batch).__name__}: {raised}"
+                )
         # How many ranks have a batch, how many never had one, and how many cannot cut theirs.
         num_with, num_without, num_failed = group.summed(
             [has_batch, empty is none_left, error is not None], device
@@ -87,47 +93,39 @@ def even_steps(
         yield batch if has_batch else empty
 
 
-def _cut_or_error(batch: Any) -> tuple[Any, TypeError | None]:
-    """The batch without its rows, or why there is none: other ranks wait, so nothing is raised."""
-    cause = None
-    try:
-        empty = _without_rows(batch)
-        if empty is not batch:
-            return empty, None
-    except Exception as raised:
-        cause = raised
-    how = "holds none" if cause is None else f"cannot be cut: {type(cause).__name__}"
-    error = TypeError(
-        "every batch must hold arrays that can be cut to zero rows (tensors, NumPy arrays and the "
-        f"like, in tuples, lists, mappings or dataclasses), got {type(batch).__name__}, which {how}"
-    )
-    error.__cause__ = cause
-    return batch, error
-
-
 def _without_rows(batch: Any) -> Any:
-    """The batch with every array in it cut to zero rows; itself where it holds none."""
-    if isinstance(getattr(batch, "shape", None), tuple) and hasattr(batch, "__getitem__"):
-        return batch[:0] if batch.shape else batch
-    if isinstance(batch, Mapping):
-        parts = dict(batch)
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    elif isinstance(batch, (tuple, list)):
-        parts = dict(enumerate(batch))
+    """A copy with every array in it cut to zero rows.
+
+    Raises:
+        TypeError: it holds none.
+    """
+    copied, num_cut = _cut(batch)
+    if num_cut == 0:
+        raise TypeError("nothing in it has rows that could be cut")
+    return copied
+
+
+def _cut(value: Any) -> tuple[Any, int]:
+    """The value without rows, of its own type, and how many arrays were cut."""
+    if hasattr(value, "shape"):
+        return (value[:0], 1) if len(value.shape) > 0 else (value, 0)
+    if isinstance(value, Mapping):
+        parts = dict(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, (tuple, list)):
+        parts = dict(enumerate(value))
     else:
-        return batch
-    cut = {name: _without_rows(part) for name, part in parts.items()}
-    if all(cut[name] is part for name, part in parts.items()):
-        return batch
-    if hasattr(batch, "_fields"):
-        return type(batch)(*cut.values())
-    if isinstance(batch, tuple):
-        return type(batch)(cut.values())
-    copied = copy.copy(batch)
-    for name, part in cut.items():
-        if isinstance(batch, (Mapping, list)):
+        return value, 0
+    cut = {name: _cut(part) for name, part in parts.items()}
+    num_cut = sum(number for _, number in cut.values())
+    if isinstance(value, tuple):
+        fields = [part for part, _ in cut.values()]
+        return (type(value)(*fields) if hasattr(value, "_fields") else type(value)(fields)), num_cut
+    copied = copy.copy(value)
+    for name, (part, _) in cut.items():
+        if isinstance(value, (Mapping, list)):
             copied[name] = part
         else:
-            object.__setattr__(copied, name, part)  # dataclasses.replace needs what __init__ takes
-    return copied
+            object.__setattr__(copied, name, part)  # of a frozen one too
+    return copied, num_cut

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from imbalanced_losses._engine import (
     rank_plan,
     sigmoid_sums,
 )
-from imbalanced_losses._tracing import is_on_host, is_traced
+from imbalanced_losses._tracing import is_on_host, is_traced, is_transformed
 
 __all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
 
@@ -111,11 +109,12 @@ def _smooth_ap_of_pool(
     arguments = _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
     scores, is_positive, temperature, sample_weight = arguments
     _checks.choice("backend", backend, BACKENDS)
-    if is_traced(scores) or any(map(_is_batched, arguments)):
+    if is_traced(scores):
         _only_alone(exchange)
         return _opaque_smooth_ap(*arguments, backend, num_live)
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         _only_alone(exchange)
+        _refuse_batches(*arguments)
         return _differentiable_smooth_ap(*arguments, backend)
     constants = (is_positive, sample_weight, backend, num_live)
     of = _problems(scores.detach(), is_positive, detached(temperature), sample_weight, exchange)
@@ -578,8 +577,7 @@ def _opaque_smooth_ap(
 ) -> SmoothAP:
     """`smooth_ap` as one operator, which compilers take as a whole: its values steer what it does.
 
-    Differentiable once. Where code is not traced but transformed by torch.func, a Function has the
-    place of the operator.
+    Differentiable once.
     """
     is_one = scores.dim() == 1
     rows = scores.unsqueeze(0) if is_one else scores
@@ -589,10 +587,9 @@ def _opaque_smooth_ap(
     else:
         fixed = temperature
     can_need = torch.is_grad_enabled()
-    moves_temperature = can_need and by_class is not None and _needs_gradient(temperature)
-    needs_slopes = moves_temperature or (can_need and _needs_gradient(scores))
-    compute = torch.ops.imbalanced_losses.smooth_ap if is_traced(scores) else _Transformed.apply
-    found = compute(
+    moves_temperature = can_need and by_class is not None and by_class.requires_grad
+    needs_slopes = moves_temperature or (can_need and scores.requires_grad)
+    ap, valid, *_ = torch.ops.imbalanced_losses.smooth_ap(
         rows,
         is_positive.unsqueeze(0) if is_one else is_positive,
         fixed,
@@ -603,7 +600,6 @@ def _opaque_smooth_ap(
         needs_slopes,
         moves_temperature,
     )
-    ap, valid = found[0], found[1]
     return SmoothAP(ap.squeeze(0), valid.squeeze(0)) if is_one else SmoothAP(ap, valid)
 
 
@@ -672,92 +668,20 @@ def _gradient_of_operator(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     return by_scores, None, None, by_temperature, None, None, None, None, None
 
 
-def _of_batches(
-    compute: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """vmap: the problems of all batches are one longer list of problems."""
-    scores, is_positive, temperature, temperatures, sample_weight, *rest = (
-        argument if dim is None else argument.movedim(dim, 0)
-        for argument, dim in zip(arguments, in_dims, strict=True)
-    )
-    size = info.batch_size
-    if in_dims[0] is None:
-        scores = scores.expand(size, *scores.shape)
-    _, num_problems, num_rows = scores.shape
-    is_positive = is_positive.expand(scores.shape)
-    if temperatures is not None:
-        temperatures = temperatures.expand(size, num_problems).reshape(-1)
-    if sample_weight is not None:
-        if in_dims[4] is not None and sample_weight.dim() == 2:
-            sample_weight = sample_weight[:, None]  # [B, M] of all problems
-        sample_weight = sample_weight.expand(scores.shape).reshape(-1, num_rows)
-    found = compute(
-        scores.reshape(-1, num_rows),
-        is_positive.reshape(-1, num_rows),
-        temperature,
-        temperatures,
-        sample_weight,
-        *rest,
-    )
-    return tuple(
-        part.unflatten(0, (size, num_problems)) if len(part) else part.expand(size, *part.shape)
-        for part in found
-    ), (0, 0, 0, 0)
-
-
 _operator.register_autograd(_gradient_of_operator, setup_context=_remember_slopes)
-if hasattr(_operator, "register_vmap"):  # PyTorch 2.5
-    _operator.register_vmap(partial(_of_batches, torch.ops.imbalanced_losses.smooth_ap))
 
 
-class _Transformed(torch.autograd.Function):
-    """The operator for eager code under vmap, which torch.func.grad may surround, or go through."""
-
-    forward = staticmethod(_computed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        _remember_slopes(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        by_ap, _, *by_slopes = grads
-        if by_ap is None or any(grad is not None for grad in by_slopes):
-            raise NotImplementedError(
-                "smooth_ap under torch.func.vmap has first derivatives only: for higher ones "
-                "stack the problems along dimension C and leave vmap out"
-            )
-        return _gradient_of_operator(ctx, by_ap)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _of_batches(_Transformed.apply, info, in_dims, *arguments)
-
-
-def _wrapped(value: object) -> Iterator[Tensor]:
-    """A tensor, and those that torch.func has wrapped in it."""
-    functorch = torch._C._functorch
-    while isinstance(value, Tensor):
-        yield value
-        if not functorch.is_functorch_wrapped_tensor(value):
-            return
-        value = functorch.get_unwrapped(value)
-
-
-def _is_batched(value: object) -> bool:
-    """Whether vmap is at work on it."""
-    return any(map(torch._C._functorch.is_batchedtensor, _wrapped(value)))
-
-
-def _needs_gradient(value: float | Tensor) -> bool:
-    """Whether autograd, or torch.func.grad, records what becomes of it."""
-    if torch.compiler.is_compiling():
-        return isinstance(value, Tensor) and value.requires_grad
-    return any(tensor.requires_grad for tensor in _wrapped(value))
+def _refuse_batches(*arguments: object) -> None:
+    """Raise where torch.func.vmap is at work on an argument."""
+    functorch, wrapped = torch._C._functorch, list(arguments)
+    for value in wrapped:
+        if isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
+            if functorch.is_batchedtensor(value):
+                raise NotImplementedError(
+                    "smooth_ap can't be mapped by torch.func.vmap: stack the problems along the "
+                    "dimension C of scores [C, M]"
+                )
+            wrapped.append(functorch.get_unwrapped(value))
 
 
 def _unit_weights(weights: Tensor | None, scores: Tensor, exchange: Exchange) -> Tensor | None:

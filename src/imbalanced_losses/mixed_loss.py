@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imbalanced_losses import _checks
 from imbalanced_losses._base import _QueuedRankingLoss
 from imbalanced_losses._checkpoint import older_numbers, pack, unchanged_on_error, unpack
-from imbalanced_losses._module import StatefulLoss, refuse_uncountable_step
+from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._typing import typed_as
 
 __all__ = ["MixedLoss"]
@@ -92,6 +91,12 @@ class MixedLoss(StatefulLoss):
         with w.
     """
 
+    # Under the names of these arguments is what holds now.
+    _attributes: Mapping[str, str] = {
+        "main_weight": "final_main_weight",
+        "temperature": "temperature_schedule",
+    }
+
     def __init__(
         self,
         auxiliary_loss: Callable[..., Tensor],
@@ -138,7 +143,7 @@ class MixedLoss(StatefulLoss):
         self._num_steps = 0
         self._has_switched = self.warmup_steps == 0
         self._temperature_scale = 1.0
-        self._fixed = _SETTINGS
+        self._settings = arguments_of(MixedLoss)
 
     @property
     def _ranking(self) -> _QueuedRankingLoss:
@@ -205,8 +210,8 @@ class MixedLoss(StatefulLoss):
             TypeError, ValueError: what the losses raise. The schedule has not
                 moved then.
         """
-        if self.training and not self._is_constant():
-            refuse_uncountable_step("its schedule")
+        if self.training:
+            self._require_step()
         weight = self.main_weight
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         auxiliary: Tensor | float = 0.0
@@ -216,7 +221,7 @@ class MixedLoss(StatefulLoss):
                 auxiliary = (1 - weight) * _checks.plain(found)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one
-                    self._ranking._refuse(error, logits, targets, sample_weight)
+                    self._ranking._batch(logits, targets, sample_weight, error=error)
                 raise
         if weight > 0:
             main = self._counted_main_loss if self.training else self.main_loss
@@ -269,7 +274,7 @@ class MixedLoss(StatefulLoss):
         if self.calls_per_step is None:
             return
         # A number that changes would have code compiled anew in every step.
-        if self._is_constant() and torch.compiler.is_compiling():
+        if not self._depends_on_state() and torch.compiler.is_compiling():
             return
         # At the end of a step; resumed with fewer calls a step, it may lie behind.
         is_end = self._num_calls + 1 >= self.calls_per_step
@@ -284,26 +289,8 @@ class MixedLoss(StatefulLoss):
             return self.final_main_weight * (done + 1) / (self.blend_steps + 1)
         return self.final_main_weight
 
-    def _is_constant(self) -> bool:
-        """Whether the mix is the same in every step."""
-        return self.warmup_steps == self.blend_steps == 0 and not self.temperature_schedule
-
-    def extra_repr(self) -> str:
-        """The settings in `repr`, defaults left out; the losses follow."""
-        parts = [f"main_weight={self.final_main_weight:g}"]
-        if not isinstance(self.auxiliary_loss, nn.Module):
-            parts.insert(0, f"auxiliary_loss={_name_of(self.auxiliary_loss)}")
-        rest = {
-            "warmup_steps": 0,
-            "blend_steps": 0,
-            "temperature_schedule": None,
-            "refit_temperature": False,
-            "calls_per_step": 1,
-        }
-        for name, default in rest.items():
-            if (value := getattr(self, name)) != default:
-                parts.append(f"{name.removesuffix('_schedule')}={value!r}")
-        return ", ".join(parts)
+    def _depends_on_state(self) -> bool:
+        return self.warmup_steps + self.blend_steps > 0 or self.temperature_schedule is not None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: with a main loss of its own, as that has state."""
@@ -325,16 +312,3 @@ class MixedLoss(StatefulLoss):
 
     def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         return older_numbers(state_dict, prefix, _STATE)
-
-
-_SETTINGS = frozenset(
-    {
-        *inspect.signature(MixedLoss.__init__).parameters,
-        "final_main_weight",
-        "temperature_schedule",
-    }
-) - {"self"}
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", repr(function))
