@@ -159,9 +159,9 @@ def test_an_error_in_the_warm_up_is_no_business_of_the_main_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Other ranks do not rank yet: none of them waits for this one."""
-    refused = []
+    refused: list[Exception] = []
     loss_fn = make_mix(warmup_steps=1)
-    monkeypatch.setattr(loss_fn.main_loss, "_refuse", lambda *_: refused.append(_))
+    monkeypatch.setattr(loss_fn.main_loss, "_batch", lambda *_, error: refused.append(error))
     for _ in range(2):
         with pytest.raises(ValueError, match="targets must be"):
             loss_fn(torch.zeros(2, 1), torch.tensor([0, 5]))

@@ -225,7 +225,9 @@ class _QueuedRankingLoss(StatefulLoss):
         scores, is_positive, weights, *_ = problems
         if weights is None:
             weights = scores.new_ones(()).expand(scores.shape)
-        weights = _prior_weights_of_pool(is_positive, self._prior, weights, exchange)
+        weights = _prior_weights_of_pool(
+            is_positive, self._prior.to(scores.device), weights, exchange
+        )
         return problems._replace(weights=weights)
 
     def _effective_temperature(self, problems: Problems) -> float | Tensor:
