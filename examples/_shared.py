@@ -31,9 +31,9 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1)).double()
 
 
-def make_loss() -> SmoothAPLoss:
+def make_loss(**options: Any) -> SmoothAPLoss:
     """Nothing in it is about ranks: it finds them by itself while training."""
-    return SmoothAPLoss(1, queue_size=512, temperature=0.1, temperature_unit="spread")
+    return SmoothAPLoss(1, queue_size=512, temperature=0.1, temperature_unit="spread", **options)
 
 
 class OneProcess:
@@ -42,10 +42,9 @@ class OneProcess:
     Real training has no use for it.
     """
 
-    def __init__(self, name: str, model: nn.Module, loss_fn: SmoothAPLoss, data: TensorDataset):
+    def __init__(self, name: str, model: nn.Module, data: TensorDataset):
         self.name, self.data = name, data
-        self.model, self.loss_fn = copy.deepcopy(model), copy.deepcopy(loss_fn)
-        self.loss_fn.gather_distributed = False
+        self.model, self.loss_fn = copy.deepcopy(model), make_loss(gather_distributed=False)
         self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE)
         self.losses: list[float] = []
         self.largest = 0.0

@@ -15,7 +15,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     data = load_rows()
     plain, loss_fn = make_model(), make_loss()
-    one_process = OneProcess("accelerate", plain, loss_fn, data)
+    one_process = OneProcess("accelerate", plain, data)
 
     model, optimizer, loader = accelerator.prepare(
         plain,

@@ -19,7 +19,7 @@ def main() -> None:
     sampler: DistributedSampler[object] = DistributedSampler(data, seed=1, drop_last=True)
     loader = DataLoader(data, batch_size=ROWS_A_RANK, sampler=sampler, drop_last=True)
     plain, loss_fn = make_model(), make_loss()
-    one_process = OneProcess("ddp", plain, loss_fn, data)
+    one_process = OneProcess("ddp", plain, data)
 
     model = DistributedDataParallel(plain)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)

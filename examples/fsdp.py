@@ -20,7 +20,7 @@ def main() -> None:
     sampler: DistributedSampler[object] = DistributedSampler(data, seed=1, drop_last=True)
     loader = DataLoader(data, batch_size=ROWS_A_RANK, sampler=sampler, drop_last=True)
     model, loss_fn = make_model(), make_loss()
-    one_process = OneProcess("fsdp", model, loss_fn, data)
+    one_process = OneProcess("fsdp", model, data)
 
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)

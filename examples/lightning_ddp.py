@@ -19,7 +19,7 @@ class Classifier(lightning.LightningModule):
     def __init__(self, data: TensorDataset) -> None:
         super().__init__()
         self.model, self.loss_fn = make_model(), make_loss()
-        self._compared = [OneProcess("lightning", self.model, self.loss_fn, data)]  # no submodule
+        self._compared = [OneProcess("lightning", self.model, data)]  # no submodule
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         features, labels, self._rows = batch

@@ -135,11 +135,11 @@ class Watched:
 
     def reload(self) -> None:
         """Through a checkpoint, which is the same loss."""
-        before = state_of(self.loss_fn)
-        state = {name: value.clone() for name, value in self.loss_fn.state_dict().items()}
+        state = self.loss_fn.state_dict()
         self.loss_fn.reset_queue()
         self.loss_fn.load_state_dict(state)
-        assert state_of(self.loss_fn) == before, "a checkpoint of its own changed the state"
+        (before,), (found,) = state.values(), self.loss_fn.state_dict().values()
+        assert found.equal(before), "a checkpoint of its own changed the state"
 
     def call(self, choices: Choices) -> None:
         loss_fn = self.loss_fn
@@ -176,15 +176,15 @@ class Watched:
         gradient = logits.grad
         assert gradient is not None
         has_nan = has_live_nan(loss_fn, *batch)
+        # What float16 cannot hold is inf there, as GradScaler expects it.
+        is_good = ~gradient.isnan() if logits.dtype == torch.float16 else gradient.isfinite()
         if not has_nan:
-            # What float16 cannot hold is inf there, as GradScaler expects it.
-            is_good = ~gradient.isnan() if logits.dtype == torch.float16 else gradient.isfinite()
             assert bool(is_good.all()), f"gradient {gradient} of loss {loss}"
             upper = loss_fn.num_classes if loss_fn.reduction == "sum" else 1
             values = loss.nan_to_num(0.0) if loss_fn.reduction == "none" else loss
             assert bool(((values >= -1e-5) & (values <= upper * (1 + 1e-5))).all()), f"loss {loss}"
         elif bool(total.isfinite()) and loss_fn.reduction != "none":
-            assert bool(gradient.isfinite().all()), f"gradient {gradient} of loss {loss}"
+            assert bool(is_good.all()), f"gradient {gradient} of loss {loss}"
         if valid is not None and not has_nan:
             assert bool((per_class.isnan() == ~valid).all()), f"{per_class} where {valid}"
 
@@ -229,10 +229,10 @@ class Watched:
 
     def compare_queue(self) -> None:
         queue = self.loss_fn._queue
-        weights = queue.weights[: queue.size]
-        cursor = int(queue.cursor)
-        order = [i for i in [*range(cursor, queue.size), *range(cursor)] if weights[i] > 0]
-        found = queue.logits[order].tolist()
+        slots, cursor = queue.slots(), int(queue.cursor)
+        present = slots.is_present(self.loss_fn.ignore_index)
+        order = [i for i in [*range(cursor, queue.size), *range(cursor)] if present[i]]
+        found = slots.logits[order].tolist()
         assert found == [row.logits for row in self.model.queue], "the queue holds other rows"
         labels = [row.target for row in self.model.queue]
-        assert queue.targets[order].tolist() == labels, "the queue holds other labels"
+        assert slots.targets[order].tolist() == labels, "the queue holds other labels"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from tests.rows import saved_by_0_9
 from torch import Tensor, nn
 
 from fuzz.choices import LABELS, SPECIAL, Choices, arguments, numbers
@@ -17,7 +20,7 @@ from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 # What torch says of keys, or what this package says of a value, which names the key.
 MESSAGE = re.compile(
     r"(Missing key|Unexpected key|logits|targets|weights|cursor|is_weighted|temperature|num_steps|"
-    r"num_calls|has_switched|temperature_scale)"
+    r"num_calls|has_switched|temperature_scale|_queue|_extra_state)"
 )
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32,
@@ -39,7 +42,7 @@ def one_run(data: bytes) -> None:
     other = config if choices.below(4) else config_of(choices)
     kind = choices.below(8)
     loaded = new_loss(other, choices)
-    state = {name: value.clone() for name, value in saved.state_dict().items()}
+    state = choices.of((saved.state_dict, lambda: saved_by_0_9(saved)))()
     num_changes = choices.below(4)
     is_same = num_changes == 0 and other == config
     for _ in range(num_changes):
@@ -50,15 +53,15 @@ def one_run(data: bytes) -> None:
         module = nn.ModuleDict({"loss": loaded})
         state = {f"loss.{name}": value for name, value in state.items()}
     load(module, state, strict, assign)
-    if is_same and kind != 6:
+    if is_same:
         assert_same_checkpoint(loaded, saved)
     check_usable(loaded)
 
 
 def assert_same_checkpoint(loaded: nn.Module, saved: nn.Module) -> None:
-    """The same numbers; a queue that was made float64 by its own rows stays so."""
-    expected = saved.state_dict()
-    for name, value in loaded.state_dict().items():
+    """The same numbers, in whichever dtype."""
+    expected = saved_by_0_9(saved)
+    for name, value in saved_by_0_9(loaded).items():
         assert torch.equal(value.double(), expected[name].double()), f"{name} was not taken"
 
 
@@ -103,7 +106,7 @@ def without_a_key(choices: Choices, state: State) -> State:
 
 
 def with_another_key(choices: Choices, state: State) -> State:
-    names = ("extra", "_queue.extra", "_queue.born", "_queue", "", "main_loss.", "_queue._q_ptr")
+    names = ("extra", "_queue.extra", "_extra_state", "_queue", "", "main_loss.", "_queue._q_ptr")
     return {**state, choices.of(names): torch.zeros(choices.below(3))}
 
 
@@ -145,6 +148,25 @@ def with_a_number(choices: Choices, value: Tensor) -> Tensor:
     return value
 
 
+def with_flipped_bits(choices: Choices, value: Tensor) -> Tensor:
+    if value.numel() == 0:
+        return value
+    value = value.clone().contiguous()
+    raw = value.reshape(-1).view(torch.uint8)
+    for _ in range(1 + choices.below(3)):
+        raw[(256 * choices.byte() + choices.byte()) % len(raw)] ^= 1 << choices.below(8)
+    return value
+
+
+def with_its_mean(choices: Choices, value: Tensor) -> Tensor:
+    """With itself the other way round."""
+    if value.is_complex():
+        return value
+    wide = value.double()
+    mean = (wide + wide.flatten().flip(0).reshape(value.shape)) / 2
+    return mean.to(choices.of((torch.float64, torch.float16, torch.uint8)))
+
+
 SPOILERS: tuple[Callable[[Choices, Tensor], Tensor], ...] = (
     with_a_number,
     with_a_number,
@@ -153,6 +175,8 @@ SPOILERS: tuple[Callable[[Choices, Tensor], Tensor], ...] = (
     lambda choices, value: value.reshape(-1),
     lambda choices, value: value.unsqueeze(choices.below(2) if value.dim() else 0),
     lambda choices, value: value[1:] if value.dim() else value,
+    with_flipped_bits,
+    with_its_mean,
     lambda choices, value: torch.tensor(numbers(choices, choices.below(9), True)),
     lambda choices, value: value.to("meta"),
     lambda choices, value: value.to_sparse(),
@@ -174,19 +198,36 @@ CHANGES: tuple[Callable[[Choices, State], State], ...] = (
 
 def load(module: nn.Module, state: State, strict: bool, assign: bool) -> None:
     """Load, or refuse with a message and without a change; the caller's dictionary stays."""
-    before, values = state_of(module), dict(state)
-    try:
-        module.load_state_dict(state, strict=strict, assign=assign)
-    except RuntimeError as error:
-        text = str(error)
-        if not (text.startswith("Error(s) in loading state_dict") and MESSAGE.search(text)):
-            raise AssertionError("an error that says nothing") from error
-        is_about_values = "Missing key" not in text and "Unexpected key" not in text
-        is_one = not isinstance(module, nn.ModuleDict)
-        if is_one or (is_about_values and isinstance(module["loss"], SmoothAPLoss)):
-            assert_unchanged(module, before)
+    before, values, expected = state_of(module), dict(state), copy.deepcopy(module)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            module.load_state_dict(state, strict=strict, assign=assign)
+        except RuntimeError as error:
+            text = str(error)
+            if not (text.startswith("Error(s) in loading state_dict") and MESSAGE.search(text)):
+                raise AssertionError("an error that says nothing") from error
+            is_about_values = "Missing key" not in text and "Unexpected key" not in text
+            is_one = not isinstance(module, nn.ModuleDict)
+            if is_one or (is_about_values and isinstance(module["loss"], SmoothAPLoss)):
+                assert_unchanged(module, before)
+        else:
+            for warning in said:
+                assert_emptied(module, expected, str(warning.message))
     assert list(state) == list(values), "the caller's dictionary has changed"
     assert all(state[name] is value for name, value in values.items())
+
+
+def assert_emptied(module: nn.Module, before: nn.Module, text: str) -> None:
+    """Of the loss whose key a warning names the queue is empty, and nothing else has changed."""
+    assert "has changed since it was saved" in text, text
+    path, _, _ = text.partition("_extra_state: ")
+    found, expected = (it.get_submodule(path.rstrip(".")) for it in (module, before))
+    if isinstance(expected, SmoothAPLoss):
+        expected.reset_queue()
+        assert state_of(found) == state_of(expected), "a changed state was taken"
+    else:
+        assert found._num_steps == expected._num_steps, "a changed schedule was taken"
 
 
 def check_usable(loss_fn: nn.Module) -> None:

@@ -14,13 +14,12 @@ def state_of(module: nn.Module) -> list[Any]:
     """Every bit of a module's state, and of the losses in it."""
     found: list[Any] = []
     for part in module.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, (bool, int, float, str)):
-                found.append((name, value))
-        for name, buffer in part._buffers.items():
-            # Pushes are counted for `diagnose` alone.
-            if buffer is not None and name != "born":
-                found.append((name, buffer.dtype, buffer.shape, buffer.numpy().tobytes()))
+        for owner in (part, getattr(part, "_queue", None)):
+            for name, value in vars(owner).items() if owner is not None else ():
+                if isinstance(value, (bool, int, float, str)):
+                    found.append((name, value))
+                elif isinstance(value, Tensor):
+                    found.append((name, value.dtype, value.shape, value.numpy().tobytes()))
     return found
 
 
@@ -32,7 +31,9 @@ def assert_sound(loss_fn: SmoothAPLoss) -> None:
     """The queue holds rows that may be there, and nothing else."""
     queue = loss_fn._queue
     assert 0 <= int(queue.cursor) < max(1, queue.size), f"cursor {queue.cursor}"
-    logits, targets, weights = (field[: queue.size] for field in queue._stored())
+    logits, targets, weights, _ = queue.slots()
+    assert weights is not None
+    assert weights.shape == targets.shape
     assert bool(logits.isfinite().all()), "a row that is not finite is in the queue"
     assert bool((weights.isfinite() & (weights >= 0)).all()), f"weights in the queue: {weights}"
     num_labels = 2 if loss_fn.multilabel or loss_fn.num_classes == 1 else loss_fn.num_classes

@@ -112,6 +112,7 @@ FAMILIES = {
         "included; another queue size keeps the newest rows; the predecessor's checkpoints load; "
         "one that is cut short, spoilt or of another loss is an error that changes nothing.",
         (
+            "test_checkpoint",
             "test_mixed_loss::test_a_resumed_run_goes_on_exactly",
             "test_state",
             "test_wrong_checkpoints",

@@ -102,10 +102,9 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def make_mix(**options: Any) -> MixedLoss:
-    partner = CrossEntropy(1)
+def make_mix(partner: nn.Module | None = None, **options: Any) -> MixedLoss:
     ranking = SmoothAPLoss(1, 10, 0.3, max_pool_size=12)
-    return MixedLoss(partner, ranking, main_weight=0.8, **options)
+    return MixedLoss(partner or CrossEntropy(1), ranking, main_weight=0.8, **options)
 
 
 def step_of(loss_fn: nn.Module, seed: int) -> Tensor:

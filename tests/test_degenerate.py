@@ -107,10 +107,10 @@ def test_zero_is_not_made_of_the_logits(
     target: int, num_rows: int, value: float, unit: Any, dtype: torch.dtype
 ) -> None:
     """Logits whose sum overflows, or that are not finite: still exactly 0 with gradient 0."""
-    loss_fn = SmoothAPLoss(num_classes=1, temperature_unit=unit, queue_follows_shift=True)
+    arguments = {"temperature_unit": unit, "queue_follows_shift": True}
     targets = torch.full((num_rows,), target)
     for reduction in ("mean", "none"):
-        loss_fn.reduction = reduction  # type: ignore[assignment]
+        loss_fn = SmoothAPLoss(1, reduction=reduction, **arguments)
         logits = torch.full((num_rows, 1), value, dtype=dtype, requires_grad=True)
         _assert_exactly_nothing(loss_fn(logits, targets, True), logits, loss_fn.reduction)
 
@@ -153,14 +153,15 @@ def test_an_undefined_class_leaves_the_others_alone(
     assert (gradient[:, 2] == 0).all()
 
 
-def test_no_rows_with_a_filled_queue() -> None:
+@pytest.mark.parametrize("follows", [False, True], ids=["still queue", "following queue"])
+def test_no_rows_with_a_filled_queue(follows: bool) -> None:
     """N = 0 still ranks the queue: its loss, and an empty gradient."""
     logits, targets, _ = random_batch(seeded(0), 12, 1)
-    loss_fn, oracle = SmoothAPLoss(1, 16, 0.3), OracleLoss(1, 16, 0.3)
+    loss_fn = SmoothAPLoss(1, 16, 0.3, queue_follows_shift=follows)
     loss_fn(logits, targets)
+    oracle = OracleLoss(1, 16, 0.3)
     oracle.step(logits, targets)
-    for follows in (False, True):
-        loss_fn.queue_follows_shift = follows
+    for _ in range(2):
         empty = torch.empty(0, 1, dtype=torch.float64, requires_grad=True)
         loss = loss_fn(empty, torch.empty(0, dtype=torch.int64))
         assert loss.item() == pytest.approx(oracle.step([], []).loss, rel=0, abs=1e-12)

@@ -24,7 +24,7 @@ from imbalanced_losses import SmoothAPLoss, distributed
 from imbalanced_losses._gather import Gather
 from imbalanced_losses.distributed import even_steps
 from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
-from tests.rows import make_batch, state_of
+from tests.rows import make_batch, numbers_of, state_of
 from tests.versions import TORCH
 
 NUM_STEPS = 3
@@ -177,8 +177,8 @@ def assert_as_alone(found: list[Any], setup: Setup) -> None:
             one, other = (torch.cat([g.flatten() for g in each]) for each in (got, expected))
             assert float((one - other).abs().max()) <= 1e-12 * float(other.abs().max())
             assert float(torch.cosine_similarity(one, other, dim=0)) >= 1 - 1e-12
-        for name, value in alone.state.items():
-            torch.testing.assert_close(outcome.state[name], value, rtol=1e-12, atol=1e-12)
+        numbers = numbers_of(outcome.state), numbers_of(alone.state)
+        torch.testing.assert_close(*numbers, rtol=1e-12, atol=1e-12)
     for name, value in found[0].state.items():
         assert all(value.equal(other.state[name]) for other in found), name
 

@@ -22,7 +22,7 @@ from imbalanced_losses import SmoothAPLoss
 from tests import faulty
 from tests.faulty import assert_same, make_mix, step_of
 from tests.ranks import Failure, Ranks
-from tests.rows import IGNORED, Batch, make_batch
+from tests.rows import IGNORED, Batch, make_batch, saved_by_0_9
 
 State = list[Any]
 BAD_VALUES = (math.nan, math.inf, -math.inf)
@@ -217,40 +217,62 @@ INTERRUPTED: dict[str, Callable[[], nn.Module]] = {
 
 
 MIXES = [name for name in INTERRUPTED if name.startswith("mix")]
+Act = Callable[[Any], Any]
 
 
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_interrupted_in_a_step_the_state_is_that_before_it_or_after_it(name: str) -> None:
     """At any line; of the mixes, at every fifth."""
-    assert_before_or_after(INTERRUPTED[name], 5 if name in MIXES else 1)
+    assert_before_or_after(INTERRUPTED[name], a_step, 5 if name in MIXES else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXES)
 def test_interrupted_at_any_line_of_a_mix(name: str) -> None:
-    assert_before_or_after(INTERRUPTED[name], 1)
+    assert_before_or_after(INTERRUPTED[name], a_step, 1)
 
 
-def assert_before_or_after(make: Callable[[], nn.Module], stride: int) -> None:
+def test_interrupted_in_emptying_the_queue_it_is_that_before_it_or_after_it() -> None:
+    assert_before_or_after(INTERRUPTED["queue"], SmoothAPLoss.reset_queue, 1)
+
+
+@pytest.mark.parametrize("saved_by", [nn.Module.state_dict, saved_by_0_9], ids=["now", "0.9"])
+@pytest.mark.parametrize("name", ["queue", "mix"])
+def test_interrupted_in_loading_the_state_is_that_before_it_or_after_it(
+    name: str, saved_by: Callable[[Any], dict[str, Any]]
+) -> None:
+    other = INTERRUPTED[name]()
+    for seed in range(5):
+        step_of(other, seed)
+    state = saved_by(other)
+    assert_before_or_after(INTERRUPTED[name], lambda loss_fn: loss_fn.load_state_dict(state), 3)
+
+
+def a_step(loss_fn: nn.Module) -> Tensor:
+    return step_of(loss_fn, 1)
+
+
+def assert_before_or_after(make: Callable[[], nn.Module], act: Act, stride: int) -> None:
     loss_fn, warm_up = make(), make_batch(7)
     for _ in range(2):
         loss_fn(warm_up.logits, warm_up.targets)
     before, reference = state_of(loss_fn), copy.deepcopy(loss_fn)
-    loss = step_of(reference, 1)
+    result = act(reference)
     after, outcomes = state_of(reference), []
+    assert after != before
     for line in itertools.count(1, stride):
         interrupted = copy.deepcopy(loss_fn)
         try:
             with Interruption(line):
-                step_of(interrupted, 1)
+                act(interrupted)
             break
         except KeyboardInterrupt:
             pass
         found = state_of(interrupted)
-        assert found in (before, after), f"at line {line} of the step"
+        assert found in (before, after), f"at line {line}"
         outcomes.append(found == after)
-        if found == before:  # the step can be made again
-            assert torch.equal(step_of(interrupted, 1), loss)
+        if found == before:  # it can be done again
+            assert act(interrupted) == result
             assert state_of(interrupted) == after
     assert len(outcomes) * stride > 20
     assert outcomes == sorted(outcomes), "before, then after"
@@ -284,27 +306,28 @@ def test_a_step_that_breaks_off_can_be_repeated(moment: str, tmp_path: Path) -> 
     assert resumed.losses == whole.losses
     assert_same(resumed.state(), whole.state())
     assert all(map(math.isfinite, broken.losses))
-    steps = [int(training.loss_fn.state_dict()["num_steps"]) for training in (broken, whole)]
+    steps = [training.loss_fn.num_steps for training in (broken, whole)]
     assert steps[0] == steps[1] + 1  # that it was made is counted
 
 
-class Refusing(nn.Module):
+class Partner(nn.Module):
+    """A loss that looks at no argument, and fails on request."""
+
+    refuses = False
+
     def forward(
         self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
-        raise ArithmeticError("the partner refuses")
-
-
-class Careless(nn.Module):
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.refuses:
+            raise ArithmeticError("the partner refuses")
         return logits.sum()
 
 
 def test_a_partner_that_fails_leaves_the_ranking_loss_as_it_was() -> None:
-    loss_fn = make_mix(warmup_steps=1, blend_steps=2)
+    loss_fn = make_mix(Partner(), warmup_steps=1, blend_steps=2)
     for seed in range(3):
         step_of(loss_fn, seed)
-    loss_fn.auxiliary_loss = Refusing()
+    loss_fn.auxiliary_loss.refuses = True
     before = state_of(loss_fn)
     batch = make_batch(7)
     with pytest.raises(ArithmeticError, match="the partner refuses"):
@@ -318,24 +341,22 @@ def test_a_partner_that_fails_leaves_the_ranking_loss_as_it_was() -> None:
 
 @pytest.mark.parametrize("refit", [False, True], ids=["plain", "refitted"])
 def test_a_bad_batch_at_the_switch_leaves_the_queue_as_it_was(refit: bool) -> None:
-    loss_fn = make_mix(warmup_steps=2, refit_temperature=refit)
+    loss_fn = make_mix(Partner(), warmup_steps=2, refit_temperature=refit)
     batch = make_batch(7)
     batch.through(loss_fn.main_loss)
     for seed in range(2):
         step_of(loss_fn, seed)
-    loss_fn.auxiliary_loss = Careless()
     before = state_of(loss_fn)
     with pytest.raises(ValueError, match="targets must be"):
         loss_fn(batch.logits, batch.targets + 9)
     assert state_of(loss_fn) == before
-    assert not loss_fn.state_dict()["has_switched"]
+    assert not loss_fn._has_switched
 
 
 def partner_fails_on_one_rank(rank: int) -> State:
-    loss_fn = make_mix(blend_steps=3)
+    loss_fn = make_mix(Partner(), blend_steps=3)
     step_of(loss_fn, 0)
-    if rank == 1:
-        loss_fn.auxiliary_loss = Refusing()
+    loss_fn.auxiliary_loss.refuses = rank == 1
     before = state_of(loss_fn)
     batch = make_batch(7, seed=rank)
     try:

@@ -81,10 +81,10 @@ def test_killed_at_any_moment_training_resumes_bit_for_bit(tmp_path: Path) -> No
     assert_survives_kills(tmp_path, num_ranks=1, num_kills=1, seed=0)
     whole = faulty.train(tmp_path / "none.pt", STEPS, 10 * STEPS)
     assert_same(torch.load(tmp_path / "end0.pt", weights_only=True), whole.state())
-    state = whole.loss_fn.state_dict()
-    assert state["num_steps"] == STEPS
-    assert state["main_loss.num_steps"] == STEPS - 5
-    assert state["main_loss.temperature"] == pytest.approx(0.1)
+    ranking = whole.loss_fn.main_loss
+    assert whole.loss_fn.num_steps == STEPS
+    assert ranking._queue.num_steps == STEPS - 5
+    assert ranking.temperature == pytest.approx(0.1)
 
 
 @pytest.mark.slow

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses._checkpoint import pack
 from imbalanced_losses.functional import score_spread
 from tests.ranks import WORLD_SIZE, Failure, Ranks
-from tests.rows import make_batch, state_of
+from tests.rows import assert_same_state, make_batch, saved_by_0_9, state_of
 
 
 def make_mix(**options: Any) -> MixedLoss:
@@ -132,7 +133,7 @@ def test_evaluation_counts_nothing() -> None:
     loss_fn = make_mix(warmup_steps=2).eval()
     before = state_of(loss_fn)
     run(loss_fn, 3)
-    assert all(value.equal(before[name]) for name, value in state_of(loss_fn).items())
+    assert_same_state(loss_fn, before)
 
 
 def test_an_error_counts_nothing() -> None:
@@ -141,7 +142,7 @@ def test_an_error_counts_nothing() -> None:
         before = state_of(loss_fn)
         with pytest.raises(ValueError, match="targets must be"):
             loss_fn(torch.zeros(2, 1), torch.tensor([0, 5]))
-        assert all(value.equal(before[name]) for name, value in state_of(loss_fn).items())
+        assert_same_state(loss_fn, before)
 
 
 def test_the_weights_of_rows_reach_both_losses() -> None:
@@ -158,9 +159,9 @@ def test_an_error_in_the_warm_up_is_no_business_of_the_main_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Other ranks do not rank yet: none of them waits for this one."""
-    refused = []
+    refused: list[Exception] = []
     loss_fn = make_mix(warmup_steps=1)
-    monkeypatch.setattr(loss_fn.main_loss, "_refuse", lambda *_: refused.append(_))
+    monkeypatch.setattr(loss_fn.main_loss, "_batch", lambda *_, error: refused.append(error))
     for _ in range(2):
         with pytest.raises(ValueError, match="targets must be"):
             loss_fn(torch.zeros(2, 1), torch.tensor([0, 5]))
@@ -254,96 +255,42 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.parametrize("saved_by", [state_of, saved_by_0_9], ids=["now", "0.9"])
 @pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("stop", range(9))
-def test_a_resumed_run_goes_on_exactly(options: dict[str, Any], stop: int) -> None:
-    loss_fn = make_mix(**copy.deepcopy(options))
-    run(loss_fn, stop)
-    resumed = make_mix(**copy.deepcopy(options))
-    resumed.load_state_dict(state_of(loss_fn))
-    assert run(resumed, 9 - stop, stop) == run(loss_fn, 9 - stop, stop)
-    for name, value in state_of(loss_fn).items():
-        assert value.equal(state_of(resumed)[name]), name
-
-
-def test_bad_checkpoints_are_refused() -> None:
-    loss_fn = make_mix(warmup_steps=2)
-    state = state_of(loss_fn)
-    for name, value, message in (
-        ("num_steps", -1, "num_steps must be an int >= 0, got -1"),
-        ("num_calls", 0.5, "num_calls must be an int >= 0, got 0.5"),
-        ("has_switched", 3, "has_switched must be 0 or 1, got 3"),
-        ("temperature_scale", 0.0, "temperature_scale must be finite and > 0"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            loss_fn.load_state_dict({**state, name: torch.tensor(value)})
-        missing = {key: kept for key, kept in state.items() if key != name}
-        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
-            loss_fn.load_state_dict(missing)
-        loss_fn.load_state_dict(missing, strict=False)
-    assert all(value.equal(state[name]) for name, value in state_of(loss_fn).items())
-
-
-def test_what_a_checkpoint_holds() -> None:
-    loss_fn = make_mix(warmup_steps=2)
-    loss_fn._temperature_scale = 0.1
-    with torch.device("meta"):
-        state = loss_fn.state_dict()
-    found = {name: state[name] for name in ("num_calls", "num_steps", "has_switched")}
-    assert {name: value.dtype for name, value in found.items()} == {
-        "num_calls": torch.int64,
-        "num_steps": torch.int64,
-        "has_switched": torch.bool,
-    }
-    assert all(value.device.type == "cpu" for value in found.values())
-    assert state["temperature_scale"].item() == 0.1
-
-
-def test_a_key_that_nothing_takes_is_refused() -> None:
-    state = state_of(make_mix())
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
-        make_mix().load_state_dict({**state, "more": torch.tensor(1)})
-    assert make_mix().load_state_dict({**state, "more": torch.tensor(1)}, strict=False) == (
-        [],
-        ["more"],
-    )
-
-
-@pytest.mark.parametrize("name", ["num_calls", "num_steps", "has_switched", "temperature_scale"])
-def test_what_is_missing_stays_and_the_rest_is_taken(name: str) -> None:
-    values = {"num_calls": 1, "num_steps": 7, "has_switched": True, "temperature_scale": 0.5}
-    loss_fn = make_mix(warmup_steps=2, calls_per_step=3)
-    own = state_of(loss_fn)
-    given = {**own, **{key: torch.tensor(value) for key, value in values.items()}}
-    del given[name]
-    loss_fn.load_state_dict(given, strict=False)
-    found = state_of(loss_fn)
-    for key, value in values.items():
-        assert found[key].item() == (own[key].item() if key == name else value)
-
-
-# --- Trainers -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("calls_per_step", [1, 2, None])
-def test_activation_checkpointing_counts_once(
-    calls_per_step: int | None, use_reentrant: bool
+def test_a_resumed_run_goes_on_exactly(
+    options: dict[str, Any], stop: int, saved_by: Callable[[MixedLoss], dict[str, Any]]
 ) -> None:
-    options = {"warmup_steps": 1, "blend_steps": 3, "calls_per_step": calls_per_step}
-    options["temperature"] = (1.0, 0.1, 3)
-    plain, again = make_mix(**options), make_mix(**options)
-    for step in range(6):
-        one, other = make_batch(6, seed=step).leaf(), make_batch(6, seed=step).leaf()
-        plain(one.logits, one.targets).backward()
-        checkpoint(again, other.logits, other.targets, use_reentrant=use_reentrant).backward()
-        if calls_per_step is None:
-            plain.step()
-            again.step()
-        assert one.logits.grad is not None
-        assert one.logits.grad.equal(other.logits.grad)
-    for name, value in state_of(plain).items():
-        assert value.equal(state_of(again)[name]), name
+    loss_fn, resumed = (make_mix(**copy.deepcopy(options)) for _ in range(2))
+    run(loss_fn, stop)
+    run(resumed, 2)
+    resumed.load_state_dict(saved_by(loss_fn))
+    assert run(resumed, 9 - stop, stop) == run(loss_fn, 9 - stop, stop)
+    assert_same_state(resumed, state_of(loss_fn))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, -1, 1, 1.0), "num_steps must be an int in 0..[0-9]+, got -1"),
+        ((0.5, 1, 1, 1.0), "num_calls must be an int in 0..[0-9]+, got 0.5"),
+        ((0, 1, 3, 1.0), "has_switched must be an int in 0..1, got 3"),
+        ((0, 1, 1, 0.0), "temperature_scale must be finite and > 0"),
+        ((0, 1, 1), "the same kind of loss"),
+    ],
+    ids=str,
+)
+def test_a_state_that_no_mix_has_is_refused(numbers: tuple[float, ...], message: str) -> None:
+    loss_fn = make_mix(warmup_steps=2, calls_per_step=3)
+    run(loss_fn, 4)
+    before = state_of(loss_fn)
+    given = {**make_mix(warmup_steps=2).state_dict(), "_extra_state": pack(numbers)}
+    with pytest.raises(RuntimeError, match=f"_extra_state: .*{message}"):
+        loss_fn.load_state_dict(given)
+    assert_same_state(loss_fn, before)
+
+
+# --- Ranks ----------------------------------------------------------------------------------------
 
 
 def train(rank: int | None, options: dict[str, Any]) -> list[Tensor]:

@@ -12,11 +12,12 @@ from tests.rows import IGNORED
 LABELS = torch.tensor([2, 0, IGNORED, 1, 0])
 MATRIX = torch.tensor([[1, 0], [IGNORED, 1], [IGNORED, IGNORED], [0, 0], [0, IGNORED]])
 WEIGHTS = torch.tensor([1.0, 0, 2, 3, 0.5])
+WEIGHTS_OF_LABELS = torch.tensor([[1.0, 2], [5, 0], [2, 2], [3, 0], [0.5, 1]])
 
 
 def pool(targets: Tensor, num_classes: int) -> Pool:
     logits = torch.arange(5.0 * num_classes).reshape(5, num_classes)
-    return Pool(logits, targets, WEIGHTS)
+    return Pool(logits, targets, WEIGHTS if targets.dim() == 1 else WEIGHTS_OF_LABELS)
 
 
 @pytest.mark.parametrize("targets", [LABELS, MATRIX], ids=["classes", "labels"])
@@ -79,7 +80,7 @@ def test_each_label_ignores_rows_of_its_own() -> None:
     problems = pool(MATRIX, 2).problems(IGNORED)
     assert problems.scores.tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     assert problems.is_positive.int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
-    assert problems.weights.tolist() == [[1, 0, 0, 3, 0.5], [1, 0, 0, 3, 0]]
+    assert problems.weights.tolist() == [[1, 0, 0, 3, 0.5], [2, 0, 0, 0, 0]]
 
 
 def test_weights_have_the_dtype_of_the_scores() -> None:

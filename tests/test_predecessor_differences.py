@@ -167,4 +167,4 @@ def test_nothing_is_drawn_in_eval(both: dict[str, Pair]) -> None:
 def test_float64_rows_stay_float64_in_the_queue() -> None:
     loss_fn = SmoothAPLoss(1, queue_size=4)
     loss_fn(torch.tensor([[0.1]], dtype=torch.float64), torch.tensor([1]))
-    assert loss_fn.state_dict()["_queue.logits"].dtype == torch.float64
+    assert loss_fn._queue.slots().logits[0].item() == 0.1

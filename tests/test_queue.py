@@ -15,11 +15,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss, _tracing
-from imbalanced_losses._base import _is_same
+from imbalanced_losses._checkpoint import pack_ranking
 from imbalanced_losses._pool import Pool
 from tests.rows import (
     IGNORED,
@@ -29,20 +28,11 @@ from tests.rows import (
     make_batch,
     queued_rows,
     rows_of,
+    saved_by_0_9,
     state_of,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def through_checkpoint(loss_fn: SmoothAPLoss, batch: Batch, use_reentrant: bool) -> Tensor:
-    """The loss of a batch inside activation checkpointing."""
-
-    def run(logits: Tensor) -> Tensor:
-        return batch._replace(logits=logits).through(loss_fn)
-
-    loss: Tensor = checkpoint(run, batch.logits, use_reentrant=use_reentrant)
-    return loss
 
 
 def saved_and_loaded(loss_fn: SmoothAPLoss) -> dict[str, Tensor]:
@@ -76,6 +66,9 @@ BAD_CALLS: tuple[Callable[[SmoothAPLoss, Batch], Any], ...] = (
 )
 
 
+COPIES = (copy.deepcopy, copy.copy, lambda it: pickle.loads(pickle.dumps(it)))
+
+
 class Interrupted(BaseException):
     """What comes at any moment, such as Ctrl-C."""
 
@@ -84,16 +77,20 @@ def interrupt(*arguments: Any) -> Any:
     raise Interrupted
 
 
-def load_refused(loss_fn: SmoothAPLoss, name: str, value: Tensor) -> None:
-    with pytest.raises(RuntimeError, match=name):
-        loss_fn.load_state_dict({**loss_fn.state_dict(), name: value})
+def load_refused(loss_fn: SmoothAPLoss, state: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        loss_fn.load_state_dict(state)
+
+
+def with_state(loss_fn: SmoothAPLoss, **changes: Any) -> dict[str, Any]:
+    return {"_extra_state": pack_ranking(loss_fn._saved()._replace(**changes))}
 
 
 BAD_CHECKPOINTS: tuple[Callable[[SmoothAPLoss], Any], ...] = (
-    lambda loss_fn: load_refused(loss_fn, "temperature", torch.tensor(-1.0)),
-    lambda loss_fn: load_refused(loss_fn, "num_steps", torch.tensor(math.nan)),
-    lambda loss_fn: load_refused(loss_fn, "_queue.logits", torch.ones(5, 2)),
-    lambda loss_fn: load_refused(loss_fn, "no_such_key", torch.ones(5)),
+    lambda it: load_refused(it, with_state(it, temperature=-1.0), "temperature"),
+    lambda it: load_refused(it, with_state(it, num_steps=math.nan), "num_steps"),
+    lambda it: load_refused(it, {**saved_by_0_9(it), "_queue.logits": torch.ones(9, 2)}, "_queue"),
+    lambda it: load_refused(it, {**it.state_dict(), "no_such_key": torch.ones(5)}, "no_such_key"),
 )
 
 
@@ -120,6 +117,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.max_pool_size = max_pool_size
         self.loss_fn = self.new_loss(size)
         self.rows: deque[Row] = deque(maxlen=size)
+        self.ages: deque[int] = deque(maxlen=size)  # pushes since each of them came
         self.temperature, self.num_steps = 0.3, 0
 
     def new_loss(self, size: int) -> SmoothAPLoss:
@@ -139,7 +137,8 @@ class QueueMachine(RuleBasedStateMachine):
         num_labels = 2 if self.multilabel or num_classes == 1 else num_classes
         shape = (num_rows, num_classes) if self.multilabel else (num_rows,)
         targets = torch.randint(num_labels, shape, generator=generator)
-        weights = torch.randint(1, 5, (num_rows,), generator=generator) / 2
+        each = self.multilabel and seed % 3 == 0  # label has a weight of its own
+        weights = torch.randint(1, 5, shape if each else shape[:1], generator=generator) / 2
         for i, kind in enumerate(kinds):
             if kind == "ignored":
                 targets[i] = IGNORED
@@ -155,13 +154,16 @@ class QueueMachine(RuleBasedStateMachine):
     def remember(self, batch: Batch) -> None:
         self.num_steps += self.loss_fn.training
         if self.loss_fn.training or self.update_queue_in_eval:
-            self.rows.extend(
+            new = [
                 row
                 for row in rows_of(batch)
                 if all(map(math.isfinite, row.logits))
                 and set(row.targets) != {IGNORED}
-                and row.weight > 0
-            )
+                and row.weight != 0
+            ]
+            self.rows.extend(new)
+            self.ages = deque((age + 1 for age in self.ages), self.ages.maxlen)
+            self.ages.extend(0 for _ in new)
 
     def expected_loss(self, batch: Batch) -> Tensor:
         """The loss, in float64, of the live rows and those of the deque in one batch."""
@@ -171,12 +173,18 @@ class QueueMachine(RuleBasedStateMachine):
         pool = Batch(
             torch.tensor([row.logits for row in rows], dtype=torch.float64).reshape(shape),
             targets.reshape(shape if self.multilabel else shape[:1]),
-            torch.tensor([row.weight for row in rows], dtype=torch.float64),
+            self.weights_of(rows),
         )
         alone = SmoothAPLoss(
             self.num_classes, 0, self.loss_fn.temperature, multilabel=self.multilabel
         )
         return pool.through(alone)
+
+    def weights_of(self, rows: list[Row]) -> Tensor:
+        if not self.multilabel:
+            return torch.tensor([row.weight for row in rows], dtype=torch.float64)
+        each = [torch.tensor(row.weight).expand(self.num_classes) for row in rows]
+        return torch.stack(each).double() if rows else torch.ones(0, self.num_classes)
 
     @rule(
         kinds=BATCHES,
@@ -193,20 +201,6 @@ class QueueMachine(RuleBasedStateMachine):
         if self.max_pool_size is None:
             expected = self.expected_loss(batch)
             torch.testing.assert_close(loss.double(), expected, rtol=0, atol=2e-5, equal_nan=True)
-        self.remember(batch)
-
-    @rule(kinds=BATCHES, seed=SEEDS, dtype=st.sampled_from(DTYPES), use_reentrant=st.booleans())
-    def forward_recomputed(
-        self, kinds: list[str], seed: int, dtype: torch.dtype, use_reentrant: bool
-    ) -> None:
-        batch = self.new_batch(kinds, seed, dtype)
-        twin, plain, recomputed = copy.deepcopy(self.loss_fn), batch.leaf(), batch.leaf()
-        plain.through(twin).backward()
-        through_checkpoint(self.loss_fn, recomputed, use_reentrant).backward()
-        torch.testing.assert_close(
-            recomputed.logits.grad, plain.logits.grad, rtol=0, atol=0, equal_nan=True
-        )
-        assert_same_state(self.loss_fn, state_of(twin))
         self.remember(batch)
 
     @rule(call=st.sampled_from(BAD_CALLS), kinds=BATCHES, seed=SEEDS)
@@ -259,14 +253,20 @@ class QueueMachine(RuleBasedStateMachine):
     def reset_queue(self) -> None:
         self.loss_fn.reset_queue()
         self.rows.clear()
+        self.ages.clear()
 
-    @rule(size=SIZES, assign=st.booleans())
-    def load_into_size(self, size: int, assign: bool) -> None:
+    @rule(size=SIZES, assign=st.booleans(), is_new=st.booleans())
+    def load_into_size(self, size: int, assign: bool, is_new: bool) -> None:
+        """Of this version, or of 0.9, which had no weights of labels."""
         other = self.new_loss(size).train(self.loss_fn.training)
-        other.load_state_dict(saved_and_loaded(self.loss_fn), assign=assign)
+        state = saved_and_loaded(self.loss_fn)
+        if not (is_new or any(isinstance(row.weight, tuple) for row in self.rows)):
+            state = saved_by_0_9(self.loss_fn)
+        other.load_state_dict(state, assign=assign)
         self.loss_fn, self.rows = other, deque(self.rows, maxlen=size)
+        self.ages = deque((0 for _ in self.rows), maxlen=size)
 
-    @rule(copied=st.sampled_from((copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it)))))
+    @rule(copied=st.sampled_from(COPIES))
     def copy_and_spoil_the_original(self, copied: Callable[[SmoothAPLoss], SmoothAPLoss]) -> None:
         original, self.loss_fn = self.loss_fn, copied(self.loss_fn)
         self.new_batch(["row"] * 9, 0, torch.float32).through(original.train())
@@ -280,8 +280,9 @@ class QueueMachine(RuleBasedStateMachine):
     def queue_holds_the_rows_of_the_deque(self) -> None:
         if hasattr(self, "rows"):
             assert queued_rows(self.loss_fn) == list(self.rows)
+            assert sorted(self.loss_fn._queue.ages().tolist()) == sorted(self.ages)
             assert self.loss_fn.temperature == self.temperature
-            assert self.loss_fn.state_dict()["num_steps"] == self.num_steps
+            assert self.loss_fn._queue.num_steps == self.num_steps
 
 
 TestQueueMachine = QueueMachine.TestCase
@@ -298,15 +299,6 @@ TestQueueMachine.settings = settings(
 # --- The same, one fact at a time ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 5, 6, 7, 12, 13])
-def test_the_newest_rows_stay(num_rows: int) -> None:
-    loss_fn = SmoothAPLoss(2, queue_size=6)
-    first, second = make_batch(4, 2, seed=1), make_batch(num_rows, 2, seed=2)
-    first.through(loss_fn)
-    second.through(loss_fn)
-    assert queued_rows(loss_fn) == [*rows_of(first), *rows_of(second)][-6:]
-
-
 def test_the_pool_is_the_batch_and_the_queue() -> None:
     loss_fn = SmoothAPLoss(3, 8, 0.2)
     first, second = make_batch(5, 3, seed=1), make_batch(4, 3, seed=2).leaf()
@@ -319,61 +311,6 @@ def test_the_pool_is_the_batch_and_the_queue() -> None:
     torch.testing.assert_close(second.logits.grad, pool.logits.grad, rtol=1e-6, atol=1e-7)
 
 
-def unusable_batches() -> list[Any]:
-    clean = make_batch(2, 2)
-    nan, infinite = clean.logits.clone(), clean.logits.clone()
-    nan[:, 1], infinite[:, 0] = math.nan, -math.inf
-    ignored = torch.full((2,), IGNORED)
-    return [
-        pytest.param(clean._replace(targets=ignored), id="ignored"),
-        pytest.param(clean._replace(logits=nan), id="nan"),
-        pytest.param(clean._replace(logits=infinite), id="infinite"),
-        pytest.param(clean._replace(weights=torch.zeros(2)), id="weight-zero"),
-        pytest.param(Batch(clean.logits[:0], clean.targets[:0]), id="no-rows"),
-    ]
-
-
-@pytest.mark.parametrize("unusable", unusable_batches())
-def test_rows_that_take_no_slot(unusable: Batch) -> None:
-    loss_fn = SmoothAPLoss(2, queue_size=4)
-    kept = make_batch(3, 2, seed=1)
-    kept.through(loss_fn)
-    before = state_of(loss_fn)
-    before["num_steps"] += 1
-    unusable.through(loss_fn)
-    assert_same_state(loss_fn, before)
-
-    after = make_batch(2, 2, seed=2)
-    assert after.through(loss_fn).isfinite()
-    assert queued_rows(loss_fn) == [*rows_of(kept), *rows_of(after)][-4:]
-
-
-def test_rows_between_unusable_ones_are_stored_in_order() -> None:
-    loss_fn = SmoothAPLoss(1, queue_size=8)
-    batch = make_batch(6)
-    batch.logits[1], batch.targets[3] = math.nan, IGNORED
-    weights = torch.tensor([1.0, 1, 2, 1, 0, 3])
-    batch._replace(weights=weights).through(loss_fn)
-    assert queued_rows(loss_fn) == [rows_of(batch._replace(weights=weights))[i] for i in (0, 2, 5)]
-
-
-@pytest.mark.parametrize("update_queue_in_eval", [False, True])
-def test_eval_mode(update_queue_in_eval: bool) -> None:
-    loss_fn = SmoothAPLoss(1, 4, update_queue_in_eval=update_queue_in_eval).eval()
-    batch = make_batch(3)
-    batch.through(loss_fn)
-    assert queued_rows(loss_fn) == (rows_of(batch) if update_queue_in_eval else [])
-    assert loss_fn.state_dict()["num_steps"] == 0
-
-
-def test_without_gradient_the_queue_still_fills() -> None:
-    loss_fn = SmoothAPLoss(1, 4)
-    batch = make_batch(3)
-    with torch.no_grad():
-        batch.through(loss_fn)
-    assert queued_rows(loss_fn) == rows_of(batch)
-
-
 def test_the_queue_keeps_copies_without_graph() -> None:
     loss_fn = SmoothAPLoss(1, 4)
     batch = make_batch(3).leaf()
@@ -383,16 +320,7 @@ def test_the_queue_keeps_copies_without_graph() -> None:
         batch.logits.zero_()
     batch.targets.zero_()
     assert queued_rows(loss_fn) == expected
-    assert not any(value.requires_grad for value in loss_fn.state_dict().values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_casting_the_module_loses_no_digit(dtype: torch.dtype) -> None:
-    loss_fn = SmoothAPLoss(1, 4)
-    batch = make_batch(3)
-    batch.through(loss_fn)
-    nn.ModuleList([loss_fn]).to(dtype)
-    assert queued_rows(loss_fn) == rows_of(batch)
+    assert not loss_fn._queue.logits.requires_grad
 
 
 def test_float64_rows_that_come_later_lose_no_digit() -> None:
@@ -402,137 +330,6 @@ def test_float64_rows_that_come_later_lose_no_digit() -> None:
     double.through(loss_fn)
     assert queued_rows(loss_fn) == [*rows_of(single), *rows_of(double)]
     assert rows_of(double) != rows_of(double._replace(logits=double.logits.float()))
-
-
-def test_reset_queue() -> None:
-    loss_fn = SmoothAPLoss(3, 8, 0.2)
-    fresh = state_of(loss_fn)
-    make_batch(5, 3).through(loss_fn)
-    loss_fn.reset_queue()
-    fresh["num_steps"] += 1  # the draws of max_pool_size do not start again
-    assert_same_state(loss_fn, fresh)
-
-
-# --- Activation checkpointing --------------------------------------------------------------------
-
-BOTH_KINDS = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "hooks"])
-Step = Callable[[Tensor, Tensor], Tensor]
-
-
-def four_steps(
-    loss_fn: SmoothAPLoss, run: Callable[[Step, Tensor, Tensor], Tensor]
-) -> list[Tensor]:
-    """Gradients of a small model over four steps of `loss_fn(model(x), y)`."""
-    model = nn.Linear(5, 2, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(make_batch(2, 5, seed=9).logits)
-
-    def step(features: Tensor, targets: Tensor) -> Tensor:
-        return loss_fn(model(features), targets)
-
-    gradients = []
-    for seed in range(4):
-        model.zero_grad()
-        features = make_batch(7, 5, seed=seed).leaf().logits
-        run(step, features, make_batch(7, 2).targets.roll(seed)).backward()
-        assert model.weight.grad is not None
-        gradients.append(model.weight.grad.clone())
-    return gradients
-
-
-@BOTH_KINDS
-@pytest.mark.parametrize("queue_size", [0, 4, 16])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"max_pool_size": 6}, {"queue_follows_shift": True}, {"temperature_unit": "spread"}],
-    ids=["plain", "max_pool_size", "queue_follows_shift", "spread"],
-)
-def test_recomputed_training_is_the_same_training(
-    options: dict[str, Any], queue_size: int, use_reentrant: bool
-) -> None:
-    plain, recomputed = (SmoothAPLoss(2, queue_size, 0.3, **options) for _ in range(2))
-    expected = four_steps(plain, lambda step, x, y: step(x, y))
-    found = four_steps(
-        recomputed, lambda step, x, y: checkpoint(step, x, y, use_reentrant=use_reentrant)
-    )
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert all(gradient.any() for gradient in expected)
-    assert_same_state(recomputed, state_of(plain))
-
-
-@BOTH_KINDS
-def test_an_eval_forward_between_forward_and_backward_changes_nothing(use_reentrant: bool) -> None:
-    loss_fn = SmoothAPLoss(1, 4, 0.3)
-    make_batch(4).through(loss_fn)
-    twin, plain, recomputed = copy.deepcopy(loss_fn), make_batch(3, seed=1), make_batch(3, seed=1)
-    (plain := plain.leaf()).through(twin).backward()
-
-    loss = through_checkpoint(loss_fn, recomputed := recomputed.leaf(), use_reentrant)
-    make_batch(5, seed=2).through(loss_fn.eval())
-    loss_fn.train()
-    loss.backward()
-    torch.testing.assert_close(recomputed.logits.grad, plain.logits.grad, rtol=0, atol=0)
-
-
-def test_backward_twice_recomputes_the_same() -> None:
-    loss_fn = SmoothAPLoss(1, 4, 0.3)
-    make_batch(4).through(loss_fn)
-    batch = make_batch(3, seed=1).leaf()
-    loss = through_checkpoint(loss_fn, batch, use_reentrant=False)
-    (first,) = torch.autograd.grad(loss, batch.logits, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, batch.logits)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert first.any()
-
-
-@BOTH_KINDS
-@pytest.mark.parametrize(
-    "targets",
-    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
-    ids=["the-same-targets", "other-targets", "no-positive"],
-)
-def test_recomputing_an_older_forward_is_refused(targets: list[int], use_reentrant: bool) -> None:
-    loss_fn = SmoothAPLoss(1, 4, 0.3)
-    make_batch(4).through(loss_fn)
-    older = Batch(make_batch(4, seed=1).logits, torch.tensor([1, 0, 0, 0])).leaf()
-    newer = Batch(make_batch(4, seed=2).logits, torch.tensor(targets))
-    loss = through_checkpoint(loss_fn, older, use_reentrant)
-    newer.through(loss_fn)
-    before = state_of(loss_fn)
-    with pytest.raises(RuntimeError, match="is being recomputed"):
-        loss.backward()
-    assert_same_state(loss_fn, before)
-
-
-@BOTH_KINDS
-def test_an_older_forward_without_a_queue_can_be_recomputed(use_reentrant: bool) -> None:
-    """Two micro-batches summed before backward; the loss keeps nothing that they could disturb."""
-    loss_fn = SmoothAPLoss(1, 0, 0.3)
-    batches = [make_batch(4, seed=1).leaf(), make_batch(5, seed=2).leaf()]
-    sum(through_checkpoint(loss_fn, batch, use_reentrant) for batch in batches).backward()
-    for batch in batches:
-        plain = batch.leaf()
-        plain.through(loss_fn).backward()
-        torch.testing.assert_close(batch.logits.grad, plain.logits.grad, rtol=0, atol=0)
-
-
-@BOTH_KINDS
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda loss_fn: loss_fn.reset_queue(),
-        lambda loss_fn: loss_fn.load_state_dict(loss_fn.state_dict()),
-    ],
-    ids=["reset_queue", "load_state_dict"],
-)
-def test_recomputing_over_a_changed_queue_is_refused(
-    change: Callable[[SmoothAPLoss], Any], use_reentrant: bool
-) -> None:
-    loss_fn = SmoothAPLoss(1, 4, 0.3)
-    loss = through_checkpoint(loss_fn, make_batch(4).leaf(), use_reentrant)
-    change(loss_fn)
-    with pytest.raises(RuntimeError, match="is being recomputed"):
-        loss.backward()
 
 
 # --- Where nothing is read back to the host ------------------------------------------------------
@@ -564,17 +361,6 @@ def test_rows_on_a_device_are_stored_alike(
     assert_same_state(on_device, on_host.state_dict())
 
 
-# --- How old the rows are ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
-def test_ages_are_of_the_rows_held(multilabel: bool) -> None:
-    loss_fn = SmoothAPLoss(2, queue_size=8, multilabel=multilabel)
-    for num_rows, expected in ((3, [0, 0, 0]), (4, [1, 1, 1, 0, 0, 0, 0])):
-        make_batch(num_rows, 2, multilabel=multilabel).through(loss_fn)
-        assert loss_fn._queue.ages().tolist() == expected
-
-
 @pytest.mark.parametrize("num_rows", [3, 6, 7, 15])
 def test_no_two_rows_on_a_device_take_the_same_slot(num_rows: int) -> None:
     """Which of two would stay is not defined there."""
@@ -585,39 +371,19 @@ def test_no_two_rows_on_a_device_take_the_same_slot(num_rows: int) -> None:
     assert len(set(taken)) == len(taken) == int(count) == min(num_rows, 6)
 
 
-# --- What it is made of --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("multilabel", [False, True], ids=["one label", "multilabel"])
-def test_there_is_one_row_more_than_slots(multilabel: bool) -> None:
-    queue = SmoothAPLoss(2, queue_size=8, multilabel=multilabel)._queue
-    rows = (queue.logits, queue.targets, queue.weights, queue.born)
-    assert [len(field) for field in rows] == [9] * 4
-    assert queue.logits.shape[1:] == (2,)
-    assert queue.targets.shape[1:] == ((2,) if multilabel else ())
-    assert queue.born.dtype == queue.cursor.dtype == torch.int64
+# --- What is ranked with a batch -----------------------------------------------------------------
 
 
 def test_rows_have_weights_from_the_first_weighted_one_on() -> None:
     loss_fn = SmoothAPLoss(1, queue_size=8)
+    batch = Pool(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), None)
     make_batch(3).through(loss_fn)
     make_batch(3)._replace(weights=torch.ones(3)).through(loss_fn)
-    assert loss_fn._queue.rows().weights is None
+    assert loss_fn._queue.rows_beside(batch).weights is None
     make_batch(3)._replace(weights=torch.full((3,), 2.0)).through(loss_fn)
-    weights = loss_fn._queue.rows().weights
+    weights = loss_fn._queue.rows_beside(batch).weights
     assert weights is not None
     assert weights.tolist() == [2, 1, 1, 1, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_module_of_float64_has_a_queue_of_float64(device: str) -> None:
-    with torch.device(device):
-        loss_fn = SmoothAPLoss(2, queue_size=8)
-    for cast, expected in ((nn.Module.half, torch.float32), (nn.Module.double, torch.float64)):
-        queue = cast(loss_fn)._queue
-        assert queue.logits.dtype == queue.weights.dtype == expected
-        assert queue.targets.dtype == queue.cursor.dtype == torch.int64
-        assert queue.logits.device.type == device
 
 
 def test_weighted_float64_rows_beside_a_float32_batch() -> None:
@@ -630,28 +396,8 @@ def test_weighted_float64_rows_beside_a_float32_batch() -> None:
         torch.cat((second.targets, first.targets)),
         torch.cat((torch.ones(4), torch.arange(1.0, 6))),
     )
-    pool = loss_fn._extended(loss_fn._checked(*second), again=False)
-    assert pool.weights is not None
-    assert pool.logits.dtype == pool.weights.dtype == torch.float32
     loss = second.through(loss_fn)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, rows.through(SmoothAPLoss(2, 0, 0.3)))
     unweighted = rows._replace(weights=None).through(SmoothAPLoss(2, 0, 0.3))
     assert abs(float(loss - unweighted)) > 1e-3
-
-
-def test_targets_become_int64() -> None:
-    batch = make_batch(3, 2)
-    pool = SmoothAPLoss(2)._checked(batch.logits, batch.targets.to(torch.uint8), None)
-    assert pool.targets.dtype == torch.int64
-
-
-def test_a_recomputed_batch_is_told_bit_by_bit() -> None:
-    batch = Pool(torch.tensor([[0.0], [math.nan], [2.0]]), torch.tensor([1, 0, 1]), None)
-    assert _is_same(batch, batch._replace(logits=batch.logits.clone()))
-    assert not _is_same(None, batch)
-    assert not _is_same(batch._replace(weights=torch.ones(3)), batch)
-    assert not _is_same(batch._replace(logits=batch.logits.double()), batch)
-    assert not _is_same(batch, batch._replace(logits=batch.logits.double()))
-    assert not _is_same(batch._replace(logits=-batch.logits), batch)
-    assert not _is_same(batch._replace(targets=1 - batch.targets), batch)

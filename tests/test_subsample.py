@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._subsample import Sample, _mixed, quota_indices, strata_of
-from tests.rows import IGNORED, Batch, make_batch, state_of
+from tests.rows import IGNORED, Batch, make_batch, queued_rows, state_of
 
 
 def strata_with(*counts: int) -> Tensor:
@@ -238,7 +238,7 @@ def test_the_cap_holds_for_batch_and_queue_together() -> None:
     batch.through(loss_fn).backward()
     assert batch.logits.grad is not None
     assert 0 < int(batch.logits.grad.count_nonzero()) <= 12
-    assert int(loss_fn.state_dict()["_queue.weights"].count_nonzero()) == 40  # all are stored
+    assert len(queued_rows(loss_fn)) == 40  # all are stored
 
 
 def imbalanced_pool() -> Batch:
@@ -284,6 +284,6 @@ def test_seeds_of_steps_are_the_sequence_of_splitmix64() -> None:
 
 def test_weights_of_a_draw_have_the_dtype_of_the_scores() -> None:
     loss_fn = SmoothAPLoss(1, 0, max_pool_size=4)
-    pool = loss_fn._capped(loss_fn._checked(*make_batch(9)), again=False)
+    pool = loss_fn._capped(loss_fn._checked(*make_batch(9)))
     assert pool.weights is not None
     assert pool.weights.dtype == pool.logits.dtype == torch.float32

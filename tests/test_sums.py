@@ -259,13 +259,17 @@ def test_a_rank_without_gradient_takes_part(ranks: Ranks) -> None:
 
 def refused(rank: int, what: str) -> float:
     batch = make_batch(6, seed=rank)
-    loss_fn = SmoothAPLoss(1, 4, 0.3, gather="sums" if what != "gather" or rank else "rows")
+    loss_fn = SmoothAPLoss(
+        1,
+        4,
+        0.3,
+        reduction="none" if what == "per class" and rank else "mean",
+        gather="sums" if what != "gather" or rank else "rows",
+    )
     if what == "dense":
         loss_fn.backend = "dense"
     if what == "weights":
         batch = batch._replace(weights=-torch.ones(6) if rank else None)
-    if what == "per class":
-        loss_fn.reduction = "none" if rank else "mean"
     logits = batch.logits.requires_grad_()
     loss = loss_fn(logits, batch.targets, sample_weight=batch.weights)
     if what == "twice":

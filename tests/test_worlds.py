@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from tests.ranks import Failure, Ranks
-from tests.rows import IGNORED, Batch, make_batch
+from tests.rows import IGNORED, Batch, make_batch, numbers_of
 
 WORLDS = range(1, 9)
 
@@ -201,7 +201,7 @@ CASES_WITHOUT_GRADIENT = [
 class Outcome(NamedTuple):
     losses: list[float]  # of each step
     gradients: Tensor  # [steps, C, 5]
-    state: Tensor  # every number of the loss's state_dict, flat, in float64
+    state: Tensor  # its numbers
 
 
 GROUPS: dict[int, Any] = {}  # of the first ranks, by how many; in the processes of the ranks
@@ -231,8 +231,7 @@ def trained(case: Case, rank: int | None) -> Outcome:
         gradients.append(gradient)
         with torch.no_grad():
             weight -= 0.5 * gradient
-    numbers = [value.double().flatten() for value in loss_fn.state_dict().values()]
-    return Outcome(losses, torch.stack(gradients), torch.cat(numbers))
+    return Outcome(losses, torch.stack(gradients), numbers_of(loss_fn.state_dict()))
 
 
 def train_all(rank: int, cases: list[Case]) -> list[Outcome | Failure | None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
-from imbalanced_losses._checks.tracing import is_on_host, is_traced
+from imbalanced_losses._checks.tracing import is_in_backward, is_on_host
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._ranking import ALONE, Exchange
@@ -373,7 +373,8 @@ class _QueuedRankingLoss(StatefulLoss):
         if self._updates_queue():
             # A number that changes would have code compiled anew in every step. Only draws need it.
             is_counted = self.max_pool_size is not None or not torch.compiler.is_compiling()
-            self._queue.push(batch, is_step=self.training and is_counted)
+            is_step = self.training and is_counted and not is_in_backward()
+            self._queue.push(batch, is_step=is_step)
 
     def get_extra_state(self) -> Tensor:
         """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""

@@ -71,7 +71,9 @@ def even_steps(
         error = None
         if has_batch:
             try:
-                empty = _without_rows(batch)
+                empty, num_cut = _cut(batch)
+                if num_cut == 0:
+                    raise TypeError("nothing in it has rows that could be cut")
             except Exception as raised:  # other ranks wait to hear of it
                 error = TypeError(
                     "every batch must hold tensors or other arrays of rows, in tuples, lists, "
@@ -91,18 +93,6 @@ def even_steps(
                 "one, which may have zero rows"
             )
         yield batch if has_batch else empty
-
-
-def _without_rows(batch: Any) -> Any:
-    """A copy with every array in it cut to zero rows.
-
-    Raises:
-        TypeError: it holds none.
-    """
-    copied, num_cut = _cut(batch)
-    if num_cut == 0:
-        raise TypeError("nothing in it has rows that could be cut")
-    return copied
 
 
 def _cut(value: Any) -> tuple[Any, int]:

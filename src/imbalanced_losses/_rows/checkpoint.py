@@ -140,11 +140,12 @@ def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict
         return state_dict
     logits, targets = found["logits"], found["targets"]
     weights = found.get("weights", logits.new_ones(logits.shape[:1]))
-    if weights.dim() < targets.dim():  # of whole rows
-        weights = weights[:, None].expand(targets.shape)
     shapes = [list(part.shape) for part in (logits, targets, weights)]
-    if logits.dim() != 2 or shapes[1] != shapes[2] or shapes[1][:1] != shapes[0][:1]:
+    is_even = shapes[0][:1] == shapes[1][:1] == shapes[2]
+    if len(shapes[0]) != 2 or not is_even or shapes[1][1:] not in ([], shapes[0][1:]):
         raise ValueError(f"{prefix}_queue must hold the same rows in each part, got {shapes}")
+    if targets.dim() == 2:
+        weights = weights[:, None].expand(targets.shape)
     if targets.is_floating_point() and bool((targets != targets.trunc()).any()):
         raise ValueError(f"{prefix}_queue.targets must be integers, as they were saved")
     numbers = {"temperature": now.temperature, "num_steps": now.num_steps, "is_weighted": False}

@@ -137,10 +137,11 @@ class MemoryQueue:
 
     def reset(self) -> None:
         """Free every slot."""
-        self.logits.zero_()
-        self.targets.fill_(self.ignore_index)
-        self.weights.zero_()
-        self.cursor.zero_()
+        with self.unchanged_on_error():
+            self.logits.zero_()
+            self.targets.fill_(self.ignore_index)
+            self.weights.zero_()
+            self.cursor.zero_()
 
     def to(self, device: torch.device) -> None:
         """Take on a device, one with values: the queue stays where it is beside `meta`."""
@@ -185,4 +186,5 @@ class MemoryQueue:
         if torch.compiler.is_compiling():
             return nullcontext()
         writes = [(field, slots) for field in (*self._stored(), self.pushed_at)]
-        return unchanged_on_error(vars(self), writes=[*writes, (self.cursor, ...)])
+        writes += [(self.cursor, ...), (self.pushed_at, self.size)]
+        return unchanged_on_error(vars(self), writes=writes)
