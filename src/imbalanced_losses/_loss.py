@@ -5,23 +5,24 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
-from imbalanced_losses._checks.tracing import is_in_backward, is_on_host
+from imbalanced_losses._checks.tracing import is_in_backward, is_on_host, is_traced
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
-from imbalanced_losses._ranking import ALONE, Exchange
+from imbalanced_losses._ranking import Backend, Problems, Processes
+from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 from imbalanced_losses._rows.checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGroup, gather
-from imbalanced_losses._rows.pool import Pool, Problems
+from imbalanced_losses._rows.pool import Pool
 from imbalanced_losses._rows.queue import MemoryQueue
 from imbalanced_losses._rows.reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._rows.subsample import quota_indices, strata_of
-from imbalanced_losses.functional import _prior_weights_of_pool, _score_spread_of_pool
+from imbalanced_losses.diagnostics import Diagnostics, diagnosed
 
 TemperatureUnit = Literal["score", "spread"]
 # What has to be the same in every process that ranks rows together.
@@ -31,6 +32,25 @@ _COMPARED = (
 )
 
 
+class RankingOptions(TypedDict, total=False):
+    """The arguments of every ranking loss but `num_classes`: for `**options: Unpack[RankingOptions]`."""
+
+    queue_size: int
+    temperature: float
+    reduction: Reduction
+    ignore_index: int
+    update_queue_in_eval: bool
+    gather_distributed: bool | None
+    max_pool_size: int | None
+    multilabel: bool
+    temperature_unit: TemperatureUnit
+    queue_follows_shift: bool
+    process_group: ProcessGroup | None
+    grad_reduce: GradReduce
+    gather: Gather
+    target_prior: float | Sequence[float] | Tensor | None
+
+
 class PerClass(NamedTuple):
     """What a ranking loss makes of C problems."""
 
@@ -38,7 +58,7 @@ class PerClass(NamedTuple):
     valid: Tensor  # [C] bool
 
 
-class _QueuedRankingLoss(StatefulLoss):
+class RankingLoss(StatefulLoss):
     """Base of the ranking losses: rows in, one loss out.
 
     One forward pass is: check → gather over ranks → extend by the queue's rows → drop ignored rows
@@ -50,6 +70,8 @@ class _QueuedRankingLoss(StatefulLoss):
     #: Compare the values of targets and sample_weight with what is allowed; reads one bool back
     #: from the device in each forward pass. Shapes and dtypes are checked in any case.
     check_values: bool = True
+    #: How ranks are computed: "auto", or the name of one way (see `functional.smooth_ap`).
+    backend: Backend = "auto"
     #: Selects the stream of draws of `max_pool_size`, together with the number of draws made.
     sampling_seed: int = 0
 
@@ -109,7 +131,7 @@ class _QueuedRankingLoss(StatefulLoss):
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._place_numbers()
-        self._settings = arguments_of(_QueuedRankingLoss)
+        self._settings = arguments_of(RankingLoss)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -199,10 +221,10 @@ class _QueuedRankingLoss(StatefulLoss):
         """
         if self._updates_queue():
             self._require_step()
-        batch, exchange = self._batch(logits, targets, sample_weight, return_per_class)
+        batch, processes = self._batch(logits, targets, sample_weight, return_per_class)
         self._follow(batch.logits.device)
         pool = self._capped(self._present(self._extended(batch)))
-        problems = self._problems(pool, exchange)
+        problems = self._problems(pool, processes)
         losses, valid = self._per_class(problems)
         self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
@@ -213,38 +235,93 @@ class _QueuedRankingLoss(StatefulLoss):
         @typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+    @torch.no_grad()
+    def diagnose(
+        self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Diagnostics:
+        """What a batch, ranked with the rows in the queue, gives to learn from.
+
+        Call it now and then, before the step of that batch (afterwards its rows
+        are in the queue as well); nothing changes. It sorts the pool and takes
+        a few times as long as a forward pass.
+
+        Where forward gathers the rows of all ranks this does too, and all of
+        them must call it; with gather="sums" it is about the rows of this rank.
+
+        Args:
+            logits: [N, C], as for forward.
+            targets: [N] or [N, C], as for forward.
+            sample_weight: [N], as for forward.
+
+        Returns:
+            `Diagnostics`, fields [C]; `print` it for a table and advice.
+
+        Raises:
+            TypeError, ValueError: as forward.
+
+        Example:
+            >>> from imbalanced_losses import SmoothAPLoss
+            >>> loss_fn = SmoothAPLoss(1, queue_size=0, temperature=0.001)
+            >>> logits = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
+            >>> found = loss_fn.diagnose(logits, torch.tensor([0, 0, 1, 0]))
+            >>> round(found.ap.item(), 4), found.active_pairs.item()
+            (0.3333, 0.0)
+            >>> found.advice()[0].partition(",")[0]
+            'fewer than 1 % of the pairs carry gradient'
+        """
+        if self.gather == "sums":
+            batch = self._checked(logits, targets, sample_weight)
+        else:
+            batch, _ = self._batch(logits, targets, sample_weight)
+        batch = batch._replace(logits=batch.logits.detach())
+        self._follow(batch.logits.device)
+        pool = self._capped(self._present(self._extended(batch)))
+        problems = self._problems(pool, None)
+        in_batch = batch.problems(self.ignore_index)
+        is_positive = in_batch.is_positive
+        if in_batch.weights is not None:
+            is_positive = is_positive & (in_batch.weights > 0)
+        ages = self._queue.ages()
+        age = int(ages.max()) if len(ages) else 0
+        return diagnosed(problems, is_positive.sum(1), age)
+
+    def metric(self, problems: Problems) -> Tensor:
+        """What the loss is one minus of, [C]: a function of `problems` and of constants alone."""
+        raise NotImplementedError(f"{type(self).__name__} must implement metric")
+
     def _per_class(self, problems: Problems) -> PerClass:
         """The loss [C] of each ranking problem, and where it means something [C]."""
-        raise NotImplementedError(f"{type(self).__name__} must implement _per_class")
+        return PerClass(1 - self.metric(problems), problems.valid)
 
-    def _problems(self, pool: Pool, exchange: Exchange) -> Problems:
+    def _problems(self, pool: Pool, processes: Processes | None) -> Problems:
         """The rows as ranking problems, positives as common as in deployment if that is known."""
-        problems = pool.problems(self.ignore_index)._replace(exchange=exchange)
-        if self._prior is None:
-            return problems
-        scores, is_positive, weights, *_ = problems
-        if weights is None:
-            weights = scores.new_ones(()).expand(scores.shape)
-        weights = _prior_weights_of_pool(is_positive, self._prior, weights, exchange)
-        return problems._replace(weights=weights)
-
-    def _effective_temperature(self, problems: Problems) -> float | Tensor:
-        """τ in units of the scores: one for all problems, or [C]."""
-        temperature = self._temperature_now if is_traced(problems.scores) else self.temperature
-        if self.temperature_unit == "score":
-            return temperature
-        spread = _score_spread_of_pool(problems.scores, problems.weights, problems.exchange)
-        return temperature * spread
+        scores, is_positive, weights, num_live = pool.problems(self.ignore_index)
+        if self._prior is not None:
+            if weights is None:
+                weights = scores.new_ones(()).expand(scores.shape)
+            prior = self._prior.to(scores.device)
+            weights = weights_at_prior(is_positive, prior, weights, processes)
+        temperature = self._temperature_now if is_traced(scores) else self.temperature
+        if self.temperature_unit == "spread":
+            temperature = temperature * spread(scores, weights, processes)
+        return Problems(
+            scores,
+            temperature,
+            is_positive,
+            weights,
+            num_live=num_live,
+            processes=processes,
+            backend=self.backend,
+        )
 
     def _spread_of_batch(
         self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
     ) -> float:
         """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
-        batch, exchange = self._batch(logits, targets, sample_weight)
+        batch, processes = self._batch(logits, targets, sample_weight)
         self._follow(batch.logits.device)
-        problems = self._problems(batch, exchange)
-        spread = _score_spread_of_pool(problems.scores.detach(), problems.weights, exchange)
-        return float(spread.mean())
+        problems = self._problems(batch, processes)
+        return float(spread(problems.scores.detach(), problems.given_weights, processes).mean())
 
     def _batch(
         self,
@@ -253,7 +330,7 @@ class _QueuedRankingLoss(StatefulLoss):
         sample_weight: Tensor | None,
         return_per_class: bool = False,
         error: Exception | None = None,
-    ) -> tuple[Pool, Exchange]:
+    ) -> tuple[Pool, Processes | None]:
         """The arguments of forward as rows, and the ranks that hold others to rank them with.
 
         Where ranks gather rows, they are those of all ranks. An error from elsewhere is raised if
@@ -264,7 +341,7 @@ class _QueuedRankingLoss(StatefulLoss):
             batch = self._checked(logits, targets, sample_weight)
             if error is not None:
                 raise error
-            return batch, ALONE
+            return batch, None
         settings: dict[str, float | str] = {
             **{name: getattr(self, name) or 0 for name in _COMPARED},
             "target_prior": _as_number(self.target_prior),
@@ -282,6 +359,11 @@ class _QueuedRankingLoss(StatefulLoss):
 
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
+        if self.gather == "sums" and self.backend == "dense":
+            raise ValueError(
+                'backend must be "auto" or "panel" with gather="sums": a process that lacks the '
+                'rows of the others has no pairs to sum over; got "dense"'
+            )
         logits = _checks.logits(logits, self.num_classes, targets)
         targets = _checks.targets(targets, logits, self.multilabel)
         if sample_weight is not None:

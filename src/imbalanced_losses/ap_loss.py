@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from imbalanced_losses._loss import PerClass, _QueuedRankingLoss
-from imbalanced_losses._ranking import ALONE, Exchange
-from imbalanced_losses._rows.pool import Pool, Problems
-from imbalanced_losses.diagnostics import Diagnostics, _diagnosed
-from imbalanced_losses.functional import Backend, SmoothAP, _smooth_ap_of_pool, score_spread
+from imbalanced_losses._loss import RankingLoss
+from imbalanced_losses._ranking import Problems
+from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses.functional import SmoothAP, smooth_ap
 
 
-class SmoothAPLoss(_QueuedRankingLoss):
+class SmoothAPLoss(RankingLoss):
     """Differentiable Average Precision loss with an optional memory queue.
 
     One minus the Average Precision of each class, its ranks smoothed by
@@ -113,94 +111,16 @@ class SmoothAPLoss(_QueuedRankingLoss):
     in `imbalanced_losses.functional.smooth_ap`.
     """
 
-    backend: Backend = "auto"
+    def metric(self, problems: Problems) -> Tensor:
+        """Smooth AP, [C]."""
+        return average_precision(problems)
 
-    @torch.no_grad()
-    def diagnose(
-        self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Diagnostics:
-        """What a batch, ranked with the rows in the queue, gives to learn from.
-
-        Call it now and then, before the step of that batch (afterwards its rows
-        are in the queue as well); nothing changes. It sorts the pool and takes
-        a few times as long as a forward pass.
-
-        Where forward gathers the rows of all ranks this does too, and all of
-        them must call it; with gather="sums" it is about the rows of this rank.
-
-        Args:
-            logits: [N, C], as for forward.
-            targets: [N] or [N, C], as for forward.
-            sample_weight: [N], as for forward.
-
-        Returns:
-            `Diagnostics`, fields [C]; `print` it for a table and advice.
-
-        Raises:
-            TypeError, ValueError: as forward.
-
-        Example:
-            >>> loss_fn = SmoothAPLoss(1, queue_size=0, temperature=0.001)
-            >>> logits = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
-            >>> found = loss_fn.diagnose(logits, torch.tensor([0, 0, 1, 0]))
-            >>> round(found.ap.item(), 4), found.active_pairs.item()
-            (0.3333, 0.0)
-            >>> found.advice()[0].partition(",")[0]
-            'fewer than 1 % of the pairs carry gradient'
-        """
-        if self.gather == "sums":
-            batch = self._checked(logits, targets, sample_weight)
-        else:
-            batch, _ = self._batch(logits, targets, sample_weight)
-        batch = batch._replace(logits=batch.logits.detach())
-        self._follow(batch.logits.device)
-        pool = self._capped(self._present(self._extended(batch)))
-        problems = self._problems(pool, ALONE)
-        spread = score_spread(problems.scores, problems.weights)
-        tau = self.temperature * (spread if self.temperature_unit == "spread" else 1)
-        temperature = torch.as_tensor(tau, dtype=spread.dtype, device=spread.device).expand_as(
-            spread
-        )
-        smooth_ap, _ = self._compute_smooth_ap(
-            problems.scores, problems.is_positive, temperature, problems.weights
-        )
-        in_batch = batch.problems(self.ignore_index)
-        is_positive = in_batch.is_positive
-        if in_batch.weights is not None:
-            is_positive = is_positive & (in_batch.weights > 0)
-        ages = self._queue.ages()
-        age = int(ages.max()) if len(ages) else 0
-        return _diagnosed(problems, is_positive.sum(1), smooth_ap, temperature, spread, age)
-
-    def _per_class(self, problems: Problems) -> PerClass:
-        ap, valid = self._compute_smooth_ap(
-            problems.scores,
-            problems.is_positive,
-            self._effective_temperature(problems),
-            problems.weights,
-            problems.num_live,
-            problems.exchange,
-        )
-        return PerClass(1 - ap, valid)
-
+    @staticmethod
     def _compute_smooth_ap(
-        self,
         scores: Tensor,
         is_pos: Tensor,
         tau: float | Tensor,
         sample_weight: Tensor | None = None,
-        num_live: int | None = None,
-        exchange: Exchange = ALONE,
     ) -> SmoothAP:
-        """Smooth-AP of scores [M] or [C, M] by this loss's backend."""
-        return _smooth_ap_of_pool(
-            scores, is_pos, tau, sample_weight, self.backend, num_live, exchange
-        )
-
-    def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
-        if self.gather == "sums" and self.backend == "dense":
-            raise ValueError(
-                'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows '
-                'of the others has no pairs to sum over; got "dense"'
-            )
-        return super()._checked(logits, targets, sample_weight)
+        """Smooth AP of scores [M] or [C, M]; `functional.smooth_ap` is its public name."""
+        return smooth_ap(scores, is_pos, tau, sample_weight=sample_weight)

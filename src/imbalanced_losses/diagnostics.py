@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._rows.pool import Problems
+from imbalanced_losses._ranking import Problems
+from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.weighting import spread
 from imbalanced_losses._rows.reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
@@ -146,38 +148,27 @@ class _OfClass(NamedTuple):
     num_rows: Tensor
 
 
-def _diagnosed(
-    problems: Problems,
-    positives_in_batch: Tensor,
-    smooth_ap: Tensor,
-    temperature: Tensor,
-    spread: Tensor,
-    queue_age: int,
-) -> Diagnostics:
-    """The diagnostics of problems whose smooth AP, τ and spread [C] are known."""
-    classes = [
-        _of_class(*fields)
-        for fields in zip(
-            problems.scores,
-            problems.is_positive,
-            problems.scores.new_ones(problems.scores.shape)
-            if problems.weights is None
-            else problems.weights,
-            temperature,
-            strict=True,
-        )
-    ]
+def diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
+    """The diagnostics of a pool's problems, whose scores are detached."""
+    scores, weights, positive = problems.scores, problems.weights, problems.is_positive
+    unit, smooth_ap = spread(scores, weights), average_precision(problems)
+    temperature = torch.as_tensor(problems.temperature, dtype=unit.dtype, device=unit.device)
+    temperature = temperature.expand_as(unit)
+    if weights is None:
+        weights = scores.new_ones(scores.shape)
+    rows = zip(scores, positive, weights, temperature, strict=True)
+    classes = [_of_class(*fields) for fields in rows]
     ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*classes, strict=True))
     valid = (num_positives > 0) & (num_positives < num_rows)
 
     def marked(value: Tensor, where: Tensor = valid) -> Tensor:
-        return mark_invalid(value.to(problems.scores.dtype), where)
+        return mark_invalid(value.to(scores.dtype), where)
 
     return Diagnostics(
         marked(ap, valid & ~smooth_ap.isnan()),
         marked(smooth_ap),
         marked(temperature),
-        marked(spread),
+        marked(unit),
         marked(pairs),
         marked(positives),
         positives_in_batch,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.typing import typed_as
-from imbalanced_losses._loss import _QueuedRankingLoss
+from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._rows.checkpoint import older_numbers, pack, unchanged_on_error, unpack
 
@@ -100,7 +100,7 @@ class MixedLoss(StatefulLoss):
     def __init__(
         self,
         auxiliary_loss: Callable[..., Tensor],
-        main_loss: _QueuedRankingLoss,  # or what torch.compile makes of one
+        main_loss: RankingLoss,  # or what torch.compile makes of one
         *,
         main_weight: float,
         warmup_steps: int = 0,
@@ -112,7 +112,7 @@ class MixedLoss(StatefulLoss):
         """See the class for the arguments."""
         super().__init__()
         ranking = getattr(main_loss, "_orig_mod", main_loss)  # of a compiled loss
-        _checks.losses_to_mix(auxiliary_loss, ranking, _QueuedRankingLoss)
+        _checks.losses_to_mix(auxiliary_loss, ranking, RankingLoss)
         self.auxiliary_loss = auxiliary_loss
         self.main_loss = main_loss
         self.final_main_weight = _checks.number_above_zero("main_weight", main_weight)
@@ -146,9 +146,9 @@ class MixedLoss(StatefulLoss):
         self._settings = arguments_of(MixedLoss)
 
     @property
-    def _ranking(self) -> _QueuedRankingLoss:
+    def _ranking(self) -> RankingLoss:
         """The main loss itself, where it was compiled."""
-        ranking: _QueuedRankingLoss = getattr(self.main_loss, "_orig_mod", self.main_loss)
+        ranking: RankingLoss = getattr(self.main_loss, "_orig_mod", self.main_loss)
         return ranking
 
     @property

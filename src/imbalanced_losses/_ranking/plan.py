@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+Rows = Literal["all", "positives", "negatives"]
 
 
 class Plan(Protocol):
@@ -26,24 +29,7 @@ class Plan(Protocol):
         """(Φₙ·weights, Φₙᵀ·cotangent): cheaper together, where a backend can share the work."""
 
 
-class RankPlan(Protocol):
-    """Soft ranks of the positives, and their first derivative.
-
-    The case of a plan that trains models: the queries are rows of the pool themselves (`row` of
-    `problem`), and are ranked among all rows and among the positives.
-    """
-
-    def ranks(self) -> tuple[Tensor, Tensor]:
-        """½ω[q] + Σ_m ω[m] σ(x), m over all rows [Q], and over the positives [Q]."""
-
-    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
-        """The ranks, and τ·∂/∂scores [C, M] of a function of the ranks with the given slopes.
-
-        A score moves the ranks of others, and its own. Constants move nothing: 0.
-        """
-
-
-class Exchange(Protocol):
+class Processes(Protocol):
     """The processes that hold the rows of the same problems, each of them some.
 
     Every call is collective: all make it, in the same order, and get the same bits.
@@ -61,31 +47,119 @@ class Exchange(Protocol):
         """[n, ...] of each process, n its own, one behind the other."""
 
 
-class Alone:
-    """The exchange of one process that holds all rows: nothing is exchanged."""
+class Canonical(NamedTuple):
+    """Problems as backends take them: nothing is attached to a graph, and no sum overflows."""
 
-    is_differentiated = False
+    scores: Tensor  # [C, M] float32 or float64, contiguous, finite or NaN
+    has_extremes: bool  # whether some scores stand for infinities, which have no gradient
+    is_positive: Tensor  # [C, M] bool
+    weights: Tensor | None  # [C, M] in [0, 1], None = 1 everywhere
+    temperature: float | Tensor  # or [C] in the dtype of the scores
+    num_live: int  # rows from here on are constants, without a gradient
+    processes: Processes | None  # those that hold other rows of the problems
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def column(self, rows: Rows) -> Tensor | None:
+        """The weight [C, M] of each row in a set; None = 1 everywhere."""
+        if rows == "all":
+            return self.weights
+        column = (self.is_positive if rows == "positives" else ~self.is_positive).to(
+            self.scores.dtype
+        )
+        return column if self.weights is None else column.mul_(self.weights)
 
-    def max(self, tensor: Tensor) -> Tensor:
-        return tensor
 
-    def concatenated(self, rows: Tensor) -> Tensor:
-        return rows
+class Listed(NamedTuple):
+    """The rows of a set by their places, which takes reading how many there are."""
+
+    rows: Rows
+    problem: Tensor  # [Q], ascending
+    row: Tensor  # [Q]
+    weights: Tensor | None  # [Q], None = 1 everywhere
+    num_problems: int
+
+    def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
+        """A value [C] for some queries."""
+        return values if self.num_problems == 1 else values[self.problem[index]]
+
+    def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
+        """A value [C, M] for some queries."""
+        return values[self.problem[index], self.row[index]]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum [C] of values [Q] over the queries of each problem."""
+        if self.weights is not None:
+            values = values * self.weights
+        if self.num_problems == 1:
+            return values.sum(0, keepdim=True)
+        return values.new_zeros(self.num_problems).index_add(0, self.problem, values)
 
 
-ALONE = Alone()
+class Masked(NamedTuple):
+    """The rows of a set as a mask: no value is read."""
+
+    rows: Rows
+    mask: Tensor  # [C, M]
+    weights: Tensor | None  # [C, M], None = 1 everywhere
+
+    def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
+        """A value [C] for each row [C, 1]."""
+        return values[:, None]
+
+    def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
+        """A value for each row [C, M]."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum [C] of values [C, M] over the queries of each problem."""
+        if self.weights is not None:
+            values = values * self.weights
+        return torch.where(self.mask, values, 0.0).sum(1)
+
+
+Queries = Listed | Masked
+
+
+class RankPlan(Protocol):
+    """Soft ranks of queries among sets of rows, and their first derivative.
+
+    The case of a plan that trains models: the queries are rows of the problems themselves. Made of
+    `Canonical` problems, the queries, and the names of K sets.
+    """
+
+    def ranks(self) -> tuple[Tensor, ...]:
+        """Σ_m ω[m] σ(x), m over the rows of each set, + ½ω[q] where the query is one; K [Q].
+
+        Of queries given as a mask K [C, M], 1 where a row is no query.
+        """
+
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The ranks, and ∂/∂(scores / τ) [C, M] of a function of them with the given slopes.
+
+        A score moves the ranks of others, and its own. Constants move nothing: 0.
+        """
 
 
 class SlopesOf(Protocol):
     """The derivatives of what is made of the ranks, by the ranks."""
 
-    def __call__(
-        self, among_all: Tensor, among_positives: Tensor, queries: slice | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """From both ranks of some of the Q queries to the derivatives by them, of the same shape.
-
-        `queries` says which: a slice, or indices of any shape.
+    def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
+        """From the ranks of some of the queries, a slice or indices of any shape, to as many
+        derivatives of the same shapes.
         """
+
+
+def is_in(queries: Rows, rows: Rows) -> bool | None:
+    """Whether queries are rows of a set: all, none, or None for some of them."""
+    if rows in ("all", queries):
+        return True
+    return None if queries == "all" else False
+
+
+def half_of(queries: Listed, rows: Rows, given: Canonical) -> float | Tensor:
+    """½ω of queries that are rows of a set, 0 of others; a float or [Q]."""
+    half = 0.5 if queries.weights is None else 0.5 * queries.weights
+    member = is_in(queries.rows, rows)
+    if member is None:
+        is_positive = queries.of_row(given.is_positive)
+        return half * (is_positive if rows == "positives" else ~is_positive)
+    return half if member else 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -21,15 +22,28 @@ _FEWEST, _MOST = 1 << 14, 1 << 21
 _kept = threading.local()
 
 
+class Place(Enum):
+    """What is kept: each name of a dtype is one piece of memory."""
+
+    PAIRS = auto()
+    MORE_PAIRS = auto()
+    STILL_MORE_PAIRS = auto()
+    LAST_PAIRS = auto()
+    COORDINATES = auto()
+    POWERS = auto()
+    WEIGHTED_POWERS = auto()
+    COEFFICIENTS = auto()
+
+
 def scratch(
-    place: int, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    place: Place, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor | None:
     """A tensor with any content, on the device of `like` and of its dtype or the one given.
 
     For `out=`: None where PyTorch shall make one itself.
 
-    Each place of a dtype is one piece of memory, which the next call for it hands out again: what
-    was written there is lost then, and must not be returned to a caller. Kept on the CPU alone;
+    The next call for the same place and dtype hands the same memory out again: what was written
+    there is lost then, and must not be returned to a caller. Kept on the CPU alone;
     other devices have an allocator that does this.
     """
     size = math.prod(shape)

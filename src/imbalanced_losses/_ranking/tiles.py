@@ -18,8 +18,8 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import dense as _dense
 from imbalanced_losses._ranking.dense import tile_slices
-from imbalanced_losses._ranking.plan import SlopesOf
-from imbalanced_losses._ranking.scratch import scratch
+from imbalanced_losses._ranking.plan import Canonical, Listed, Rows, SlopesOf, half_of
+from imbalanced_losses._ranking.scratch import Place, scratch
 
 # So many pairs, or fewer, take less time than the calls that would spare them something.
 _FEW_PAIRS = 1 << 13
@@ -30,6 +30,9 @@ _PAIRS_NOT_TO_SORT_OUT = 1 << 18
 _FARTHEST = {torch.float32: 64.0, torch.float64: 600.0}
 
 
+# Places in memory: what a set's differences stand in, and, one further, its sigmoids.
+_PLACES = (Place.PAIRS, Place.MORE_PAIRS, Place.STILL_MORE_PAIRS, Place.LAST_PAIRS)
+
 _softplus_backward = torch.ops.aten.softplus_backward.grad_input
 
 
@@ -39,88 +42,86 @@ class DenseRanks:
     Both sums are taken from the same pairs, in the fewest calls: small batches are all overhead.
     """
 
-    def __init__(
-        self,
-        scores: Tensor,
-        is_positive: Tensor,
-        row: Tensor,
-        weights: Tensor | None,
-        temperature: float | Tensor,
-        num_live: int,
-    ) -> None:
-        self.scores, self.weights = scores, weights  # [1, M]
+    def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
+        scores, row, num_rows = given.scores, queries.row, given.scores.shape[1]
+        self.scores = scores  # [1, M]
         self.row = row  # [Q]
-        self.temperature = temperature
-        self.positive_weights = is_positive.to(scores.dtype)  # [1, M]
-        self._half: float | Tensor = 0.5
-        if weights is not None:
-            self.positive_weights *= weights
-            self._half = 0.5 * weights[0, row]
-        self._num_live, self._num_live_queries = num_live, row.shape[0]
-        if row.shape[0] * scores.shape[1] <= _PAIRS_NOT_TO_SORT_OUT:
-            self._num_live = scores.shape[1]
-        elif num_live < scores.shape[1]:
-            self._num_live_queries = int((row < num_live).sum())
+        self.temperature = given.temperature
+        # ω of each set's rows [1, M], None where all are 1; and ½ω of queries that are in it.
+        self._columns = [given.column(rows) for rows in among]
+        self._halves = [half_of(queries, rows, given) for rows in among]
+        self._num_live, self._num_live_queries = given.num_live, row.shape[0]
+        if row.shape[0] * num_rows <= _PAIRS_NOT_TO_SORT_OUT:
+            self._num_live = num_rows
+        elif given.num_live < num_rows:
+            self._num_live_queries = int((row < given.num_live).sum())
         self._queries = scores.T.index_select(0, row)  # [Q, 1]
-        self._tiles = tile_slices(row.shape[0], scores.shape[1]) or [slice(0, 0)]
+        self._tiles = tile_slices(row.shape[0], num_rows) or [slice(0, 0)]
 
-    def ranks(self) -> tuple[Tensor, Tensor]:
-        among_all, among_positives = _joined([self._compared(tile)[2:] for tile in self._tiles])
-        return among_all, among_positives
+    def ranks(self) -> tuple[Tensor, ...]:
+        return _joined([self._compared(tile)[2] for tile in self._tiles])
 
-    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
+        parts: list[tuple[Tensor, ...]] = []
         gradient: Tensor | None = None  # [num_live]
         num_rows = self.scores.shape[1]
         for tile in self._tiles:
-            x, sigmoid, among_all, among_positives = self._compared(tile)
-            by_all, by_positives = slopes_of(among_all, among_positives, tile)
+            x, sigmoid, ranks = self._compared(tile)
+            slopes = slopes_of(ranks, tile)
             if self._num_live == num_rows:
-                pairs = self._moved(x, sigmoid, by_all, by_positives)
+                pairs = self._moved(x, sigmoid, slopes)
                 as_source, as_query = pairs.sum(0), pairs.sum(1)
             else:
                 # A pair moves its source and its query: live queries have pairs with all rows, the
                 # others only with live ones.
                 live = max(0, self._num_live_queries - tile.start)
-                pairs = self._moved(x[:live], sigmoid[:live], by_all[:live], by_positives[:live])
+                pairs = self._moved(x[:live], sigmoid[:live], [slope[:live] for slope in slopes])
                 as_source, as_query = pairs[:, : self._num_live].sum(0), pairs.sum(1)
                 rest = (slice(live, None), slice(self._num_live))
-                pairs = self._moved(x[rest], sigmoid[rest], by_all[live:], by_positives[live:])
+                pairs = self._moved(x[rest], sigmoid[rest], [slope[live:] for slope in slopes])
                 as_source += pairs.sum(0)
             gradient = as_source if gradient is None else gradient.add_(as_source)
-            parts.append((among_all, among_positives, as_query))
+            parts.append((*ranks, as_query))
         assert gradient is not None
-        among_all, among_positives, as_query = _joined(parts)
+        *found, as_query = _joined(parts)
         row = self.row
         if self._num_live < num_rows:
             row = row[: self._num_live_queries]
             gradient = torch.cat((gradient, gradient.new_zeros(num_rows - self._num_live)))
         gradient.index_add_(0, row, as_query, alpha=-1)
-        return among_all, among_positives, gradient.unsqueeze(0)
+        return tuple(found), gradient.unsqueeze(0)
 
-    def _moved(self, x: Tensor, sigmoid: Tensor, by_all: Tensor, by_positives: Tensor) -> Tensor:
+    def _moved(self, x: Tensor, sigmoid: Tensor, slopes: Sequence[Tensor]) -> Tensor:
         """What slopes [q] make of the pairs of q queries with the first m rows [q, m]."""
-        positive_weights, weights = self.positive_weights, self.weights
-        if x.shape[1] < self.scores.shape[1]:
-            positive_weights = positive_weights[:, : x.shape[1]]
-            weights = None if weights is None else weights[:, : x.shape[1]]
-        # A pair counts by_all · ω[source] + by_positives · ω⁺[source] times.
-        by_all, by_positives = by_all.unsqueeze(1), by_positives.unsqueeze(1)
-        counts = torch.mul(positive_weights, by_positives, out=_memory(2, x.shape, x))
-        counts = counts.add_(by_all) if weights is None else counts.addcmul_(weights, by_all)
-        return _slope(x, sigmoid).mul_(counts)
+        counts: Tensor | None = None  # Σ slope · ω[source] over the sets
+        unweighted: Tensor | None = None
+        for column, slope in zip(self._columns, slopes, strict=True):
+            by_rank = slope.unsqueeze(1)
+            if column is None:
+                unweighted = by_rank
+            elif counts is None:
+                own = column if x.shape[1] == column.shape[1] else column[:, : x.shape[1]]
+                counts = torch.mul(own, by_rank, out=_memory(Place.STILL_MORE_PAIRS, x.shape, x))
+            else:
+                counts.addcmul_(column[:, : x.shape[1]], by_rank)
+        moved = _slope(x, sigmoid)
+        if counts is None:
+            assert unweighted is not None
+            return moved.mul_(unweighted)
+        return moved.mul_(counts if unweighted is None else counts.add_(unweighted))
 
-    def _compared(self, tile: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _compared(self, tile: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """x and σ(x) [q, M] of some queries, and their ranks [q]."""
-        scores, weights = self.scores, self.weights
-        half = self._half[tile] if isinstance(self._half, Tensor) else self._half
         queries = self._queries if len(self._tiles) == 1 else self._queries[tile]
-        x, sigmoid = _compared(scores, queries, self.temperature, 0)
-        spare = _memory(2, x.shape, x)
-        of_all = sigmoid if weights is None else torch.mul(sigmoid, weights, out=spare)
-        among_all = of_all.sum(1).add_(half)
-        of_positives = torch.mul(sigmoid, self.positive_weights, out=spare)
-        return x, sigmoid, among_all, of_positives.sum(1).add_(half)
+        x, sigmoid = _compared(self.scores, queries, self.temperature)
+        ranks = []
+        for column, half in zip(self._columns, self._halves, strict=True):
+            own = sigmoid
+            if column is not None:
+                own = torch.mul(sigmoid, column, out=_memory(Place.STILL_MORE_PAIRS, x.shape, x))
+            rank = own.sum(1)
+            ranks.append(rank.add_(half[tile] if isinstance(half, Tensor) else half))
+        return x, sigmoid, tuple(ranks)
 
 
 class DenseRanksOfMany:
@@ -130,61 +131,62 @@ class DenseRanksOfMany:
     that comparing them among themselves once more is cheaper than picking their pairs out of all.
     """
 
-    def __init__(
-        self,
-        scores: Tensor,
-        problem: Tensor,
-        row: Tensor,
-        weights: Tensor | None,
-        temperature: float | Tensor,
-        num_live: int,
-    ) -> None:
-        self.scores, self.weights = scores, weights  # [C, M]
-        self.problem, self.row = problem, row  # [Q]
-        self.temperature = temperature  # float or [C]
-        self.num_live = num_live
-        self._queries = scores[problem, row]  # [Q]
-        self._query_weights = None if weights is None else weights[problem, row]
-        self._counts = problem.bincount(minlength=len(scores))  # [C] queries
+    def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
+        self.scores, self.temperature, self.num_live = (
+            given.scores,
+            given.temperature,
+            given.num_live,
+        )
+        self.queries, self.among = queries, among
+        # ω of each set's rows [C, M]; queries among themselves are compared apart.
+        self._columns = [None if rows == queries.rows else given.column(rows) for rows in among]
+        self._halves = [half_of(queries, rows, given) for rows in among]
+        problem, row = queries.problem, queries.row
+        self._scores_of_queries = given.scores[problem, row]  # [Q]
+        num_problems, num_rows = given.scores.shape
+        self._counts = problem.bincount(minlength=num_problems)  # [C] queries
         self._live_counts = self._counts
-        if num_live < scores.shape[1]:
-            self._live_counts = problem[row < num_live].bincount(minlength=len(scores))
+        if given.num_live < num_rows:
+            self._live_counts = problem[row < given.num_live].bincount(minlength=num_problems)
 
-    def ranks(self) -> tuple[Tensor, Tensor]:
-        among_all, among_positives = self.scores.new_empty(2, len(self.row))
+    def ranks(self) -> tuple[Tensor, ...]:
+        found = self._empty_ranks()
         for tile in self._tiles():
-            index = tile.queries
-            among_all[index] = self._rank(tile, tile.of_all, 0, with_slope=False)[0]
-            among_positives[index] = self._rank(tile, tile.of_positives, 0, with_slope=False)[0]
-        return among_all, among_positives
+            for k, sources in enumerate(tile.sources):
+                found[k][tile.queries] = self._rank(tile, sources, 0, with_slope=False)[0]
+        return found
 
-    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
-        among_all, among_positives = self.scores.new_empty(2, len(self.row))
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
+        found = self._empty_ranks()
         gradient = torch.zeros_like(self.scores, memory_format=torch.contiguous_format)
         of_live = gradient[:, : self.num_live]
-        at_queries = torch.zeros_like(self._queries)
+        at_queries = torch.zeros_like(self._scores_of_queries)
         for tile in self._tiles():
             index = tile.queries
-            rank, slope = self._rank(tile, tile.of_all, 0)
-            rank_among_positives, slope_among_positives = self._rank(tile, tile.of_positives, 1)
-            among_all[index], among_positives[index] = rank, rank_among_positives
-            slopes = slopes_of(rank, rank_among_positives, index)
-            if tile.is_real is not None:
-                slopes = (slopes[0] * tile.is_real, slopes[1] * tile.is_real)
-
-            as_source, as_query = self._spread(slope, slopes[0], tile, tile.of_all)
-            of_live.index_add_(0, tile.problems, as_source)
-            as_positive, as_query_too = self._spread(
-                slope_among_positives, slopes[1], tile, tile.of_positives
-            )
-            at_queries.index_add_(0, tile.positives.flatten(), as_positive.flatten())
-            as_query += as_query_too
+            # The sigmoids of one set give way to the differences of the next.
+            pairs = [self._rank(tile, sources, k) for k, sources in enumerate(tile.sources)]
+            for own, (rank, _) in zip(found, pairs, strict=True):
+                own[index] = rank
+            slopes = slopes_of(tuple(rank for rank, _ in pairs), index)
+            moved: Tensor | None = None  # [k, q], less what the queries get
+            for sources, slope, (_, derivative) in zip(tile.sources, slopes, pairs, strict=True):
+                by_rank = slope if tile.is_real is None else slope * tile.is_real
+                as_source, as_query = self._spread(derivative, by_rank, tile, sources)
+                if sources.are_queries:
+                    at_queries.index_add_(0, tile.live_queries.flatten(), as_source.flatten())
+                else:
+                    of_live.index_add_(0, tile.problems, as_source)
+                moved = as_query if moved is None else moved.add_(as_query)
+            assert moved is not None
             live = index[:, : tile.num_live]
-            at_queries.index_add_(0, live.flatten(), as_query.flatten(), alpha=-1)
-        place = self.row + self.problem * self.scores.shape[1]
+            at_queries.index_add_(0, live.flatten(), moved.flatten(), alpha=-1)
+        place = self.queries.row + self.queries.problem * self.scores.shape[1]
         gradient.view(-1).index_add_(0, place, at_queries)
         gradient[:, self.num_live :] = 0
-        return among_all, among_positives, gradient
+        return found, gradient
+
+    def _empty_ranks(self) -> tuple[Tensor, ...]:
+        return self.scores.new_empty(len(self.among), self.queries.row.shape[0]).unbind()
 
     def _rank(
         self, tile: _Tile, sources: _Sources, place: int, with_slope: bool = True
@@ -199,7 +201,7 @@ class DenseRanksOfMany:
                 _slope(x[pairs], sigmoid[pairs])
         if sources.weights is not None:
             sigmoid *= sources.weights
-        return sigmoid.sum(2).add_(tile.half), x
+        return sigmoid.sum(2).add_(sources.half), x
 
     def _spread(
         self, slope: Tensor, by_rank: Tensor, tile: _Tile, sources: _Sources
@@ -217,31 +219,31 @@ class DenseRanksOfMany:
 
     def _tiles(self) -> Iterator[_Tile]:
         """Tiles that hold every query once."""
-        weights, temperature = self.weights, self.temperature
-        num_rows = self.scores.shape[1]
-        halves = None if self._query_weights is None else 0.5 * self._query_weights
+        temperature, num_rows = self.temperature, self.scores.shape[1]
         for problems, index, is_real, num_live in _blocks(
             self._counts, self._live_counts, num_rows
         ):
-            of_all = _Sources(
-                self.num_live,
-                self.scores[problems].unsqueeze(1),
-                None if weights is None else weights[problems].unsqueeze(1),
-            )
+            queries = self._scores_of_queries[index]
             own_weights = None if is_real is None else is_real.to(self.scores.dtype)
-            if self._query_weights is not None:
-                own_weights = self._query_weights[index]
+            if self.queries.weights is not None:
+                own_weights = self.queries.weights[index]
                 own_weights = own_weights if is_real is None else own_weights * is_real
-            queries = self._queries[index]
-            of_positives = _Sources(
-                num_live,
-                queries.unsqueeze(1),
-                None if own_weights is None else own_weights.unsqueeze(1),
-            )
             tau = temperature
             if isinstance(tau, Tensor):
                 tau = tau[problems].view(-1, 1, 1)
             for tile in tile_slices(index.shape[1], len(problems) * num_rows):
+                sources = []
+                for rows, column, half in zip(self.among, self._columns, self._halves, strict=True):
+                    own_half = half[index[:, tile]] if isinstance(half, Tensor) else half
+                    if rows == self.queries.rows:
+                        weights = None if own_weights is None else own_weights.unsqueeze(1)
+                        sources.append(
+                            _Sources(num_live, queries.unsqueeze(1), weights, own_half, True)
+                        )
+                    else:
+                        weights = None if column is None else column[problems].unsqueeze(1)
+                        scores = self.scores[problems].unsqueeze(1)
+                        sources.append(_Sources(self.num_live, scores, weights, own_half, False))
                 yield _Tile(
                     max(0, num_live - tile.start),
                     problems,
@@ -249,10 +251,8 @@ class DenseRanksOfMany:
                     index[:, :num_live],
                     None if is_real is None else is_real[:, tile],
                     queries[:, tile].unsqueeze(2),
-                    0.5 if halves is None else halves[index[:, tile]],
                     tau,
-                    of_all,
-                    of_positives,
+                    tuple(sources),
                 )
 
 
@@ -262,6 +262,8 @@ class _Sources(NamedTuple):
     num_live: int
     scores: Tensor  # [k, 1, m]
     weights: Tensor | None  # [k, 1, m], None = 1 everywhere
+    half: float | Tensor  # ½ω of the queries that are among them, or [k, q]
+    are_queries: bool  # whether they are the queries themselves, rather than all rows
 
 
 class _Tile(NamedTuple):
@@ -270,13 +272,11 @@ class _Tile(NamedTuple):
     num_live: int  # of the problem that has most of them
     problems: Tensor  # [k]
     queries: Tensor  # [k, q] in 0..Q-1; where a problem has fewer queries, its last stands in
-    positives: Tensor  # [k, l], all live queries of these problems
+    live_queries: Tensor  # [k, l], all live queries of these problems
     is_real: Tensor | None  # [k, q], False where a query stands in; None where none does
     scores: Tensor  # [k, q, 1] of the queries
-    half: float | Tensor  # ½ω of the queries, or [k, q]
     temperature: float | Tensor  # or [k, 1, 1]
-    of_all: _Sources
-    of_positives: _Sources
+    sources: tuple[_Sources, ...]  # of each set
 
 
 def _moving_pairs(tile: _Tile, sources: _Sources) -> list[tuple[slice, ...]]:
@@ -319,18 +319,18 @@ def _blocks(
 
 
 def _compared(
-    sources: Tensor, queries: Tensor, temperature: float | Tensor, place: int
+    sources: Tensor, queries: Tensor, temperature: float | Tensor, place: int = 0
 ) -> tuple[Tensor, Tensor]:
     """x and σ(x) [..., q, m] of sources [..., 1, m] and queries [..., q, 1], at two places."""
-    shape = (*queries.shape[:-1], sources.shape[-1])
-    x = torch.sub(sources, queries, out=_memory(place, shape, sources)).div_(temperature)
+    shape, (first, second) = (*queries.shape[:-1], sources.shape[-1]), _PLACES[place : place + 2]
+    x = torch.sub(sources, queries, out=_memory(first, shape, sources)).div_(temperature)
     if x.numel() > _FEW_PAIRS:
         limit = _FARTHEST[x.dtype]
         x.clamp_(-limit, limit)
-    return x, torch.sigmoid(x, out=_memory(place + 1, shape, x))
+    return x, torch.sigmoid(x, out=_memory(second, shape, x))
 
 
-def _memory(place: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+def _memory(place: Place, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     """`scratch`, which small batches do not even ask: they are all overhead."""
     if len(shape) == 2 and shape[0] * shape[1] <= _FEW_PAIRS:
         return None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
-from imbalanced_losses._ranking import ALONE, Exchange
+from imbalanced_losses._ranking import Processes
 from imbalanced_losses._rows.pool import Pool
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def gather(
     group: Group,
     how: Gather,
     grad_reduce: GradReduce,
-) -> tuple[Pool, Exchange]:
+) -> tuple[Pool, Processes | None]:
     """The rows that this rank is to rank, and what it exchanges with others to do so.
 
     "rows": those of all ranks, in rank order, the same on every rank, and nothing to exchange.
@@ -128,11 +128,11 @@ def gather(
     if how == "sums":
         return own, Shards(group, is_differentiated)
     lengths = [int(header["rows"]) for header in headers]
-    return _rows_of_all(own, lengths, group), ALONE
+    return _rows_of_all(own, lengths, group), None
 
 
 class Shards:
-    """Ranks that each keep rows of the same problems: the `Exchange` of their engines."""
+    """Ranks that each keep rows of the same problems: the `Processes` of their ranking."""
 
     def __init__(self, group: Group, is_differentiated: bool) -> None:
         self.group = group

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
-from imbalanced_losses._ranking import ALONE, Exchange
 
 
-class Problems(NamedTuple):
-    """C ranking problems over M rows: all that a ranking loss gets to see."""
+class Columns(NamedTuple):
+    """The rows of a pool, class by class: one ranking problem each."""
 
     scores: Tensor  # [C, M] float32 or float64
     is_positive: Tensor  # [C, M] bool
     weights: Tensor | None  # [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere
     num_live: int  # the rows from here on are constants, without a gradient
-    exchange: Exchange = ALONE  # the processes that hold other rows of the problems
 
 
 class Pool(NamedTuple):
@@ -87,7 +85,7 @@ class Pool(NamedTuple):
         own = weights[0].to(dtype) if weights else None
         return Pool(logits.to(dtype), targets.to(torch.int64), own)
 
-    def problems(self, ignore_index: int) -> Problems:
+    def problems(self, ignore_index: int) -> Columns:
         """One problem a class: one-vs-rest, or each label by itself for multi-label targets."""
         num_classes = self.logits.shape[1]
         labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
@@ -104,7 +102,7 @@ class Pool(NamedTuple):
         elif not (is_on_host(counts) and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
         num_live = self.targets.shape[0] - self.num_constant
-        return Problems(self.logits.T, is_positive, weights, num_live)
+        return Columns(self.logits.T, is_positive, weights, num_live)
 
 
 def _columns(field: Tensor) -> Tensor:

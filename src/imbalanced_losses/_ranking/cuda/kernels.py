@@ -17,7 +17,7 @@ import triton.language as tl
 def rank_sums(
     scores,  # [C, M]
     weights,  # [C, M], or anything where not WEIGHTED
-    is_query,  # [C, M] uint8
+    is_positive,  # [C, M] uint8
     rows,  # [C, stride] int32: the rows that are queries, then anything
     counts,  # [C] int32: how many they are
     rates,  # [C]: 1 / τ
@@ -32,8 +32,8 @@ def rank_sums(
     BM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sums over a stretch of the sources: Σ ω σ(x) of all and of the positives; and Σ ω σ′(x) of
-    the negatives and of the other positives, apart because the former weigh much more.
+    """Sums over a stretch of the sources, negatives and positives apart: Σ ω σ(x), and Σ ω σ′(x)
+    without the pair of a query with itself.
     """
     split = tl.program_id(0) % splits
     first = (tl.program_id(0) // splits) * BQ
@@ -47,13 +47,13 @@ def rank_sums(
     base = problem * num_rows
     query = tl.load(scores + base + row, mask=is_real, other=0.0)[:, None]
     rate = tl.load(rates + problem)
-    among_all = tl.zeros([BQ], dtype=tl.float64)
+    among_negatives = tl.zeros([BQ], dtype=tl.float64)
     among_positives = tl.zeros([BQ], dtype=tl.float64)
     slope_of_negatives = tl.zeros([BQ], dtype=tl.float64)
     slope_of_positives = tl.zeros([BQ], dtype=tl.float64)
     end = tl.minimum(num_rows, (split + 1) * stretch)
     for chunk in range(split * stretch, end, CHUNK):
-        all_ = tl.zeros([BQ, BM], dtype=query.dtype)
+        negatives = tl.zeros([BQ, BM], dtype=query.dtype)
         positives = tl.zeros([BQ, BM], dtype=query.dtype)
         negative_slopes = tl.zeros([BQ, BM], dtype=query.dtype)
         positive_slopes = tl.zeros([BQ, BM], dtype=query.dtype)
@@ -61,7 +61,7 @@ def rank_sums(
             source = chunk + offset + tl.arange(0, BM)
             inside = source < end
             score = tl.load(scores + base + source, mask=inside, other=0.0)
-            positive = tl.load(is_query + base + source, mask=inside, other=0) != 0
+            positive = tl.load(is_positive + base + source, mask=inside, other=0) != 0
             if WEIGHTED:
                 weight = tl.load(weights + base + source, mask=inside, other=0.0)
             else:
@@ -72,21 +72,21 @@ def rank_sums(
             small = tl.exp(-tl.abs(x))  # e^(−|x|), which never overflows
             inverse = 1.0 / (1.0 + small)
             sigmoid = tl.where(x >= 0, inverse, small * inverse)
-            all_ += sigmoid * weight
+            negatives += sigmoid * (weight - positive_weight)
             positives += sigmoid * positive_weight
             if WITH_SLOPES:
-                slope = small * inverse * inverse
-                negative_slopes += slope * (weight - positive_weight)
                 is_other = source[None, :] != row[:, None]
-                positive_slopes += tl.where(is_other, slope * positive_weight, 0.0)
-        among_all += tl.sum(all_, 1).to(tl.float64)
+                slope = tl.where(is_other, small * inverse * inverse, 0.0)
+                negative_slopes += slope * (weight - positive_weight)
+                positive_slopes += slope * positive_weight
+        among_negatives += tl.sum(negatives, 1).to(tl.float64)
         among_positives += tl.sum(positives, 1).to(tl.float64)
         if WITH_SLOPES:
             slope_of_negatives += tl.sum(negative_slopes, 1).to(tl.float64)
             slope_of_positives += tl.sum(positive_slopes, 1).to(tl.float64)
     size = tl.num_programs(1).to(tl.int64) * num_rows  # C·M
     place = sums + split * size + base + row
-    tl.store(place, among_all, mask=is_real)
+    tl.store(place, among_negatives, mask=is_real)
     tl.store(place + splits * size, among_positives, mask=is_real)
     if WITH_SLOPES:
         tl.store(place + 2 * splits * size, slope_of_negatives, mask=is_real)
@@ -97,12 +97,12 @@ def rank_sums(
 def source_slopes(
     scores,  # [C, M]
     weights,  # [C, M], or anything where not WEIGHTED
-    is_query,  # [C, M] uint8
+    is_positive,  # [C, M] uint8
     rows,  # [C, stride] int32
     counts,  # [C] int32
     rates,  # [C]
-    by_all,  # [C, M]: the derivative by the rank among all, at queries
-    by_both,  # [C, M]: that plus the derivative by the rank among positives
+    by_negatives,  # [C, M]: the derivative by the ranks among sets that hold negatives, at queries
+    by_positives,  # [C, M]: that by the ranks among sets that hold positives
     slopes,  # [splits, C, num_live] float64
     num_rows,
     row_stride,
@@ -133,18 +133,18 @@ def source_slopes(
             is_real = number < count
             row = tl.load(rows + problem * row_stride + number, mask=is_real, other=0)
             query = tl.load(scores + base + row, mask=is_real, other=0.0)[:, None]
-            of_all = tl.load(by_all + base + row, mask=is_real, other=0.0)[:, None]
-            of_both = tl.load(by_both + base + row, mask=is_real, other=0.0)[:, None]
+            to_negative = tl.load(by_negatives + base + row, mask=is_real, other=0.0)[:, None]
+            to_positive = tl.load(by_positives + base + row, mask=is_real, other=0.0)[:, None]
             x = (score - query) * rate
             small = tl.exp(-tl.abs(x))
             inverse = 1.0 / (1.0 + small)
-            slope = small * inverse * inverse
-            negative += slope * of_all
             is_other = source[None, :] != row[:, None]
-            positive += tl.where(is_other, slope * of_both, 0.0)
+            slope = tl.where(is_other, small * inverse * inverse, 0.0)
+            negative += slope * to_negative
+            positive += slope * to_positive
         as_negative += tl.sum(negative, 0).to(tl.float64)
         as_positive += tl.sum(positive, 0).to(tl.float64)
-    own = tl.load(is_query + base + source, mask=inside, other=0) != 0
+    own = tl.load(is_positive + base + source, mask=inside, other=0) != 0
     slope = tl.where(own, as_positive, as_negative)
     if WEIGHTED:
         slope *= tl.load(weights + base + source, mask=inside, other=0.0).to(tl.float64)

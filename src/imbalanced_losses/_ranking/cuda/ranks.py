@@ -20,7 +20,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.choose import choose_fused
 from imbalanced_losses._ranking.panels.panels import PRECISIONS, Panels
-from imbalanced_losses._ranking.plan import SlopesOf
+from imbalanced_losses._ranking.plan import Canonical, Masked, Rows, SlopesOf, is_in
 
 # Where the kernels run.
 DEVICES = ("cuda",)
@@ -56,110 +56,102 @@ def _has_triton() -> bool:
 
 
 def fused_plan(
-    scores: Tensor,
-    is_query: Tensor,
-    weights: Tensor | None,
-    temperature: float | Tensor,
-    backend: str,
-    num_live: int | None,
+    given: Canonical, queries: Masked, among: tuple[Rows, ...], backend: str
 ) -> FusedDense | FusedPanels:
-    """Soft ranks of the rows that are queries.
-
-    Args:
-        scores: [C, M] float32 or float64, detached.
-        is_query: [C, M] bool, the positives of valid problems.
-        weights: [C, M] ≥ 0, 0 for what ranks nowhere; None for 1 everywhere.
-        temperature: τ > 0, or [C].
-        backend: "auto", "dense" or "panel".
-        num_live: rows from here on are constants; None = M.
-    """
+    """Soft ranks of the rows that are queries; `backend` is "auto", "dense" or "panel"."""
     if backend == "auto":
-        backend = choose_fused(*scores.shape)
+        backend = choose_fused(*given.scores.shape)
     make: type[FusedDense] | type[FusedPanels] = FusedPanels if backend == "panel" else FusedDense
-    return make(scores, is_query, weights, temperature, num_live)
+    return make(given, queries, among)
 
 
 class _FusedRanks:
-    """What both plans share; `_plan.RankPlan` with masks for lists.
+    """What both plans share; `plan.RankPlan` with masks for lists.
 
-    Ranks are [C, M], 1 where a row is no query; `slopes_of` is called with such tensors, and has to
-    give 0 there.
+    Kernels sum over the two sides, negatives and positives, of which every set is made.
     """
 
-    def __init__(
-        self,
-        scores: Tensor,
-        is_query: Tensor,
-        weights: Tensor | None,
-        temperature: float | Tensor,
-        num_live: int | None,
-    ) -> None:
-        self.scores, self.is_query = scores.contiguous(), is_query
-        self.weights = None if weights is None else weights.contiguous()
-        self.num_live = scores.shape[1] if num_live is None else num_live
+    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+        self.given, self.queries, self.among = given, queries, among
+        self.scores = given.scores
+        self.weights = None if given.weights is None else given.weights.contiguous()
+        temperature = given.temperature
         if not isinstance(temperature, Tensor):
-            temperature = scores.new_full((len(scores),), temperature)
+            temperature = given.scores.new_full((given.scores.shape[0],), temperature)
         self.temperature = temperature
 
-    def ranks(self) -> tuple[Tensor, Tensor]:
+    def ranks(self) -> tuple[Tensor, ...]:
         return self._ranked(self._sums(with_slopes=False))
 
-    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
         sums = self._sums(with_slopes=True)
         ranks = self._ranked(sums)
-        by_all, by_positives = slopes_of(*ranks, slice(None))
-        by_both = by_positives.add_(by_all)  # a positive moves both ranks, and they nearly cancel
-        gradient = self._as_sources(by_all, by_both)  # [C, num_live] float64
-        as_query = sums[2].mul_(by_all).add_(sums[3].mul_(by_both))
-        gradient -= as_query[:, : self.num_live]  # they cancel: in float64
-        rest = self.scores.shape[1] - self.num_live
+        slopes = slopes_of(ranks, slice(None))
+        # A row of a side moves the ranks among all sets that hold that side; they nearly cancel.
+        by_negatives, by_positives = (
+            self._by_side(slopes, side) for side in ("negatives", "positives")
+        )
+        gradient = self._as_sources(by_negatives, by_positives)  # [C, num_live] float64
+        as_query = sums[2].mul_(by_negatives).add_(sums[3].mul_(by_positives))
+        num_live = self.given.num_live
+        gradient -= as_query[:, :num_live]  # they cancel: in float64
+        rest = self.scores.shape[1] - num_live
         if rest > 0:
             gradient = torch.nn.functional.pad(gradient, (0, rest))
-        return *ranks, gradient.to(self.scores.dtype)
+        return ranks, gradient.to(self.scores.dtype)
 
-    def _ranked(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ ω σ [2, C, M] -> both ranks."""
+    def _by_side(self, slopes: tuple[Tensor, ...], side: str) -> Tensor:
+        parts = [
+            slope for slope, rows in zip(slopes, self.among, strict=True) if rows in ("all", side)
+        ]
+        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(slopes[0])
+
+    def _ranked(self, sums: Tensor) -> tuple[Tensor, ...]:
+        """Σ ω σ of both sides [2, C, M] -> the ranks among each set."""
+        of_side = {"negatives": sums[0], "positives": sums[1]}
         half = 0.5 if self.weights is None else 0.5 * self.weights
-        ranks = torch.where(self.is_query, sums[:2] + half, 1).to(self.scores.dtype)
-        return ranks[0], ranks[1]
+        ranks = []
+        for rows in self.among:
+            rank = sums[0] + sums[1] if rows == "all" else of_side[rows]
+            member = is_in(self.queries.rows, rows)
+            if member is None:
+                is_positive = self.given.is_positive
+                rank = rank + half * (is_positive if rows == "positives" else ~is_positive)
+            elif member:
+                rank = rank + half
+            ranks.append(torch.where(self.queries.mask, rank, 1).to(self.scores.dtype))
+        return tuple(ranks)
 
     def _sums(self, with_slopes: bool) -> Tensor:
-        """Σ ω σ of all and of positives, Σ ω σ′ of negatives and of positives: [2 or 4, C, M].
+        """Σ ω σ, then Σ ω σ′, of negatives and of positives: [2 or 4, C, M].
 
-        float64, new, finite at rows that are no queries; the pair of a query with itself, which
-        moves nothing, may be in the last of them if `_as_sources` has it too.
+        Returns a new float64 tensor. Rows that are not queries hold any finite value. A query's
+        pair with itself may be included, as long as `_as_sources` includes it too (the two cancel).
         """
         raise NotImplementedError
 
-    def _as_sources(self, by_all: Tensor, by_both: Tensor) -> Tensor:
+    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
         """What live rows get as sources [C, num_live] float64, new.
 
-        From the derivatives by a query's rank among all, and by both ranks, [C, M].
+        From the derivatives [C, M] by the ranks among all sets that hold a side.
         """
         raise NotImplementedError
 
 
 class FusedDense(_FusedRanks):
-    """The definition: O(|P|·M) pairs, none of which leaves the registers; O(C·M) memory."""
+    """The definition: O(Q·M) pairs, none of which leaves the registers; O(C·M) memory."""
 
-    def __init__(
-        self,
-        scores: Tensor,
-        is_query: Tensor,
-        weights: Tensor | None,
-        temperature: float | Tensor,
-        num_live: int | None,
-    ) -> None:
-        super().__init__(scores, is_query, weights, temperature, num_live)
-        num_problems, num_rows = scores.shape
+    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+        super().__init__(given, queries, among)
+        is_query, (num_problems, num_rows) = queries.mask, given.scores.shape
         number = is_query.cumsum(1)  # [C, M], 1 for the first query
         self._counts = number[:, -1].to(torch.int32)
         # The queries one behind the other; other rows go to a place that nobody looks at.
         slot = torch.where(is_query, number - 1, num_rows)
-        row = torch.arange(num_rows, dtype=torch.int32, device=scores.device)
+        row = torch.arange(num_rows, dtype=torch.int32, device=given.scores.device)
         self._rows = row.new_empty(num_problems, num_rows + 1)
         self._rows.scatter_(1, slot, row.expand(num_problems, -1))
-        self._mask = is_query.contiguous().view(torch.uint8)
+        self._mask = given.is_positive.contiguous().view(torch.uint8)
         self._rates = self.temperature.reciprocal()
 
     def _sums(self, with_slopes: bool) -> Tensor:
@@ -188,22 +180,22 @@ class FusedDense(_FusedRanks):
         )
         return sums[:, 0] if splits == 1 else sums.sum(1)
 
-    def _as_sources(self, by_all: Tensor, by_both: Tensor) -> Tensor:
-        num_problems, num_rows = self.scores.shape
-        blocks = _ceil(self.num_live, _SOURCES)
+    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
+        (num_problems, num_rows), num_live = self.scores.shape, self.given.num_live
+        blocks = _ceil(num_live, _SOURCES)
         splits = self._splits(blocks)
-        slopes = self.scores.new_empty(splits, num_problems, self.num_live, dtype=torch.float64)
-        if self.num_live > 0:
+        slopes = self.scores.new_empty(splits, num_problems, num_live, dtype=torch.float64)
+        if num_live > 0:
             _launch(
                 "source_slopes",
                 (blocks * splits, num_problems),
                 *self._geometry(),
-                by_all.contiguous(),
-                by_both.contiguous(),
+                by_negatives.contiguous(),
+                by_positives.contiguous(),
                 slopes,
                 num_rows,
                 num_rows + 1,
-                self.num_live,
+                num_live,
                 splits,
                 WEIGHTED=self.weights is not None,
                 BQ=_QUERIES,
@@ -222,17 +214,11 @@ class FusedDense(_FusedRanks):
 
 
 class FusedPanels(_FusedRanks):
-    """Linear time by panels (`_panel`): moments of sorted rows, and evaluation, in kernels."""
+    """Linear time by panels: moments of sorted rows, and evaluation, in kernels."""
 
-    def __init__(
-        self,
-        scores: Tensor,
-        is_query: Tensor,
-        weights: Tensor | None,
-        temperature: float | Tensor,
-        num_live: int | None,
-    ) -> None:
-        super().__init__(scores, is_query, weights, temperature, num_live)
+    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+        super().__init__(given, queries, among)
+        scores = given.scores
         self._panels = panels = Panels(
             scores[0, :0],
             torch.empty(0, dtype=torch.int64, device=scores.device),
@@ -240,30 +226,28 @@ class FusedPanels(_FusedRanks):
             self.temperature,
             for_ranks=True,
             precisions=PRECISIONS[scores.dtype][-1:],
-            is_asked=is_query.any(1),
+            is_asked=queries.mask.any(1),
         )
         slot, place = panels.line.locate(scores, None)
         self._place = place.flatten()
         self._slot = slot.flatten().to(torch.int32)
-        self._mask = is_query.flatten().contiguous().view(torch.uint8)
+        self._mask = queries.mask.flatten().contiguous().view(torch.uint8)
         # The rows of each panel together, and cut into items of so many rows.
         self._order, self._items = _sorted_items(self._slot, panels.line.num_panels)
         own = scores.new_ones(scores.shape) if self.weights is None else self.weights
-        self._columns = torch.stack((own * ~is_query, own * is_query)).view(2, -1)  # ω of each side
+        sides = (own * ~given.is_positive, own * given.is_positive)
+        self._columns = torch.stack(sides).view(2, -1)  # ω of each side
 
     def _sums(self, with_slopes: bool) -> Tensor:
-        panels = self._panels
         moments = self._moments(self._columns)
-        fields = [panels.field(moments, order) for order in range(1 + with_slopes)]
-        sums = self._evaluated(torch.cat(fields), self._mask)
-        sums[0] += sums[1]
-        return sums
+        fields = [self._panels.field(moments, order) for order in range(1 + with_slopes)]
+        return self._evaluated(torch.cat(fields), self._mask)
 
-    def _as_sources(self, by_all: Tensor, by_both: Tensor) -> Tensor:
-        cotangent = torch.stack((by_all, by_both)).view(2, -1)
+    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
+        cotangent = torch.stack((by_negatives, by_positives)).view(2, -1)
         field = self._panels.field(self._moments(cotangent), 1, transposed=True)
         slopes = self._evaluated(field, None).mul_(self._columns.view(2, *self.scores.shape))
-        return slopes.sum(0)[:, : self.num_live]
+        return slopes.sum(0)[:, : self.given.num_live]
 
     def _moments(self, columns: Tensor) -> Tensor:
         """Σ value · placeᵇ of each panel: columns [K, C·M] -> [K, p, S]."""

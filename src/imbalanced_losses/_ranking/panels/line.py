@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
-from imbalanced_losses._ranking.plan import ALONE, Exchange
-from imbalanced_losses._ranking.scratch import scratch
+from imbalanced_losses._ranking.plan import Processes
+from imbalanced_losses._ranking.scratch import Place, scratch
 
 # Rows that tell where the bulk of the scores lies.
 _SAMPLE = 1024
@@ -85,9 +85,11 @@ class Line(NamedTuple):
             origin, per_panel = self._of(problem)
             shape = tuple(scores.shape)
             coordinate = torch.sub(
-                scores, origin.double(), out=scratch(0, shape, scores, torch.float64)
+                scores,
+                origin.double(),
+                out=scratch(Place.COORDINATES, shape, scores, torch.float64),
             ).mul_(per_panel)
-            memory = scratch(0, shape, scores, torch.int64)
+            memory = scratch(Place.COORDINATES, shape, scores, torch.int64)
             slot = coordinate.long() if memory is None else memory.copy_(coordinate)
             place = coordinate.frac_().mul_(2).sub_(1)
         if len(self.origin) > 1:
@@ -181,7 +183,7 @@ def lay_line(
     is_asked: Tensor,
     temperature: Tensor,
     precisions: Sequence[Precision],
-    exchange: Exchange = ALONE,
+    processes: Processes | None = None,
 ) -> tuple[Precision, Line]:
     """The line for sources [C, M] and queries [Q] of `problem`, finite or NaN.
 
@@ -193,9 +195,9 @@ def lay_line(
     num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
     low, high, holds_nan = _range(sources, queries, problem)
     is_asked = is_asked.double()
-    if exchange is not ALONE:
+    if processes is not None:
         own_rows = torch.full_like(low, num_rows)
-        found = exchange.max(torch.stack((-low, high, holds_nan, is_asked, own_rows)))
+        found = processes.max(torch.stack((-low, high, holds_nan, is_asked, own_rows)))
         num_rows = int(found[4].max())  # what a process spends on rows; each convolves all panels
         low, high, holds_nan, is_asked = -found[0], found[1], found[2], found[3]
         is_empty = low > high
@@ -220,7 +222,7 @@ def lay_line(
             return precision, Line(low, per_panel, length, is_asked, poison=poison)
         if num_rows < _WORTH_CUTTING and not is_last:
             continue
-        segments, length = _segments(sources, queries, problem, per_panel, precision, exchange)
+        segments, length = _segments(sources, queries, problem, per_panel, precision, processes)
         line = Line(low, per_panel, length, is_asked, segments, poison=poison)
         if length <= longest:
             return precision, line
@@ -229,8 +231,8 @@ def lay_line(
         line.locate(queries, problem)[0],
     )
     occupied = torch.cat((own, strangers)).unique()
-    if exchange is not ALONE:
-        occupied = exchange.concatenated(occupied).unique()
+    if processes is not None:
+        occupied = processes.concatenated(occupied).unique()
     return precision, line._replace(occupied=occupied)
 
 
@@ -272,7 +274,7 @@ def _segments(
     problem: Tensor,
     per_panel: Tensor,
     precision: Precision,
-    exchange: Exchange,
+    processes: Processes | None,
 ) -> tuple[tuple[Segments, ...], int]:
     """Segments of every problem on the line in which long gaps are shortened, and its length."""
     reach, rates = precision.reach, _numbers(per_panel[:, 0])
@@ -280,10 +282,10 @@ def _segments(
         _intervals(torch.cat((own, queries[problem == c])), rate, reach)
         for c, (own, rate) in enumerate(zip(sources, rates, strict=True))
     ]
-    if exchange is not ALONE:
+    if processes is not None:
         numbers = [torch.full_like(own[:, :1], c) for c, own in enumerate(intervals)]
         own_rows = torch.cat((torch.cat(numbers), torch.cat(intervals)), dim=1)
-        rows = exchange.concatenated(own_rows)
+        rows = processes.concatenated(own_rows)
         intervals = [
             _merged(rows[rows[:, 0] == c, 1:], rate, reach) for c, rate in enumerate(rates)
         ]

@@ -49,8 +49,16 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.panels.line import Line, Precision, lay_line
 from imbalanced_losses._ranking.panels.table import table_spectrum, translation_table
-from imbalanced_losses._ranking.plan import ALONE, Exchange, SlopesOf
-from imbalanced_losses._ranking.scratch import scratch
+from imbalanced_losses._ranking.plan import (
+    Canonical,
+    Listed,
+    Processes,
+    Rows,
+    SlopesOf,
+    half_of,
+    is_in,
+)
+from imbalanced_losses._ranking.scratch import Place, scratch
 
 # Sources that pass through moments and evaluation at a time: their powers stay in the cache.
 BLOCK = 1 << 15
@@ -79,7 +87,7 @@ class _Points(NamedTuple):
     def powers(self, degree: int) -> Tensor:
         """place⁰ … placeᵖ⁻¹: [p, n]."""
         shape = (degree, len(self.place))
-        powers = scratch(1, shape, self.place, torch.float64)
+        powers = scratch(Place.POWERS, shape, self.place, torch.float64)
         if powers is None:
             powers = self.place.new_empty(shape)
         first, last, *rest = powers.unbind()
@@ -129,7 +137,7 @@ class Panels:
         sources: Tensor,
         temperature: float | Tensor,
         for_ranks: bool = False,
-        exchange: Exchange = ALONE,
+        processes: Processes | None = None,
         precisions: Sequence[Precision] | None = None,
         is_asked: Tensor | None = None,
     ) -> None:
@@ -140,7 +148,7 @@ class Panels:
             temperature = sources.new_full((len(sources),), temperature, dtype=torch.float64)
         strangers = slice(0, 0) if for_ranks else slice(None)
         precisions = precisions or PRECISIONS[sources.dtype]
-        if exchange is not ALONE:
+        if processes is not None:
             precisions = precisions[-1:]  # the fewest moments to exchange
         if is_asked is None:
             is_asked = problem.new_zeros(len(sources)).index_fill_(0, problem, 1)
@@ -151,12 +159,12 @@ class Panels:
             is_asked,
             temperature.double()[:, None],
             precisions,
-            exchange,
+            processes,
         )
         self.sources = _Cloud(sources, None, self.line)
         self.queries = _Cloud(queries, problem, self.line)
 
-    def _scratch(self, place: int, shape: tuple[int, ...]) -> Tensor | None:
+    def _scratch(self, place: Place, shape: tuple[int, ...]) -> Tensor | None:
         return scratch(place, shape, self.sources.scores, torch.float64) if self._is_plain else None
 
     def moments(self, cloud: _Cloud, weights: Tensor | None) -> Tensor:
@@ -172,7 +180,7 @@ class Panels:
             if weights is not None:
                 own = _columns(weights, columns).reshape(num_columns, 1, -1)
                 shape = (num_columns, *weighted.shape)
-                weighted = torch.mul(weighted, own, out=self._scratch(2, shape))
+                weighted = torch.mul(weighted, own, out=self._scratch(Place.WEIGHTED_POWERS, shape))
                 weighted = weighted.reshape(num_columns * degree, -1)
             out.scatter_add_(1, points.slot.expand(len(out), -1), weighted)
         return out.view(num_columns, degree, -1)
@@ -207,7 +215,7 @@ class Panels:
         for columns, (slot, place) in cloud.blocks():
             shape = (len(flat), len(slot))
             coefficients = torch.gather(
-                flat, 1, slot.expand(shape), out=self._scratch(1, shape)
+                flat, 1, slot.expand(shape), out=self._scratch(Place.COEFFICIENTS, shape)
             ).view(num_fields, degree, -1)
             *rest, values = coefficients.unbind(1)
             for coefficient in reversed(rest):
@@ -303,66 +311,87 @@ class PanelPlan:
 
 
 class PanelRanks:
-    """Soft ranks in linear time: see `_plan.RankPlan` for the contract."""
+    """Soft ranks in linear time: see `plan.RankPlan` for the contract."""
 
-    def __init__(
-        self,
-        scores: Tensor,
-        problem: Tensor,
-        row: Tensor,
-        weights: Tensor | None,
-        temperature: float | Tensor,
-        num_live: int,
-        exchange: Exchange = ALONE,
-    ) -> None:
-        self.scores, self.weights = scores, weights
-        self.problem, self.row, self.num_live = problem, row, num_live
-        self.exchange = exchange
-        self.panels = Panels(scores[problem, row], problem, scores, temperature, True, exchange)
-        self._query_weights = None if weights is None else weights[problem, row][None]  # [1, Q]
-
-    def ranks(self) -> tuple[Tensor, Tensor]:
-        panels, weights = self.panels, self._query_weights
-        of_all = panels.moments(
-            panels.sources, None if self.weights is None else self.weights[None]
+    def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
+        self.given, self.queries, self.among = given, queries, among
+        problem = queries.problem
+        self.panels = Panels(
+            queries.of_row(given.scores),
+            problem,
+            given.scores,
+            given.temperature,
+            for_ranks=True,
+            processes=given.processes,
         )
-        of_positives = panels.moments(panels.queries, weights)
-        self._moments = self.exchange.sum(torch.cat((of_all, of_positives)))  # [2, p, S]
-        field = panels.field(self._moments, 0)
-        sums = panels.evaluated(field, panels.queries, torch.float64)  # [2, Q]
-        ranks = sums.add_(0.5 if weights is None else 0.5 * weights).to(self.scores.dtype)
-        return ranks[0], ranks[1]
+        self._own = None if queries.weights is None else queries.weights[None]  # [1, Q]
 
-    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[Tensor, Tensor, Tensor]:
+    def ranks(self) -> tuple[Tensor, ...]:
+        panels, given, queries = self.panels, self.given, self.queries
+        moments = torch.cat([self._moments_of(rows) for rows in self.among])  # [K, p, S]
+        self._moments = moments if given.processes is None else given.processes.sum(moments)
+        field = panels.field(self._moments, 0)
+        sums = panels.evaluated(field, panels.queries, torch.float64)  # [K, Q]
+        return tuple(
+            own.add_(half_of(queries, rows, given)).to(given.scores.dtype)
+            for own, rows in zip(sums, self.among, strict=True)
+        )
+
+    def _moments_of(self, rows: Rows) -> Tensor:
+        """[1, p, S] of the rows of a set."""
+        panels = self.panels
+        if rows == self.queries.rows:
+            return panels.moments(panels.queries, self._own)
+        column = self.given.column(rows)
+        return panels.moments(panels.sources, None if column is None else column[None])
+
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
         ranks = self.ranks()
-        slopes = slopes_of(*ranks, slice(None))
-        return *ranks, self._gradient(torch.stack(slopes).double())
+        slopes = slopes_of(ranks, slice(None))
+        return ranks, self._gradient(torch.stack(slopes).double())
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
-        """[2, Q], the slopes by both sums, -> [C, M]."""
-        panels, weights, query_weights = self.panels, self.weights, self._query_weights
-        sources, queries, problem, row = panels.sources, panels.queries, self.problem, self.row
-        for_queries = panels.field(self._moments, 1)  # [2, p, S]
-        slopes = self.exchange.sum(panels.moments(queries, cotangent))
+        """[K, Q], the slopes by the ranks, -> [C, M]."""
+        given, panels, own = self.given, self.panels, self._own
+        scores, weights, is_positive = given.scores, given.weights, given.is_positive
+        sources, queries = panels.sources, panels.queries
+        problem, row, num_sums = self.queries.problem, self.queries.row, len(cotangent)
+        for_queries = panels.field(self._moments, 1)  # [K, p, S]
+        slopes = panels.moments(queries, cotangent)
+        if given.processes is not None:
+            slopes = given.processes.sum(slopes)
         for_sources = panels.field(slopes, 1, transposed=True)
-        num_constant = self.scores.shape[1] - self.num_live
+        num_constant = scores.shape[1] - given.num_live
         if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
-            live = (row < self.num_live).nonzero().squeeze(1)
+            live = (row < given.num_live).nonzero().squeeze(1)
             problem, row, cotangent = problem[live], row[live], cotangent[:, live]
-            sources = _Cloud(self.scores[:, : self.num_live], None, panels.line)
+            sources = _Cloud(scores[:, : given.num_live], None, panels.line)
             queries = _Cloud(queries.scores[live], problem, panels.line)
-            weights = None if weights is None else weights[:, : self.num_live]
-            query_weights = None if query_weights is None else query_weights[:, live]
-        out = panels.evaluated(for_sources[:1], sources, self.scores.dtype)[0]  # [C, num_live]
-        if weights is not None:
-            out *= weights
-        if len(out) > 1:  # a problem without queries has a gradient of exactly zero
-            out *= panels.line.is_asked[:, None].to(out.dtype)
-        # A positive is a query, and a source of both sums. These cancel: summed in float64.
+            weights = None if weights is None else weights[:, : given.num_live]
+            own = None if own is None else own[:, live]
+        members = [is_in(self.queries.rows, rows) for rows in self.among]
+        # Rows that are no queries are sources of "all", and of the set that queries are not in.
+        others = [k for k, rows in enumerate(self.among) if rows == "all" or members[k] is False]
+        if self.queries.rows == "all" or not others:
+            out = scores.new_zeros(len(scores), given.num_live)
+        else:
+            field = for_sources[others].sum(0, keepdim=True)
+            out = panels.evaluated(field, sources, scores.dtype)[0]  # [C, num_live]
+            if weights is not None:
+                out *= weights
+            if len(out) > 1:  # a problem without queries has a gradient of exactly zero
+                out *= panels.line.is_asked[:, None].to(out.dtype)
+        # A query is a source of the sets that it is in. These cancel: summed in float64.
         fields = torch.cat((for_queries, for_sources))
-        as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(2)
-        if query_weights is not None:
-            as_source *= query_weights
+        as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(num_sums)
+        for member, rows, term in zip(members, self.among, as_source, strict=True):
+            if member is None:
+                chosen = is_positive[problem, row]
+                term *= chosen if rows == "positives" else ~chosen
+            elif not member:
+                term.zero_()
+        if own is not None:
+            as_source *= own
         change = as_source.sum(0) - (as_query * cotangent).sum(0)
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))

@@ -1,0 +1,24 @@
+"""Average Precision of soft ranks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranks import Ranks
+
+
+def average_precision(problems: Problems) -> Tensor:
+    """Σ_P ω R⁺/R ÷ Σ_P ω: [C] in [0, 1], 0 where a problem is not valid."""
+    precision = problems.ranked_sum(_precision, among=("all", "positives"), slopes=_slopes)
+    return precision / problems.mass("positives")
+
+
+def _precision(ranks: Ranks) -> Tensor:
+    return ranks.among("positives") / ranks.among("all")
+
+
+def _slopes(ranks: Ranks) -> tuple[Tensor, Tensor]:
+    among_all = ranks.among("all")
+    by_positives = among_all.reciprocal()
+    return (ranks.among("positives") * by_positives).div_(among_all).neg_(), by_positives

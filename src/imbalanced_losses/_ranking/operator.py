@@ -1,0 +1,148 @@
+"""Soft ranks as two operators, which compilers take as a whole: their values steer what they do.
+
+What a metric makes of the ranks is traced as the plain code that it is. Differentiable once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._ranking.backends import Backend, rank_plan
+from imbalanced_losses._ranking.canonical import compute_dtype
+from imbalanced_losses._ranking.plan import Listed, Rows
+
+if TYPE_CHECKING:
+    from imbalanced_losses._ranking.problems import Problems
+
+_PROBLEMS = (
+    "Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, Tensor? weights, "
+    "SymInt num_live, str queries, str among, str backend"
+)
+
+
+def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> tuple[Tensor, ...]:
+    """K ranks [C, M], 1 where a row is no query."""
+    scores, temperature = problems.scores, problems.temperature
+    rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
+    fixed, by_problem = 0.0, None
+    if isinstance(temperature, Tensor):
+        by_problem = temperature.to(scores.device).expand(rows.shape[0])
+    else:
+        fixed = temperature
+    ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
+        rows,
+        problems.is_positive,
+        fixed,
+        by_problem,
+        problems.weights,
+        problems.num_live,
+        queries,
+        ",".join(among),
+        problems.backend,
+    )
+    return ranks.unbind()
+
+
+class _Asked:
+    """The arguments of the operators as problems, and the plan for them."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        is_positive: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        weights: Tensor | None,
+        num_live: int,
+        queries: str,
+        among: str,
+        backend: str,
+    ) -> None:
+        from imbalanced_losses._ranking.problems import Problems
+
+        tau = temperature if temperatures is None else temperatures
+        problems = Problems(scores, tau, is_positive, weights, num_live=num_live)
+        self.given = problems.canonical()
+        self.queries = problems.queries(cast("Rows", queries))
+        names = cast("tuple[Rows, ...]", tuple(among.split(",")))
+        self.plan = rank_plan(self.given, self.queries, names, cast("Backend", backend))
+
+    def spread(self, ranks: tuple[Tensor, ...]) -> Tensor:
+        """[K, C, M], 1 where a row is no query."""
+        if not isinstance(self.queries, Listed):
+            return torch.stack(ranks)
+        out = self.given.scores.new_ones(len(ranks), *self.given.scores.shape)
+        out[:, self.queries.problem, self.queries.row] = torch.stack(ranks)
+        return out
+
+
+def _soft_ranks(scores: Tensor, *rest: Any) -> Tensor:
+    asked = _Asked(scores, *rest)
+    return asked.spread(asked.plan.ranks())
+
+
+def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from imbalanced_losses._ranking.ranked_sum import gradient_of
+
+    asked = _Asked(scores, *rest)
+    queries = asked.queries
+    if isinstance(queries, Listed):
+        at_queries = grad[:, queries.problem, queries.row]  # [K, Q]
+        _, by_scores = asked.plan.ranks_and_gradient(
+            lambda ranks, index: at_queries[:, index].unbind()
+        )
+    else:
+        masked = torch.where(queries.mask, grad, 0.0)
+        _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: masked.unbind())
+    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[2] is not None)
+    if by_temperature is None:
+        by_temperature = by_scores.new_empty(0, dtype=torch.float64)
+    return by_scores, by_temperature
+
+
+_ranks_operator = torch.library.custom_op(
+    "imbalanced_losses::soft_ranks",
+    _soft_ranks,
+    mutates_args=(),
+    schema=f"({_PROBLEMS}) -> Tensor",
+)
+_gradient_operator = torch.library.custom_op(
+    "imbalanced_losses::soft_ranks_gradient",
+    _gradient,
+    mutates_args=(),
+    schema=f"(Tensor grad, {_PROBLEMS}) -> (Tensor, Tensor)",
+)
+
+
+@_ranks_operator.register_fake
+def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
+    *_, among, _ = rest
+    return scores.new_empty((among.count(",") + 1, *scores.shape), dtype=compute_dtype(scores))
+
+
+@_gradient_operator.register_fake
+def _shapes_of_gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    num_temperatures = 0 if rest[2] is None else scores.shape[0]
+    by_scores = scores.new_empty(scores.shape, dtype=grad.dtype)
+    return by_scores, scores.new_empty(num_temperatures, dtype=torch.float64)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    scores, is_positive, temperature, temperatures, weights, *ctx.rest = inputs
+    ctx.temperature = temperature
+    ctx.save_for_backward(scores, is_positive, temperatures, weights)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    scores, is_positive, temperatures, weights = ctx.saved_tensors
+    by_scores, by_temperature = torch.ops.imbalanced_losses.soft_ranks_gradient(
+        grads[0], scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest
+    )
+    by_temperatures = None if temperatures is None else by_temperature.to(temperatures.dtype)
+    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 5
+
+
+_ranks_operator.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,197 @@
+"""Ranking problems: the one bundle from the pool to the kernels, and what a metric asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._checks.tracing import is_on_host, is_traced
+from imbalanced_losses._ranking.backends import Backend
+from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
+from imbalanced_losses._ranking.cuda.ranks import has_kernels
+from imbalanced_losses._ranking.plan import Canonical, Listed, Masked, Processes, Queries, Rows
+from imbalanced_losses._ranking.ranked_sum import Slopes, Worth, ranked_sum
+
+
+class Problems:
+    """C ranking problems over M rows: what a metric is a function of.
+
+    Attributes:
+        scores: [C, M] floating, attached to the graph.
+        is_positive: [C, M] bool.
+        weights: [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere. How many rows a row
+            stands for, in units of the heaviest row of its problem.
+        temperature: τ > 0 in units of the scores, a float or [C].
+        valid: [C] bool, whether a problem has a positive and a negative.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        temperature: float | Tensor,
+        is_positive: Tensor,
+        weights: Tensor | None = None,
+        *,
+        num_live: int | None = None,
+        processes: Processes | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        self.scores = scores
+        self.is_positive = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
+        self.given_weights = weights
+        self.temperature = temperature
+        self.num_live = scores.shape[-1] if num_live is None else num_live
+        self.processes = processes
+        self.backend: Backend = backend
+        self._cache: dict[str, Any] = {}
+
+    def remake(self) -> Callable[..., Problems]:
+        """(scores, temperature) -> such problems; holds nothing that is attached to a graph."""
+        fixed: dict[str, Any] = {
+            "is_positive": self.is_positive,
+            "weights": self.given_weights,
+            "num_live": self.num_live,
+            "backend": self.backend,
+        }
+        if not isinstance(self.temperature, Tensor):
+            fixed["temperature"] = self.temperature
+        return partial(Problems, **fixed)
+
+    # --- What a metric asks ------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Tensor | None:
+        if "weights" not in self._cache:
+            self._cache["weights"] = unit_weights(self)
+        return cast("Tensor | None", self._cache["weights"])
+
+    @property
+    def valid(self) -> Tensor:
+        return self._positives_and_mass()[0]
+
+    def mass(self, rows: Rows) -> Tensor:
+        """The summed weights [C] of rows, over all processes; 1 where a problem is not valid."""
+        valid, mass = self._positives_and_mass()
+        if rows == "positives":
+            return mass
+        shape, dtype = self.is_positive.shape, compute_dtype(self.scores)
+        own = self.weights
+        if own is None:
+            own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
+        if rows == "negatives":
+            own = torch.where(self.is_positive, 0, own)
+        return torch.where(valid, self.summed(own.double().sum(1)).to(dtype), 1)
+
+    def ranked_sum(
+        self,
+        worth: Worth,
+        *,
+        queries: Rows = "positives",
+        among: tuple[Rows, ...] = ("all",),
+        slopes: Slopes | None = None,
+    ) -> Tensor:
+        """Σ ω · worth(ranks) over the queries of each problem.
+
+        Args:
+            worth: `Ranks` of some queries -> what each is worth, elementwise in the queries. Plain
+                torch arithmetic; tensors that it takes from elsewhere are constants.
+            queries: the rows that are ranked.
+            among: the sets of rows that they are ranked among.
+            slopes: `Ranks` -> ∂worth/∂rank for each set of `among`, in that order; None: taken by
+                autograd, which costs a fraction of a small step.
+
+        Returns:
+            [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
+            temperature, to any order.
+        """
+        return ranked_sum(self, worth, queries, among, slopes)
+
+    # --- What is made of it beneath ----------------------------------------------------------
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """A tensor summed over processes."""
+        return tensor if self.processes is None else self.processes.sum(tensor)
+
+    def queries(self, rows: Rows) -> Queries:
+        """The rows of a set in valid problems, in the form that the plan for these scores takes."""
+        if rows not in self._cache:
+            is_masked = self.processes is None and (
+                is_traced(self.scores) or has_kernels(self.canonical().scores)
+            )
+            self._cache[rows] = self._masked(rows) if is_masked else self._listed(rows)
+        return cast("Queries", self._cache[rows])
+
+    def listed(self, rows: Rows) -> Listed:
+        """The same in the form of a list, whatever the plan."""
+        found = self.queries(rows)
+        return found if isinstance(found, Listed) else self._listed(rows)
+
+    def canonical(self) -> Canonical:
+        if "canonical" not in self._cache:
+            self._cache["canonical"] = canonical(self, self.scores.detach())
+        return cast("Canonical", self._cache["canonical"])
+
+    def _is_query(self, rows: Rows) -> Tensor:
+        is_positive, weights = self.is_positive, self.weights
+        if rows == "all":
+            return torch.ones_like(is_positive) if weights is None else weights > 0
+        chosen = is_positive if rows == "positives" else ~is_positive
+        return chosen if weights is None else chosen & (weights > 0)
+
+    def _masked(self, rows: Rows) -> Masked:
+        return Masked(rows, self._is_query(rows) & self.valid[:, None], self.weights)
+
+    def _listed(self, rows: Rows) -> Listed:
+        problem, row = self._is_query(rows).nonzero().unbind(1)
+        if rows == "positives" and "facts" not in self._cache:
+            self._cache["facts"] = self._facts_of(problem, row)
+        valid = self.valid
+        if not bool(valid.all()):
+            kept = valid[problem].nonzero().squeeze(1)
+            problem, row = problem[kept], row[kept]
+        weights = None if self.weights is None else self.weights[problem, row]
+        return Listed(rows, problem, row, weights, len(valid))
+
+    def _positives_and_mass(self) -> tuple[Tensor, Tensor]:
+        """What is valid [C], and the mass [C] of the positives."""
+        if "facts" not in self._cache:
+            if is_traced(self.scores) or not is_on_host(self.scores):
+                self._cache["facts"] = self._facts_without_reading()
+            else:
+                self.queries("positives")
+        return cast("tuple[Tensor, Tensor]", self._cache["facts"])
+
+    def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """From the positives that are present."""
+        weights, (num_problems, num_rows) = self.weights, self.is_positive.shape
+        dtype = compute_dtype(self.scores)
+        if weights is None and num_problems == 1 and self.processes is None:
+            num_positives = row.shape[0]
+            is_valid = 0 < num_positives < num_rows
+            valid = torch.full((1,), is_valid, device=row.device)
+            return valid, torch.full(
+                (1,), num_positives if is_valid else 1, dtype=dtype, device=row.device
+            )
+        counts = problem.bincount(minlength=num_problems)  # [C]
+        num_present = counts.new_full((), num_rows) if weights is None else (weights > 0).sum(1)
+        mass = counts.to(dtype)
+        if weights is not None:
+            mass = mass.new_zeros(num_problems).index_add(0, problem, weights[problem, row])
+        if self.processes is not None:
+            found = torch.stack((counts, num_present.expand_as(counts), mass)).double()
+            counts, num_present, mass = self.processes.sum(found).unbind()
+            mass = mass.to(dtype)
+        valid = (counts > 0) & (counts < num_present)
+        return valid, torch.where(valid, mass, 1)
+
+    def _facts_without_reading(self) -> tuple[Tensor, Tensor]:
+        is_query, weights = self._is_query("positives"), self.weights
+        counts, dtype = is_query.sum(1), compute_dtype(self.scores)
+        num_present = is_query.shape[1] if weights is None else (weights > 0).sum(1)
+        valid = (counts > 0) & (counts < num_present)
+        mass = counts if weights is None else torch.where(is_query, weights, 0.0).sum(1)
+        return valid, torch.where(valid, mass.to(dtype), 1)

@@ -1,0 +1,37 @@
+"""What a metric gets to see of the queries: their soft ranks, and constants beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from imbalanced_losses._ranking.plan import Queries, Rows
+
+
+class Ranks:
+    """Soft ranks of some queries, whose form is none of a metric's business.
+
+    A rank is Σ ω σ((score − own score) / τ) over a set of rows, plus ½ω if the query is one of them:
+    1 for the highest, as every row counts itself fully.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[Rows, Tensor],
+        queries: Queries,
+        index: Any = slice(None),
+    ) -> None:
+        self._ranks, self._queries, self._index = ranks, queries, index
+
+    def among(self, rows: Rows) -> Tensor:
+        """The rank of each query among these rows, which `ranked_sum` was asked for."""
+        return self._ranks[rows]
+
+    def of_problem(self, values: Tensor) -> Tensor:
+        """A constant [C], for each query."""
+        return self._queries.of_problem(values, self._index)
+
+    def of_row(self, values: Tensor) -> Tensor:
+        """A constant [C, M], for each query."""
+        return self._queries.of_row(values, self._index)
