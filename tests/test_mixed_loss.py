@@ -161,7 +161,7 @@ def test_an_error_in_the_warm_up_is_no_business_of_the_main_loss(
     """Other ranks do not rank yet: none of them waits for this one."""
     refused = []
     loss_fn = make_mix(warmup_steps=1)
-    monkeypatch.setattr(loss_fn.main_loss, "_refuse", lambda *_: refused.append(_))
+    monkeypatch.setattr(loss_fn.main_loss, "_batch", lambda *_, error: refused.append(error))
     for _ in range(2):
         with pytest.raises(ValueError, match="targets must be"):
             loss_fn(torch.zeros(2, 1), torch.tensor([0, 5]))
