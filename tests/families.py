@@ -102,7 +102,7 @@ FAMILIES = {
         "queue",
         "A ring equals a deque through random sequences of forward passes (ragged, ignored, not "
         "finite, weightless, four dtypes), errors, interrupts, eval, reset, checkpoints, other "
-        "sizes, copies, casts and recomputation; what fails leaves every bit as it was.",
+        "sizes, copies and casts; what fails leaves every bit as it was.",
         ("test_queue",),
         200,
     ),

@@ -258,7 +258,10 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(size=SIZES, assign=st.booleans(), is_new=st.booleans())
     def load_into_size(self, size: int, assign: bool, is_new: bool) -> None:
         """Of this version, or of 0.9, which had no weights of labels."""
-        other = self.new_loss(size).train(self.loss_fn.training)
+        other = self.new_loss(size)
+        for num_rows in (4, 1):
+            self.new_batch(["row"] * num_rows, 1, torch.float32).through(other)
+        other.train(self.loss_fn.training)
         state = saved_and_loaded(self.loss_fn)
         if not (is_new or any(isinstance(row.weight, tuple) for row in self.rows)):
             state = saved_by_0_9(self.loss_fn)

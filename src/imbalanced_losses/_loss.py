@@ -145,8 +145,8 @@ class RankingLoss(StatefulLoss):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._temperature = _checks.number_above_zero("temperature", value)
-        self._temperature_now = self._as_tensor(self._temperature)
+        number = _checks.number_above_zero("temperature", value)
+        self._temperature, self._temperature_now = number, self._as_tensor(number)
 
     def reset_queue(self) -> None:
         """Empty the queue: the next batch is ranked by itself."""

@@ -136,8 +136,8 @@ class StatefulLoss(LossModule):
             if self._queue is not None:
                 self._queue.reset()
             warnings.warn(
-                f"{self._key}: {error}, as by averaging checkpoints: the queue is empty now, and "
-                "all else stays as it was before loading",
+                f"{self._key}: {error}, as by averaging checkpoints: a queue is empty now, and all "
+                "else stays as it was before loading",
                 stacklevel=2,
             )
 

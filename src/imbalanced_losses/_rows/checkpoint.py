@@ -172,7 +172,9 @@ def _with_state(
 
 def _dense(key: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
-        raise TypeError(f"{key} must be a dense tensor with values, got {type(value).__name__}")
+        is_tensor = isinstance(value, Tensor)
+        got = f"{value.device}, {value.layout}" if is_tensor else type(value).__name__
+        raise TypeError(f"{key} must be a dense tensor with values, got {got}")
     if value.is_complex():
         raise TypeError(f"{key} must be real, got {value.dtype}")
     return value.detach().cpu()

@@ -69,7 +69,10 @@ class MemoryQueue:
             fields = [field.to("meta") for field in fields]
         logits, targets, weights = fields
         dtype = batch.logits.dtype
-        return Pool(logits.to(dtype), targets, weights.to(dtype) if self.is_weighted else None)
+        if dtype != logits.dtype:  # what a narrower dtype can't hold is not infinite
+            logits, largest = logits.to(dtype), torch.finfo(dtype).max
+            weights = weights.clamp(max=largest).to(dtype)
+        return Pool(logits, targets, weights if self.is_weighted else None)
 
     def push(self, rows: Pool, *, is_step: bool = False) -> None:
         """Store the rows that are present and finite, over the oldest ones; others take no slot.
@@ -177,9 +180,8 @@ class MemoryQueue:
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         with torch.inference_mode(False):  # the queue outlives it
-            for name, value in vars(self).items():
-                if isinstance(value, Tensor):
-                    setattr(self, name, change(value))
+            tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+            vars(self).update({name: change(tensor) for name, tensor in tensors.items()})
 
     def unchanged_on_error(self, slots: Any = ...) -> AbstractContextManager[None]:
         """Put the queue back as it was if the block, which writes to some slots, raises."""
