@@ -160,7 +160,7 @@ def backend_of(series: str, case: Case) -> str:
         return ""
     if series in ("ours, dense", "ours, panel"):
         return series.removeprefix("ours, ")
-    from imbalanced_losses._engine._choose import choose_fused
+    from imbalanced_losses._ranking.choose import choose_fused
 
     return choose_fused(case.num_classes, case.num_rows + case.queue_size)
 

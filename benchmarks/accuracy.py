@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import _measure, _peers
 from benchmarks._measure import Row
-from imbalanced_losses._engine import rank_plan
+from imbalanced_losses._ranking import rank_plan
 from imbalanced_losses.functional import smooth_ap
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)

@@ -23,9 +23,9 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from benchmarks import _measure, _peers, plots
-from imbalanced_losses._engine import sigmoid_sums
-from imbalanced_losses._engine._panel import Panels
-from imbalanced_losses._engine._panel_line import Precision
+from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking.panels.line import Precision
+from imbalanced_losses._ranking.panels.panels import Panels
 from imbalanced_losses.functional import score_spread, smooth_ap
 
 # Colours of Okabe and Ito, told apart by every kind of colour vision; dashes say it again.

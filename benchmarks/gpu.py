@@ -329,7 +329,7 @@ def run(wanted: list[Series], timeout_s: float, into: Path, kind: str) -> Path:
         rows += [{column: row[column] for column in COLUMNS} for row in found]
         print("\n".join(table(found)), flush=True)
         path = _measure.write_csv(rows, name, slug(device), header(rates))
-    from imbalanced_losses._engine import _choose
+    from imbalanced_losses._ranking import _choose
 
     for line in (*deaths(rows), *goals(rows), *advice(rows, _choose.MOST_FUSED_PAIRS)):
         print(line, flush=True)

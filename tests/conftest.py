@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from imbalanced_losses import _engine
-from imbalanced_losses._engine import _panel
+from imbalanced_losses import _ranking as _engine
+from imbalanced_losses._ranking.panels import panels as _panel
 from tests.ranks import Ranks
 from tests.versions import OWN_WARNINGS
 

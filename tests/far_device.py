@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses._engine import _fused
+from imbalanced_losses._ranking.cuda import ranks as _fused
 from tests.cases import seeded
 
 FAR = "far"

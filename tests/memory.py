@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from imbalanced_losses._engine import _scratch
+from imbalanced_losses._ranking import scratch as _scratch
 
 
 class LargestTensor(TorchDispatchMode):

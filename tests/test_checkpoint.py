@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from imbalanced_losses import _checkpoint
-from imbalanced_losses._checkpoint import AveragedState, pack, unchanged_on_error, unpack
+from imbalanced_losses._rows import checkpoint as _checkpoint
+from imbalanced_losses._rows.checkpoint import AveragedState, pack, unchanged_on_error, unpack
 
 # --- Packed states -------------------------------------------------------------------------------
 

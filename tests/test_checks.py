@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss, _checks
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses.functional import prior_weights, score_spread, smooth_ap
 from tests.rows import IGNORED, assert_same_state, make_batch, queued_rows, state_of
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import _engine
-from imbalanced_losses._engine import _choose, sigmoid_sums
-from imbalanced_losses._engine._choose import choose, choose_fused
+from imbalanced_losses import _ranking as _engine
+from imbalanced_losses._ranking import choose as _choose
+from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking.choose import choose, choose_fused
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses._tracing import is_on_host, is_traced
+from imbalanced_losses._checks.tracing import is_on_host, is_traced
 from imbalanced_losses.functional import Backend, _opaque_smooth_ap, score_spread, smooth_ap
 from tests.cases import seeded
 from tests.rows import IGNORED, assert_same_state, state_of

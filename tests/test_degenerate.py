@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._reduce import Reduction
+from imbalanced_losses._rows.reduce import Reduction
 from imbalanced_losses.functional import Backend, smooth_ap
 from tests.cases import IGNORED, random_batch, seeded
 from tests.oracle import OracleLoss

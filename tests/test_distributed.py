@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
 from imbalanced_losses import SmoothAPLoss, distributed
-from imbalanced_losses._gather import Gather
+from imbalanced_losses._rows.gather import Gather
 from imbalanced_losses.distributed import even_steps
 from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
 from tests.rows import make_batch, numbers_of, state_of

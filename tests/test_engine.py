@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine import Backend, _dense, _dense_ranks, rank_plan, sigmoid_sums
+from imbalanced_losses._ranking import Backend, rank_plan, sigmoid_sums
+from imbalanced_losses._ranking import dense as _dense
+from imbalanced_losses._ranking import tiles as _dense_ranks
 from imbalanced_losses.functional import smooth_ap
 from tests import oracle
 from tests.cases import seeded

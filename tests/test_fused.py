@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import CrossEntropy, SmoothAPLoss, _tracing
-from imbalanced_losses._engine import _fused
-from imbalanced_losses._engine._choose import choose_fused
+from imbalanced_losses import CrossEntropy, SmoothAPLoss
+from imbalanced_losses._checks import tracing as _tracing
+from imbalanced_losses._ranking.choose import choose_fused
+from imbalanced_losses._ranking.cuda import ranks as _fused
 from imbalanced_losses.functional import smooth_ap
 from tests import far_device
 from tests.cases import seeded
@@ -323,7 +324,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from imbalanced_losses._engine import _kernels
+from imbalanced_losses._ranking.cuda import kernels as _kernels
 
 for name, types, constants in json.loads(sys.argv[1]):
     kernel = getattr(_kernels, name)

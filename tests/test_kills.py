@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from imbalanced_losses import SmoothAPLoss, _gather
+from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses._rows import gather as _gather
 from tests import faulty
 from tests.faulty import assert_same
 from tests.ranks import Failure, Ranks, free_port, packed

@@ -9,7 +9,7 @@ from benchmarks._measure import run_cell
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._engine import _dense
+from imbalanced_losses._ranking import dense as _dense
 from imbalanced_losses.functional import Backend
 from tests.cases import seeded
 from tests.memory import LargestTensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses._checkpoint import pack
+from imbalanced_losses._rows.checkpoint import pack
 from imbalanced_losses.functional import score_spread
 from tests.ranks import WORLD_SIZE, Failure, Ranks
 from tests.rows import assert_same_state, make_batch, saved_by_0_9, state_of

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from imbalanced_losses._engine import _panel, sigmoid_sums
-from imbalanced_losses._engine._dense import DensePlan
-from imbalanced_losses._engine._panel import PanelPlan
+from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking.dense import DensePlan
+from imbalanced_losses._ranking.panels import panels as _panel
+from imbalanced_losses._ranking.panels.panels import PanelPlan
 from imbalanced_losses.functional import score_spread, smooth_ap
 from tests import oracle
 from tests.cases import seeded

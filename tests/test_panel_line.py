@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine import _panel_line, sigmoid_sums
-from imbalanced_losses._engine._dense import DensePlan
-from imbalanced_losses._engine._panel import PRECISIONS, PanelPlan, Panels
-from imbalanced_losses._engine._panel_line import Line
-from imbalanced_losses._engine._plan import Alone
+from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking.dense import DensePlan
+from imbalanced_losses._ranking.panels import line as _panel_line
+from imbalanced_losses._ranking.panels.line import Line
+from imbalanced_losses._ranking.panels.panels import PRECISIONS, PanelPlan, Panels
+from imbalanced_losses._ranking.plan import Alone
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 from tests.memory import LargestTensor

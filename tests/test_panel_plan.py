@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine import _panel
-from imbalanced_losses._engine._dense import DensePlan
-from imbalanced_losses._engine._derivatives import sigmoid_derivative
-from imbalanced_losses._engine._panel import PanelPlan
-from imbalanced_losses._engine._panel_table import translation_table
+from imbalanced_losses._ranking.dense import DensePlan
+from imbalanced_losses._ranking.panels import panels as _panel
+from imbalanced_losses._ranking.panels.panels import PanelPlan
+from imbalanced_losses._ranking.panels.table import translation_table
+from imbalanced_losses._ranking.sigmoid import sigmoid_derivative
 from tests.cases import seeded
 from tests.score_families import FAMILIES, PANEL_DTYPES
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._pool import Pool
+from imbalanced_losses._rows.pool import Pool
 from tests.rows import IGNORED
 
 LABELS = torch.tensor([2, 0, IGNORED, 1, 0])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._engine import _dense, sigmoid_sums
+from imbalanced_losses._ranking import dense as _dense
+from imbalanced_losses._ranking import sigmoid_sums
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests import oracle
 from tests.cases import Batch, random_batch, seeded

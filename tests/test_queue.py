@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from imbalanced_losses import SmoothAPLoss, _tracing
-from imbalanced_losses._checkpoint import pack_ranking
-from imbalanced_losses._pool import Pool
+from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses._checks import tracing as _tracing
+from imbalanced_losses._rows.checkpoint import pack_ranking
+from imbalanced_losses._rows.pool import Pool
 from tests.rows import (
     IGNORED,
     Batch,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._reduce import Reduction, mark_invalid, reduce_valid
+from imbalanced_losses._rows.reduce import Reduction, mark_invalid, reduce_valid
 
 LOSSES = [0.5, 0.25, 1.0]
 MASKS = [

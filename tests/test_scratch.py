@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._engine._scratch import scratch
+from imbalanced_losses._ranking.scratch import scratch
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._subsample import Sample, _mixed, quota_indices, strata_of
+from imbalanced_losses._rows.subsample import Sample, _mixed, quota_indices, strata_of
 from tests.rows import IGNORED, Batch, make_batch, queued_rows, state_of
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._engine import ALONE
-from imbalanced_losses._gather import Group, Shards
-from imbalanced_losses._subsample import quota_indices, strata_of
+from imbalanced_losses._ranking import ALONE
+from imbalanced_losses._rows.gather import Group, Shards
+from imbalanced_losses._rows.subsample import quota_indices, strata_of
 from imbalanced_losses.functional import (
     _score_spread_of_pool,
     _smooth_ap_of_pool,

@@ -33,7 +33,7 @@ _COMPARED = (
 
 
 class RankingOptions(TypedDict, total=False):
-    """The arguments of every ranking loss but `num_classes`: for `**options: Unpack[RankingOptions]`."""
+    """The arguments of every ranking loss but `num_classes`, for a subclass's `**options`."""
 
     queue_size: int
     temperature: float

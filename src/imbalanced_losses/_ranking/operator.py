@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PROBLEMS = (
     "Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, Tensor? weights, "
-    "SymInt num_live, str queries, str among, str backend"
+    "bool moves_temperature, SymInt num_live, str queries, str among, str backend"
 )
 
 
@@ -27,9 +27,10 @@ def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> 
     """K ranks [C, M], 1 where a row is no query."""
     scores, temperature = problems.scores, problems.temperature
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
-    fixed, by_problem = 0.0, None
+    fixed, by_problem, moves_temperature = 0.0, None, False
     if isinstance(temperature, Tensor):
         by_problem = temperature.to(scores.device).expand(rows.shape[0])
+        moves_temperature = by_problem.requires_grad
     else:
         fixed = temperature
     ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
@@ -38,7 +39,8 @@ def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> 
         fixed,
         by_problem,
         problems.weights,
-        problems.num_live,
+        moves_temperature,
+        rows.shape[1] if moves_temperature else problems.num_live,
         queries,
         ",".join(among),
         problems.backend,
@@ -56,6 +58,7 @@ class _Asked:
         temperature: float,
         temperatures: Tensor | None,
         weights: Tensor | None,
+        moves_temperature: bool,
         num_live: int,
         queries: str,
         among: str,
@@ -97,7 +100,7 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
     else:
         masked = torch.where(queries.mask, grad, 0.0)
         _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: masked.unbind())
-    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[2] is not None)
+    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[4])
     if by_temperature is None:
         by_temperature = by_scores.new_empty(0, dtype=torch.float64)
     return by_scores, by_temperature
@@ -125,14 +128,13 @@ def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
 
 @_gradient_operator.register_fake
 def _shapes_of_gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    num_temperatures = 0 if rest[2] is None else scores.shape[0]
+    num_temperatures = scores.shape[0] if rest[4] else 0
     by_scores = scores.new_empty(scores.shape, dtype=grad.dtype)
     return by_scores, scores.new_empty(num_temperatures, dtype=torch.float64)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, is_positive, temperature, temperatures, weights, *ctx.rest = inputs
-    ctx.temperature = temperature
+    scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest = inputs
     ctx.save_for_backward(scores, is_positive, temperatures, weights)
 
 
@@ -141,8 +143,8 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     by_scores, by_temperature = torch.ops.imbalanced_losses.soft_ranks_gradient(
         grads[0], scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest
     )
-    by_temperatures = None if temperatures is None else by_temperature.to(temperatures.dtype)
-    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 5
+    by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[0] else None
+    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 6
 
 
 _ranks_operator.register_autograd(_backward, setup_context=_remember)

@@ -161,7 +161,7 @@ class _RankedSum(torch.autograd.Function):
 def gradient_of(
     given: Canonical, slopes: Tensor, moves_temperature: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The slopes [C, M] by score / τ, written over by those by the scores; and by τ [C] if asked."""
+    """Slopes [C, M] by score / τ, written over by those by the scores; and those by τ [C]."""
     if given.has_extremes:
         # Nothing moves an infinity; where several tie, their slopes would be finite.
         slopes.masked_fill_(given.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)

@@ -12,8 +12,8 @@ from imbalanced_losses._ranking.plan import Queries, Rows
 class Ranks:
     """Soft ranks of some queries, whose form is none of a metric's business.
 
-    A rank is Σ ω σ((score − own score) / τ) over a set of rows, plus ½ω if the query is one of them:
-    1 for the highest, as every row counts itself fully.
+    A rank is Σ ω σ((score − own score) / τ) over a set of rows, plus ½ω if the query is one of
+    them: 1 for the highest, as every row counts itself fully.
     """
 
     def __init__(

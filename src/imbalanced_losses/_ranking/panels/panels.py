@@ -384,12 +384,12 @@ class PanelRanks:
         # A query is a source of the sets that it is in. These cancel: summed in float64.
         fields = torch.cat((for_queries, for_sources))
         as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(num_sums)
-        for member, rows, term in zip(members, self.among, as_source, strict=True):
+        for k, (member, rows) in enumerate(zip(members, self.among, strict=True)):
             if member is None:
                 chosen = is_positive[problem, row]
-                term *= chosen if rows == "positives" else ~chosen
+                as_source[k] *= chosen if rows == "positives" else ~chosen
             elif not member:
-                term.zero_()
+                as_source[k] = 0
         if own is not None:
             as_source *= own
         change = as_source.sum(0) - (as_query * cotangent).sum(0)
