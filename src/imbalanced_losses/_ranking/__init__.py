@@ -17,8 +17,8 @@ ranks (`problems`, `ranked_sum`). Beneath, three layers: *choose* a backend (`ch
 *differentiate* (`ranked_sum` in one pass, `sums` to any order, `operator` for compilers), *compute*
 (`dense` and `tiles`: the definition; `panels`: linear time; `cuda`: both as kernels). A backend is
 a plan, built once for the geometry (queries, problem, sources, temperature) and asked for
-Φₙ·weights and Φₙᵀ·cotangent, where Φₙ[q, m] = φₙ(x); and a second, leaner plan for what training needs: soft
-ranks and their first derivative. `plan` has both contracts.
+Φₙ·weights and Φₙᵀ·cotangent, where Φₙ[q, m] = φₙ(x); and a second, leaner plan for what training
+needs: soft ranks and their first derivative. `plan` has both contracts.
 """
 
 from imbalanced_losses._ranking.backends import BACKENDS, PLANS, Backend, sigmoid_sums
