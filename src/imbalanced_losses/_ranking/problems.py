@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from imbalanced_losses._checks.tracing import is_on_host, is_traced
+from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
 from imbalanced_losses._ranking.cuda.ranks import has_kernels
@@ -119,10 +119,7 @@ class Problems:
     def queries(self, rows: Rows) -> Queries:
         """The rows of a set in valid problems, in the form that the plan for these scores takes."""
         if rows not in self._cache:
-            is_masked = self.processes is None and (
-                is_traced(self.scores) or has_kernels(self.canonical().scores)
-            )
-            self._cache[rows] = self._masked(rows) if is_masked else self._listed(rows)
+            self._cache[rows] = self._masked(rows) if self._is_masked() else self._listed(rows)
         return cast("Queries", self._cache[rows])
 
     def listed(self, rows: Rows) -> Listed:
@@ -134,6 +131,12 @@ class Problems:
         if "canonical" not in self._cache:
             self._cache["canonical"] = canonical(self, self.scores.detach())
         return cast("Canonical", self._cache["canonical"])
+
+    def _is_masked(self) -> bool:
+        """Whether no value may be read, or need be."""
+        if self.processes is not None:
+            return False
+        return is_traced(self.scores) or has_kernels(self.canonical().scores)
 
     def _is_query(self, rows: Rows) -> Tensor:
         is_positive, weights = self.is_positive, self.weights
@@ -159,7 +162,7 @@ class Problems:
     def _positives_and_mass(self) -> tuple[Tensor, Tensor]:
         """What is valid [C], and the mass [C] of the positives."""
         if "facts" not in self._cache:
-            if is_traced(self.scores) or not is_on_host(self.scores):
+            if self._is_masked():
                 self._cache["facts"] = self._facts_without_reading()
             else:
                 self.queries("positives")

@@ -71,7 +71,7 @@ class MemoryQueue:
         dtype = batch.logits.dtype
         if dtype != logits.dtype:  # what a narrower dtype can't hold is not infinite
             logits, largest = logits.to(dtype), torch.finfo(dtype).max
-            weights = weights.clamp(max=largest).to(dtype)
+            weights = weights.to(dtype).clamp(max=largest)
         return Pool(logits, targets, weights if self.is_weighted else None)
 
     def push(self, rows: Pool, *, is_step: bool = False) -> None:

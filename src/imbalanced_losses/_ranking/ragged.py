@@ -1,0 +1,141 @@
+"""Problems of unequal length, without padding to the longest: a few rectangles of similar ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._ranking.backends import Backend
+from imbalanced_losses._ranking.plan import Rows
+from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranked_sum import Slopes, Worth
+from imbalanced_losses._ranking.ranks import Ranks
+
+# The longest problem of a rectangle beside its shortest: at most so much of it is padding.
+_EVEN = 1.25
+
+
+class RaggedProblems(Problems):
+    """C ranking problems whose rows lie side by side: what a metric is a function of.
+
+    Problems of similar length form a rectangle, in which rows of weight 0 fill the shorter ones.
+    There is no loop over problems, only one over rectangles, whose number grows with the logarithm
+    of the longest problem beside the shortest.
+
+    Args:
+        scores: [S] floating, the rows of the first problem first.
+        temperature: τ > 0, a float or [C].
+        is_positive: [S] bool.
+        weights: [S] ≥ 0; None = 1 everywhere.
+        lengths: [C] int64, how many rows each problem has.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        temperature: float | Tensor,
+        is_positive: Tensor,
+        weights: Tensor | None = None,
+        *,
+        lengths: Tensor,
+        backend: Backend = "auto",
+    ) -> None:
+        self.scores, self.is_positive, self.given_weights = scores, is_positive, weights
+        self.temperature, self.backend = temperature, backend
+        self._parts = [
+            _Part(places, index, self._rectangle(places, index, is_real))
+            for places, index, is_real in _rectangles(lengths.to(scores.device))
+        ]
+        order = torch.cat([part.places for part in self._parts])
+        self._order = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+
+    def _rectangle(self, places: Tensor, index: Tensor, is_real: Tensor | None) -> Problems:
+        weights = None if self.given_weights is None else self.given_weights[index]
+        if is_real is not None:
+            ones = torch.ones((), dtype=self.scores.dtype, device=self.scores.device)
+            weights = torch.where(is_real, ones if weights is None else weights, 0)
+        tau = self.temperature
+        if isinstance(tau, Tensor) and tau.dim() > 0:
+            tau = tau[places]
+        return Problems(
+            self.scores[index], tau, self.is_positive[index], weights, backend=self.backend
+        )
+
+    @property
+    def valid(self) -> Tensor:
+        return torch.cat([part.problems.valid for part in self._parts])[self._order]
+
+    def mass(self, rows: Rows) -> Tensor:
+        """The summed weights [C] of rows; 1 where a problem is not valid."""
+        return torch.cat([part.problems.mass(rows) for part in self._parts])[self._order]
+
+    def ranked_sum(
+        self,
+        worth: Worth,
+        *,
+        queries: Rows = "positives",
+        among: tuple[Rows, ...] = ("all",),
+        slopes: Slopes | None = None,
+    ) -> Tensor:
+        """Σ ω · worth(ranks) over the queries of each problem [C]; see `Problems.ranked_sum`."""
+        totals = [
+            part.problems.ranked_sum(
+                lambda ranks, part=part: worth(_RanksOfPart(ranks, part)),  # type: ignore[misc]
+                queries=queries,
+                among=among,
+                slopes=slopes and (lambda ranks, part=part: slopes(_RanksOfPart(ranks, part))),  # type: ignore[misc]
+            )
+            for part in self._parts
+        ]
+        return torch.cat(totals)[self._order]
+
+
+@dataclass
+class _Part:
+    """Some of the problems as a rectangle."""
+
+    places: Tensor  # [k], which of the problems
+    index: Tensor  # [k, m], where its rows are
+    problems: Problems
+
+
+class _RanksOfPart(Ranks):
+    """The ranks of a part; constants are of all problems, or of all rows."""
+
+    def __init__(self, ranks: Ranks, part: _Part) -> None:
+        self._inner, self._part = ranks, part
+
+    def among(self, rows: Rows) -> Tensor:
+        return self._inner.among(rows)
+
+    def of_problem(self, values: Tensor) -> Tensor:
+        return self._inner.of_problem(values[self._part.places])
+
+    def of_row(self, values: Tensor) -> Tensor:
+        return self._inner.of_row(values[self._part.index])
+
+
+def _rectangles(lengths: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Problems [k] of similar length, where their rows are [k, m], and which are no padding [k, m].
+
+    None where there is no padding. A problem's last row stands in where it has too few.
+    """
+    starts = lengths.cumsum(0) - lengths
+    sizes, order = lengths.sort(descending=True, stable=True)
+    on_host = sizes.tolist()
+    first = 0
+    while first < len(on_host):
+        longest, last = on_host[first], first + 1
+        while last < len(on_host) and on_host[last] * _EVEN >= longest:
+            last += 1
+        places, size = order[first:last], sizes[first:last, None]
+        number = torch.arange(longest, device=lengths.device)
+        is_even = on_host[last - 1] == longest
+        index = starts[places, None] + torch.minimum(number, size - 1)
+        yield places, index, None if is_even else number < size
+        first = last
