@@ -21,7 +21,7 @@ from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGro
 from imbalanced_losses._rows.pool import Pool
 from imbalanced_losses._rows.queue import MemoryQueue
 from imbalanced_losses._rows.reduce import Reduction, mark_invalid, reduce_valid
-from imbalanced_losses._rows.subsample import quota_indices, strata_of
+from imbalanced_losses._rows.subsample import capped
 from imbalanced_losses.diagnostics import Diagnostics, diagnosed
 
 TemperatureUnit = Literal["score", "spread"]
@@ -223,7 +223,7 @@ class RankingLoss(StatefulLoss):
             self._require_step()
         batch, processes = self._batch(logits, targets, sample_weight, return_per_class)
         self._follow(batch.logits.device)
-        pool = self._capped(self._present(self._extended(batch)))
+        pool = self._pool(batch)
         problems = self._problems(pool, processes)
         losses, valid = self._per_class(problems)
         self._remember(batch)
@@ -275,7 +275,7 @@ class RankingLoss(StatefulLoss):
             batch, _ = self._batch(logits, targets, sample_weight)
         batch = batch._replace(logits=batch.logits.detach())
         self._follow(batch.logits.device)
-        pool = self._capped(self._present(self._extended(batch)))
+        pool = self._pool(batch)
         problems = self._problems(pool, None)
         in_batch = batch.problems(self.ignore_index)
         is_positive = in_batch.is_positive
@@ -416,39 +416,22 @@ class RankingLoss(StatefulLoss):
     def _depends_on_state(self) -> bool:
         return self.queue_size > 0 or self.max_pool_size is not None
 
-    def _extended(self, batch: Pool) -> Pool:
-        """The batch, then the rows of the queue."""
-        if self.queue_size == 0:
-            return batch
-        rows = self._queue.rows_beside(batch)
-        if self.queue_follows_shift:
-            shift = _zero_with_gradient_of_mean(batch, self.ignore_index)
-            rows = rows._replace(logits=rows.logits + shift)
-        return batch.extend(rows)
-
-    def _present(self, pool: Pool) -> Pool:
-        """The pool without ignored rows and free slots.
-
-        Off the CPU that would wait for the device, and a compiler could not follow; there their
-        weight of zero does the same.
-        """
-        if not is_on_host(pool.logits) and self.max_pool_size is None:
+    def _pool(self, batch: Pool) -> Pool:
+        """The rows to rank: the batch, then those of the queue; without ignored ones; capped."""
+        pool = batch
+        if self.queue_size > 0:
+            rows = self._queue.rows_beside(batch)
+            if self.queue_follows_shift:
+                shift = batch.zero_with_gradient_of_mean(self.ignore_index)
+                rows = rows._replace(logits=rows.logits + shift)
+            pool = batch.extend(rows)
+        # Off the CPU dropping rows would wait for the device, and a compiler could not follow;
+        # there their weight of zero does the same.
+        if is_on_host(pool.logits) or self.max_pool_size is not None:
+            pool = pool.without_ignored(self.ignore_index)
+        if self.max_pool_size is None or not self.training:
             return pool
-        present = pool.is_present(self.ignore_index)
-        return pool if present.all() else pool.select(present.nonzero().squeeze(1))
-
-    def _capped(self, pool: Pool) -> Pool:
-        """At most max_pool_size rows, each weighted by one over its chance of being drawn."""
-        limit = self.max_pool_size
-        if limit is None or not self.training or pool.targets.shape[0] <= limit:
-            return pool
-        step = self._queue.num_steps
-        sample = quota_indices(strata_of(pool.targets), limit, self.sampling_seed, step)
-        drawn = pool.select(sample.rows)
-        weights = drawn.row_weights()
-        factor = sample.weights.to(weights.dtype)
-        weights = weights * (factor if weights.dim() == 1 else factor[:, None])
-        return drawn._replace(weights=weights.clamp_(max=torch.finfo(weights.dtype).max))
+        return capped(pool, self.max_pool_size, self.sampling_seed, self._queue.num_steps)
 
     def _remember(self, batch: Pool) -> None:
         """The one change of state of a forward pass."""
@@ -483,18 +466,3 @@ def _as_number(prior: tuple[float, ...] | None) -> float:
     if prior is None or len(prior) == 1:
         return 0.0 if prior is None else prior[0]
     return float(zlib.crc32(repr(prior).encode()))
-
-
-def _zero_with_gradient_of_mean(batch: Pool, ignore_index: int) -> Tensor:
-    """[C] zeros whose gradient is that of each class's mean live score.
-
-    AP does not change when all scores move together, but rows of the queue are detached and would
-    stay behind; added to them, this lets them move along in the gradient alone.
-    """
-    weights = batch.problems(ignore_index).weights
-    usable = batch.logits.isfinite()  # [N, C]
-    if weights is not None:
-        usable &= weights.T > 0
-    share = usable / usable.sum(0).clamp(min=1).double()  # [N, C]
-    mean = (torch.where(usable, batch.logits, 0.0) * share).sum(0)
-    return (mean - mean.detach()).to(batch.logits.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._rows.checkpoint import older_numbers, pack, unchanged_on_error, unpack
+from imbalanced_losses._schedule import Schedule
 
 __all__ = ["MixedLoss"]
 
@@ -115,26 +115,18 @@ class MixedLoss(StatefulLoss):
         _checks.losses_to_mix(auxiliary_loss, ranking, RankingLoss)
         self.auxiliary_loss = auxiliary_loss
         self.main_loss = main_loss
-        self.final_main_weight = _checks.number_above_zero("main_weight", main_weight)
-        self.warmup_steps = _checks.integer("warmup_steps", warmup_steps, minimum=0)
-        self.blend_steps = _checks.integer("blend_steps", blend_steps, minimum=0)
-        self.temperature_schedule = (
-            None if temperature is None else _checks.temperature_schedule(temperature)
+        schedule = Schedule.of(main_weight, warmup_steps, blend_steps, temperature)
+        self._schedule = schedule
+        self.final_main_weight, self.warmup_steps, self.blend_steps, self.temperature_schedule = (
+            schedule
         )
         self.refit_temperature = _checks.boolean("refit_temperature", refit_temperature)
         self.calls_per_step = calls_per_step
         if calls_per_step is not None:
             _checks.integer("calls_per_step", calls_per_step, minimum=1)
-        if self.final_main_weight > 1:
-            raise ValueError(f"main_weight must be in (0, 1], got {main_weight!r}")
-        if self.final_main_weight == 1 and self.warmup_steps == self.blend_steps == 0:
-            raise ValueError(
-                "main_weight must be below 1 without warmup_steps and blend_steps: auxiliary_loss "
-                "would never be used"
-            )
         if self.refit_temperature and self.warmup_steps == 0:
             raise ValueError("refit_temperature=True needs warmup_steps >= 1: it acts at their end")
-        if self.refit_temperature and main_loss.temperature_unit == "spread":
+        if self.refit_temperature and ranking.temperature_unit == "spread":
             raise ValueError(
                 'refit_temperature must be False where main_loss has temperature_unit="spread", '
                 "which follows the spread of the scores at every step"
@@ -159,7 +151,7 @@ class MixedLoss(StatefulLoss):
     @property
     def main_weight(self) -> float:
         """w of the next call."""
-        return self._weight_at(self._num_steps)
+        return self._schedule.weight_at(self._num_steps)
 
     @property
     def in_warmup(self) -> bool:
@@ -174,11 +166,12 @@ class MixedLoss(StatefulLoss):
     @property
     def current_temperature(self) -> float:
         """τ of the main loss in the next call, a refit to come not included."""
-        if self.temperature_schedule is None:
-            return self._ranking.temperature
-        start, end, steps = self.temperature_schedule
-        share = min(1.0, max(0, self._num_steps - self.warmup_steps) / steps)
-        return self._temperature_scale * math.pow(start, 1 - share) * math.pow(end, share)
+        temperature = self._schedule.temperature_at(self._num_steps)
+        return (
+            self._ranking.temperature
+            if temperature is None
+            else self._temperature_scale * temperature
+        )
 
     def step(self) -> None:
         """Count one step, with calls_per_step=None.
@@ -281,16 +274,8 @@ class MixedLoss(StatefulLoss):
         calls = 0 if is_end else self._num_calls + 1
         self._num_calls, self._num_steps = calls, self._num_steps + is_end
 
-    def _weight_at(self, step: int) -> float:
-        done = step - self.warmup_steps
-        if done < 0:
-            return 0.0
-        if done < self.blend_steps:
-            return self.final_main_weight * (done + 1) / (self.blend_steps + 1)
-        return self.final_main_weight
-
     def _depends_on_state(self) -> bool:
-        return self.warmup_steps + self.blend_steps > 0 or self.temperature_schedule is not None
+        return not self._schedule.is_constant
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: with a main loss of its own, as that has state."""

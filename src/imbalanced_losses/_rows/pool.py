@@ -69,6 +69,25 @@ class Pool(NamedTuple):
         is_finite = self.weights.isfinite()
         return storable & (is_finite.all(1) if is_finite.dim() == 2 else is_finite)
 
+    def without_ignored(self, ignore_index: int) -> Pool:
+        """The rows that are present, free slots of a queue left out."""
+        present = self.is_present(ignore_index)
+        return self if present.all() else self.select(present.nonzero().squeeze(1))
+
+    def zero_with_gradient_of_mean(self, ignore_index: int) -> Tensor:
+        """[C] zeros whose gradient is that of each class's mean live score.
+
+        AP does not change when all scores move together, but rows of the queue are detached and
+        would stay behind; added to them, this lets them move along in the gradient alone.
+        """
+        weights = self.problems(ignore_index).weights
+        usable = self.logits.isfinite()  # [M, C]
+        if weights is not None:
+            usable &= weights.T > 0
+        share = usable / usable.sum(0).clamp(min=1).double()  # [M, C]
+        mean = (torch.where(usable, self.logits, 0.0) * share).sum(0)
+        return (mean - mean.detach()).to(self.logits.dtype)
+
     def packed(self) -> Tensor:
         """[M, columns] float64: logits, targets and, where there are any, weights; exact."""
         fields = (self.logits.detach(), self.targets, self.weights)

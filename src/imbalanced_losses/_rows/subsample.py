@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imbalanced_losses._rows.pool import Pool
+
 _WORD = 1 << 64
 
 
@@ -15,6 +17,18 @@ class Sample(NamedTuple):
 
     rows: Tensor  # [k] int64, ascending
     weights: Tensor  # [k] float64, one over the row's probability of being drawn
+
+
+def capped(pool: Pool, limit: int, seed: int, step: int) -> Pool:
+    """At most `limit` rows of a pool, each weighted by one over its chance of being drawn."""
+    if pool.targets.shape[0] <= limit:
+        return pool
+    sample = quota_indices(strata_of(pool.targets), limit, seed, step)
+    drawn = pool.select(sample.rows)
+    weights = drawn.row_weights()
+    factor = sample.weights.to(weights.dtype)
+    weights = weights * (factor if weights.dim() == 1 else factor[:, None])
+    return drawn._replace(weights=weights.clamp_(max=torch.finfo(weights.dtype).max))
 
 
 def quota_indices(strata: Tensor, limit: int, seed: int, step: int) -> Sample:
