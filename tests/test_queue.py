@@ -218,7 +218,7 @@ class QueueMachine(RuleBasedStateMachine):
         kinds=BATCHES,
         seed=SEEDS,
         dtype=st.sampled_from(DTYPES),
-        where=st.sampled_from(("_extended", "_capped", "_per_class")),
+        where=st.sampled_from(("_pool", "_problems", "_per_class")),
     )
     def forward_interrupted(
         self, kinds: list[str], seed: int, dtype: torch.dtype, where: str
