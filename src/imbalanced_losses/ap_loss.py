@@ -131,7 +131,7 @@ class SmoothAPLoss(_QueuedRankingLoss):
         Args:
             logits: [N, C], as for forward.
             targets: [N] or [N, C], as for forward.
-            sample_weight: [N], as for forward.
+            sample_weight: as for forward.
 
         Returns:
             `Diagnostics`, fields [C]; `print` it for a table and advice.
