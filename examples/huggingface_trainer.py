@@ -39,8 +39,7 @@ EPOCHS = 3
 class RankingTrainer(Trainer):
     """A Trainer with a loss that has a state of its own.
 
-    The loss is beside the model, not in it: `from_pretrained` knows plain buffers alone, and fails
-    on the queue. So the loss's state goes into a file of its own.
+    The loss is beside the model here, so that its state goes into a file of its own.
     """
 
     def __init__(self, *args: Any, loss_fn: nn.Module, **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ A test belongs to one family at most: to the one that names it, else to the one 
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 
@@ -223,6 +224,21 @@ FAMILIES = {
         "nothing, or a loss and a gradient as defined. `make fuzz` goes on, guided by coverage.",
         ("test_fuzz",),
         2000,
+    ),
+    "T23": Family(
+        "public cases",
+        "What people reported in public of other libraries works here: tools that average, "
+        "broadcast, cast, copy, save and load models, tensors of other libraries, hooks, export.",
+        ("test_public_cases",),
+        350,
+    ),
+    "T24": Family(
+        "public cases in processes",
+        "The same with several processes: sub-groups inside DistributedDataParallel, a loss handed "
+        "to processes that are spawned.",
+        (),
+        0,
+        (sys.executable, "-m", "pytest", "-q", "-m", "slow", "tests/test_public_cases.py"),
     ),
 }
 

@@ -161,7 +161,8 @@ def test_half_precision_is_computed_in_float32() -> None:
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        ([2.0], TypeError, "class_weight must be a torch.Tensor, got list"),
+        ("2.0", TypeError, "class_weight must be a torch.Tensor, got str"),
+        (torch.ones(1, device="meta"), TypeError, "class_weight must have values, got a tensor on"),
         (torch.tensor([2]), TypeError, "class_weight must be floating point, got torch.int64"),
         (torch.ones(2), ValueError, r"class_weight must be \[num_classes\] = \[1\], got \[2\]"),
         (torch.zeros(1), ValueError, r"class_weight must be finite and > 0, got \[0.0\]"),
@@ -239,6 +240,6 @@ def test_bad_batches() -> None:
 
 def test_repr_and_state() -> None:
     loss_fn = CrossEntropy(2, torch.tensor([1.0, 2.0]))
-    assert repr(loss_fn) == "CrossEntropy(num_classes=2, class_weight=tensor([1.0, 2.0]))"
+    assert repr(loss_fn) == "CrossEntropy(num_classes=2, class_weight=tensor([1., 2.]))"
     assert loss_fn.state_dict() == {}
     assert repr(CrossEntropy(1, gamma=2.0)).endswith("gamma=2.0)")

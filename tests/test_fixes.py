@@ -463,10 +463,6 @@ ELSEWHERE = {
         lambda: SmoothAPLoss(1, target_prior=2.5),
         "a share, not per cent: 0.025",
     ),
-    "class-weight-list": (
-        lambda: CrossEntropy(1, class_weight=[3.0]),  # type: ignore[arg-type]
-        "use torch.as_tensor(class_weight)",
-    ),
     "class-weight-integers": (
         lambda: CrossEntropy(1, class_weight=torch.tensor([3])),
         "use class_weight.float()",

@@ -1165,3 +1165,55 @@ def test_mixing_with_a_compiled_loss() -> None:
     plain.load_state_dict(
         {key.replace("_orig_mod.", ""): value for key, value in found.state_dict().items()}
     )
+
+
+def test_two_names_for_one_loss() -> None:
+    """A copy of the model keeps that they are one (the use: `AveragedModel`, `deepcopy`)."""
+    net = nn.Module()
+    net.ap = SmoothAPLoss(1, 8)
+    net.mix = MixedLoss(CrossEntropy(1), net.ap, main_weight=0.9)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), AveragedModel(net).module):
+        assert copied.ap is copied.mix.main_loss is not net.ap
+
+
+def test_a_copy_of_a_compiled_mix_trains_by_itself() -> None:
+    """`copy.copy` of what torch.compile makes shares the module (the use: a second run)."""
+    mix = MixedLoss(
+        CrossEntropy(1), torch.compile(SmoothAPLoss(1, 8), backend="eager"), main_weight=0.9
+    )  # type: ignore[arg-type]
+    before = future(mix)
+    steps_of(copy.copy(mix), range(2))
+    assert future(mix) == before
+
+
+def test_a_mix_of_a_compiled_loss_is_recomputed() -> None:
+    """Compiled code cannot tell that it runs a second time, the mix around it can."""
+    torch.compiler.reset()
+    compiled = torch.compile(SmoothAPLoss(1, 8), backend="eager")
+    mix = MixedLoss(CrossEntropy(1), compiled, main_weight=0.9)  # type: ignore[arg-type]
+    logits, targets = torch.randn(6, 1, requires_grad=True), torch.arange(6) % 2
+    loss = checkpoint(mix, logits, targets, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
+        loss.backward()
+
+
+def scheduled_mix() -> MixedLoss:
+    return MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 0), main_weight=0.9, blend_steps=3)
+
+
+@pytest.mark.parametrize("make", [lambda: SmoothAPLoss(1, 8), scheduled_mix])
+def test_a_replica_for_data_parallel(make: Callable[[], Any]) -> None:
+    """lightly-ai/lightly #968."""
+    with pytest.raises(RuntimeError, match="keep the loss outside the wrapped module"):
+        make()._replicate_for_data_parallel()
+    SmoothAPLoss(1, 0)._replicate_for_data_parallel()
+
+
+def test_weights_of_classes_are_no_weights_of_a_model() -> None:
+    """huggingface/transformers #30709, of a setting that is a tensor."""
+    with torch.device("meta"):
+        built = CrossEntropy(2, [1.0, 1e5])
+    for loss_fn in (built, CrossEntropy(2, torch.tensor([1.0, 1e5])).half()):
+        assert loss_fn.class_weight is not None
+        assert loss_fn.class_weight.tolist() == [1.0, 1e5]
+        assert list(loss_fn.buffers()) == []

@@ -251,7 +251,7 @@ class RankingLoss(StatefulLoss):
         Args:
             logits: [N, C], as for forward.
             targets: [N] or [N, C], as for forward.
-            sample_weight: [N], as for forward.
+            sample_weight: as for forward.
 
         Returns:
             `Diagnostics`, fields [C]; `print` it for a table and advice.
@@ -377,11 +377,8 @@ class RankingLoss(StatefulLoss):
 
     def _follow(self, device: torch.device) -> None:
         self._queue.to(device)
-        if self._temperature_now.device != self._device():
+        if self._temperature_now.device != self._queue.cursor.device:
             self._place_numbers()
-
-    def _device(self) -> torch.device:
-        return self._queue.cursor.device
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of what another process sent: its state is its own."""
@@ -399,7 +396,7 @@ class RankingLoss(StatefulLoss):
         self._prior = None if self.target_prior is None else self._as_tensor(self.target_prior)
 
     def _as_tensor(self, number: float | Sequence[float]) -> Tensor:
-        device = self._device()
+        device = self._queue.cursor.device
         with torch.inference_mode(False):  # it outlives it
             if isinstance(number, float):
                 return torch.full((), number, dtype=torch.float64, device=device)  # no copy

@@ -67,7 +67,8 @@ class LossModule(nn.Module):
         return self
 
     def _device(self) -> torch.device:
-        return torch.device("cpu")
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return tensors[0].device if tensors else torch.device("cpu")
 
 
 def arguments_of(loss: type) -> dict[str, Any]:
@@ -119,14 +120,10 @@ class StatefulLoss(LossModule):
         raise NotImplementedError(f"{type(self).__name__} must implement _in_current_form")
 
     def set_extra_state(self, state: Any) -> None:
-        """Take what `get_extra_state` gave; what is no tensor stands for a state that is missing.
+        """Take what `get_extra_state` gave, as `load_state_dict` does.
 
-        Raises:
-            TypeError, ValueError: the state of another loss; nothing has changed then.
-
-        Warns:
-            UserWarning: it was averaged, or changed in another way, since it was saved: the queue
-                is empty then, all else stays.
+        What is no tensor is left alone: `torch.distributed.checkpoint` hands over a marker where
+        the checkpoint has no state.
         """
         if not isinstance(state, Tensor):
             return
@@ -136,8 +133,8 @@ class StatefulLoss(LossModule):
             if self._queue is not None:
                 self._queue.reset()
             warnings.warn(
-                f"{self._key}: {error}, as by averaging checkpoints: a queue is empty now, and all "
-                "else stays as it was before loading",
+                f"{self._key}: {error}, as by averaging checkpoints: a queue that it has is empty "
+                "now, and all else stays as it was before loading",
                 stacklevel=2,
             )
 
@@ -148,7 +145,8 @@ class StatefulLoss(LossModule):
 
         Args:
             state_dict: of a loss for the same targets, also of version 0.9 and
-                before. Of a queue of another size the newest rows are kept.
+                before. Of a queue of another size the newest rows are kept;
+                averaged, it is left empty, with a warning that names the key.
             strict: whether missing and unexpected keys are an error.
             assign: of no effect on the state, which is copied.
 
@@ -157,10 +155,6 @@ class StatefulLoss(LossModule):
 
         Raises:
             RuntimeError: keys or values that do not fit; the loss is as it was.
-
-        Warns:
-            UserWarning: the state has been averaged since it was saved: the
-                queue is empty then, all else stays.
         """
         parts = [*self.modules()]
         attributes = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ class CrossEntropy(LossModule):
 
     Args:
         num_classes: C; 1 for binary targets.
-        class_weight: [C] floating, > 0. Multi-class: the factor of rows of each
+        class_weight: [C] floats, > 0, a tensor or a list. Multi-class: the factor of rows of each
             class, as `weight` of `torch.nn.CrossEntropyLoss`. Binary and
             multi-label: the factor of the positives, as `pos_weight` of
             `torch.nn.BCEWithLogitsLoss`; √(negatives / positives) is the
@@ -70,7 +71,7 @@ class CrossEntropy(LossModule):
     def __init__(
         self,
         num_classes: int,
-        class_weight: Tensor | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
         ignore_index: int = -100,
         *,
         multilabel: bool = False,
@@ -84,18 +85,14 @@ class CrossEntropy(LossModule):
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
         if class_weight is not None:
             class_weight = _checks.class_weight(class_weight, num_classes)
-        self._class_weight: Tensor | None = class_weight
+        self.class_weight: Tensor | None = class_weight  # on the device of the module or a batch
         self._settings = arguments_of(CrossEntropy)
 
-    @property
-    def class_weight(self) -> Tensor | None:
-        """[C], on the device of the module, or of the last batch."""
-        return self._class_weight
-
     def _follow(self, device: torch.device) -> None:
-        if self._class_weight is not None and device.type != "meta":
+        weight = self.class_weight
+        if weight is not None and device.type != "meta" and device != weight.device:
             with torch.inference_mode(False):  # it outlives it
-                self._class_weight = self._class_weight.to(device)
+                object.__setattr__(self, "class_weight", weight.to(device))
 
     def forward(
         self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
@@ -133,7 +130,7 @@ class CrossEntropy(LossModule):
         targets = targets.to(torch.int64)
         counts = (targets != self.ignore_index) & weights.bool()
         self._follow(logits.device)
-        of_classes = None if self._class_weight is None else self._class_weight.to(logits)
+        of_classes = None if self.class_weight is None else self.class_weight.to(logits)
         if is_binary:
             targets, counts = targets.view(logits.shape), counts.view(logits.shape)
             weights = weights.view(logits.shape) * counts

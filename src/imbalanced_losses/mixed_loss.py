@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.tracing import is_in_backward
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import StatefulLoss, arguments_of
@@ -194,7 +195,7 @@ class MixedLoss(StatefulLoss):
         Args:
             logits: [N, C], as for both losses.
             targets: [N] or [N, C], as for both losses.
-            sample_weight: [N], as for both losses.
+            sample_weight: as for both losses.
 
         Returns:
             [] in the dtype of the losses.
@@ -206,6 +207,8 @@ class MixedLoss(StatefulLoss):
         if self.training:
             self._require_step()
         weight = self.main_weight
+        if self.training and weight > 0:
+            self._ranking._require_step()  # which a compiled loss can't tell by itself
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         auxiliary: Tensor | float = 0.0
         if weight < 1:
@@ -267,7 +270,7 @@ class MixedLoss(StatefulLoss):
         if self.calls_per_step is None:
             return
         # A number that changes would have code compiled anew in every step.
-        if not self._depends_on_state() and torch.compiler.is_compiling():
+        if not self._depends_on_state() and (torch.compiler.is_compiling() or is_in_backward()):
             return
         # At the end of a step; resumed with fewer calls a step, it may lie behind.
         is_end = self._num_calls + 1 >= self.calls_per_step
@@ -277,10 +280,12 @@ class MixedLoss(StatefulLoss):
     def _depends_on_state(self) -> bool:
         return not self._schedule.is_constant
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy: with a main loss of its own, as that has state."""
-        super().__setstate__(state)
-        self._modules = {**self._modules, "main_loss": copy.copy(self.main_loss)}
+    def __copy__(self) -> MixedLoss:
+        """With a main loss of its own, as that has state; not compiled."""
+        copied = object.__new__(type(self))
+        modules = {**self._modules, "main_loss": copy.copy(self._ranking)}
+        vars(copied).update(vars(self), _modules=modules)
+        return copied
 
     def get_extra_state(self) -> Tensor:
         """Where the schedule stands, for `state_dict`: uint8, the same size for every state."""

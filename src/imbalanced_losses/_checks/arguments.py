@@ -117,16 +117,22 @@ def sample_weight(given: Any, logits: Tensor, multilabel: bool = False) -> Tenso
         expected = f"[{logits.shape[0]}]{f' or {list(logits.shape)}' if multilabel else ''}"
         raise ValueError(
             f"sample_weight must be {expected}, one weight a row of logits, "
-            f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits)}"
+            f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits, multilabel)}"
         )
     _on_device("sample_weight", value, "logits", logits)
     return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
 
 
+def _with_values(name: str, value: Tensor) -> Tensor:
+    if value.is_meta:
+        raise TypeError(f"{name} must have values, got a tensor on meta; use a list of floats")
+    return value
+
+
 def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
     """A share of positives for each class, in (0, 1)."""
     if isinstance(value, Tensor):
-        value = _tensor("target_prior", value).tolist()
+        value = _with_values("target_prior", _tensor("target_prior", value)).tolist()
     if not isinstance(value, (list, tuple)):
         if num_classes > 1:
             raise TypeError(
@@ -294,8 +300,10 @@ def one_number(name: str, value: Tensor) -> None:
 
 
 def class_weight(given: Any, num_classes: int) -> Tensor:
-    """[C] floating, finite and > 0."""
-    value = _floating("class_weight", given)
+    """[C] floating, finite and > 0; of a list float32 on the CPU."""
+    if isinstance(given, (list, tuple)):
+        given = torch.tensor(given, dtype=torch.float32, device="cpu")
+    value = _with_values("class_weight", _floating("class_weight", given))
     if value.shape != (num_classes,):
         raise ValueError(
             f"class_weight must be [num_classes] = [{num_classes}], got {list(value.shape)}"

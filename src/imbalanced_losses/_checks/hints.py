@@ -96,11 +96,12 @@ def of_targets(value: Tensor, logits: Tensor, multilabel: bool) -> str:
     return ""
 
 
-def of_sample_weight(value: Tensor, logits: Tensor) -> str:
-    """For weights that are not [N]."""
+def of_sample_weight(value: Tensor, logits: Tensor, multilabel: bool) -> str:
+    """For weights that are not [N], nor [N, C]."""
     num_rows, num_classes = logits.shape
     if value.shape == (num_classes,) and num_classes > 1:
-        return "; for weights of classes use sample_weight[targets]"
+        fix = "expand(len(logits), -1)" if multilabel else "[targets]"
+        return f"; for weights of classes use sample_weight{'.' * multilabel}{fix}"
     if value.numel() == num_rows > 0:
         return "; use sample_weight.reshape(-1)"
     return ""

@@ -200,7 +200,8 @@ def unchanged_on_error(
         unless: whether the block had done its work before it raised.
     """
     before = [(mapping, dict(mapping)) for mapping in attributes]
-    values = [(tensor, where, tensor[where].detach().clone()) for tensor, where in writes]
+    values = [(tensor, where, tensor.detach()[where]) for tensor, where in writes]
+    values = [(t, w, v if isinstance(w, Tensor) else v.clone()) for t, w, v in values]
     try:
         yield
     except BaseException:

@@ -63,11 +63,10 @@ class Pool(NamedTuple):
 
     def is_storable(self, ignore_index: int) -> Tensor:
         """[M] bool: rows that are present, and finite in every class."""
-        storable = self.is_present(ignore_index) & self.logits.isfinite().all(1)
-        if self.weights is None:
-            return storable
-        is_finite = self.weights.isfinite()
-        return storable & (is_finite.all(1) if is_finite.dim() == 2 else is_finite)
+        is_finite = self.logits.isfinite().all(1)
+        if self.weights is not None:
+            is_finite &= _columns(self.weights).isfinite().all(1)
+        return is_finite & self.is_present(ignore_index)
 
     def without_ignored(self, ignore_index: int) -> Pool:
         """The rows that are present, free slots of a queue left out."""

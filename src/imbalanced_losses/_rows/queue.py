@@ -32,9 +32,7 @@ class MemoryQueue:
     targets: Tensor  # [size + 1] or [size + 1, C]
     weights: Tensor  # as targets
     cursor: Tensor  # [] int64, the slot that the next row takes
-    pushed_at: (
-        Tensor  # [size + 1] int64, the push that wrote each slot; the last: how many; not saved
-    )
+    pushed_at: Tensor  # [size + 1] int64, the push that wrote each slot; the last: how many
 
     def __init__(self, size: int, num_classes: int, ignore_index: int, multilabel: bool) -> None:
         self.size = size
