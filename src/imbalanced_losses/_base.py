@@ -376,7 +376,7 @@ class _QueuedRankingLoss(StatefulLoss):
             self._queue.push(batch, is_step=is_step)
 
     def get_extra_state(self) -> Tensor:
-        """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
+        """Queue, counter, temperature: bytes, as many for every state."""
         return pack_ranking(self._saved())
 
     def _take(self, state: Tensor) -> None:

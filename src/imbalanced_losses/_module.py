@@ -120,10 +120,12 @@ class StatefulLoss(LossModule):
         raise NotImplementedError(f"{type(self).__name__} must implement _in_current_form")
 
     def set_extra_state(self, state: Any) -> None:
-        """Take what `get_extra_state` gave, as `load_state_dict` does.
+        """Take a state as `load_state_dict` does.
 
-        What is no tensor is left alone: `torch.distributed.checkpoint` hands over a marker where
-        the checkpoint has no state.
+        Args:
+            state: of `get_extra_state`. What is no tensor is left alone:
+                `torch.distributed.checkpoint` has such a mark for a missing
+                state.
         """
         if not isinstance(state, Tensor):
             return

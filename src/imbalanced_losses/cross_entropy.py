@@ -26,8 +26,8 @@ class CrossEntropy(LossModule):
 
     Args:
         num_classes: C; 1 for binary targets.
-        class_weight: [C] floats, > 0, a tensor or a list. Multi-class: the factor of rows of each
-            class, as `weight` of `torch.nn.CrossEntropyLoss`. Binary and
+        class_weight: [C] floats > 0, a tensor or a list. Multi-class: the
+            factor of rows of each class, as `weight` of `torch.nn.CrossEntropyLoss`. Binary and
             multi-label: the factor of the positives, as `pos_weight` of
             `torch.nn.BCEWithLogitsLoss`; √(negatives / positives) is the
             baseline to beat on imbalanced data. None = 1.
