@@ -33,8 +33,9 @@ class LossModule(nn.Module):
         """Have `torch.jit.script` pass over the loss in a model that merely holds it."""
         super().__init_subclass__(**keywords)
         torch.jit.unused(cls.forward)
-        names = [(name, getattr(cls, name)) for name in dir(cls)]
-        cls.__jit_unused_properties__ = [n for n, value in names if isinstance(value, property)]
+        cls.__jit_unused_properties__ = [
+            n for n in dir(cls) if isinstance(getattr(cls, n), property)
+        ]
         cls.__jit_ignored_attributes__ = [
             n for c in cls.__mro__ for n in inspect.get_annotations(c)
         ]
