@@ -33,8 +33,9 @@ class LossModule(nn.Module):
         """Have `torch.jit.script` pass over the loss in a model that merely holds it."""
         super().__init_subclass__(**keywords)
         torch.jit.unused(cls.forward)
-        names = [(name, getattr(cls, name)) for name in dir(cls)]
-        cls.__jit_unused_properties__ = [n for n, value in names if isinstance(value, property)]
+        cls.__jit_unused_properties__ = [
+            n for n in dir(cls) if isinstance(getattr(cls, n), property)
+        ]
         cls.__jit_ignored_attributes__ = [
             n for c in cls.__mro__ for n in inspect.get_annotations(c)
         ]
@@ -120,10 +121,12 @@ class StatefulLoss(LossModule):
         raise NotImplementedError(f"{type(self).__name__} must implement _in_current_form")
 
     def set_extra_state(self, state: Any) -> None:
-        """Take what `get_extra_state` gave, as `load_state_dict` does.
+        """Take a state as `load_state_dict` does.
 
-        What is no tensor is left alone: `torch.distributed.checkpoint` hands over a marker where
-        the checkpoint has no state.
+        Args:
+            state: of `get_extra_state`. What is no tensor is left alone:
+                `torch.distributed.checkpoint` has such a mark for a missing
+                state.
         """
         if not isinstance(state, Tensor):
             return

@@ -26,11 +26,11 @@ class CrossEntropy(LossModule):
 
     Args:
         num_classes: C; 1 for binary targets.
-        class_weight: [C] floats, > 0, a tensor or a list. Multi-class: the factor of rows of each
-            class, as `weight` of `torch.nn.CrossEntropyLoss`. Binary and
-            multi-label: the factor of the positives, as `pos_weight` of
-            `torch.nn.BCEWithLogitsLoss`; √(negatives / positives) is the
-            baseline to beat on imbalanced data. None = 1.
+        class_weight: [C] floats > 0, a tensor or a list. Multi-class: the
+            factor of rows of each class, as `weight` of
+            `torch.nn.CrossEntropyLoss`. Binary and multi-label: that of the
+            positives, as `pos_weight` of `torch.nn.BCEWithLogitsLoss`;
+            √(negatives / positives) is the baseline to beat. None = 1.
         ignore_index: target that marks rows, or labels of rows, to leave out.
         multilabel: targets are [N, C] in {0, 1, ignore_index}.
         gamma: focusing parameter γ ≥ 0: every term is multiplied by (1 − p)^γ,

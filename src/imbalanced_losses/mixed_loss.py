@@ -288,7 +288,7 @@ class MixedLoss(StatefulLoss):
         return copied
 
     def get_extra_state(self) -> Tensor:
-        """Where the schedule stands, for `state_dict`: uint8, the same size for every state."""
+        """Where the schedule stands: bytes, as many for every state."""
         return pack([getattr(self, "_" + name) for name in _STATE])
 
     def _take(self, state: Tensor) -> None:

@@ -141,8 +141,8 @@ def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict
     logits, targets = found["logits"], found["targets"]
     weights = found.get("weights", logits.new_ones(logits.shape[:1]))
     shapes = [list(part.shape) for part in (logits, targets, weights)]
-    is_even = shapes[0][:1] == shapes[1][:1] == shapes[2]
-    if len(shapes[0]) != 2 or not is_even or shapes[1][1:] not in ([], shapes[0][1:]):
+    rows, columns = logits.shape if logits.dim() == 2 else (-1, -1)
+    if shapes[1:] not in ([[rows], [rows]], [[rows, columns], [rows]]):
         raise ValueError(f"{prefix}_queue must hold the same rows in each part, got {shapes}")
     if targets.dim() == 2:
         weights = weights[:, None].expand(targets.shape)
