@@ -191,19 +191,19 @@ def test_is_the_functional_form() -> None:
 
 
 def test_compute_smooth_ap() -> None:
-    """`_compute_smooth_ap` is smooth_ap by the loss's backend, for one problem or several."""
-    loss_fn = SmoothAPLoss(num_classes=3)
+    """`_compute_smooth_ap` is smooth_ap, for one problem or several, on the class or on a loss."""
     scores, is_pos = torch.randn(3, 20), torch.rand(3, 20) < 0.4
     weights = torch.rand(3, 20)
-    several = loss_fn._compute_smooth_ap(scores, is_pos, 0.3, weights)
-    expected = smooth_ap(scores, is_pos, 0.3, sample_weight=weights, backend="dense")
-    assert torch.equal(several.ap, expected.ap)
-    assert torch.equal(several.valid, expected.valid)
-    one = loss_fn._compute_smooth_ap(scores[0], is_pos[0], 0.3)
-    assert torch.equal(one.ap, smooth_ap(scores[0], is_pos[0], 0.3).ap)
+    for owner in (SmoothAPLoss, SmoothAPLoss(num_classes=3)):
+        several = owner._compute_smooth_ap(scores, is_pos, 0.3, weights)
+        expected = smooth_ap(scores, is_pos, 0.3, sample_weight=weights)
+        assert torch.equal(several.ap, expected.ap)
+        assert torch.equal(several.valid, expected.valid)
+        one = owner._compute_smooth_ap(scores[0], is_pos=is_pos[0], tau=0.3)
+        assert torch.equal(one.ap, smooth_ap(scores[0], is_pos[0], 0.3).ap)
 
 
-def test_backend_reaches_the_engine() -> None:
+def test_backend_reaches_the_ranks() -> None:
     """The class attribute `backend` is what ranks: a name that does not exist is refused."""
     loss_fn = SmoothAPLoss(num_classes=1)
     loss_fn.backend = "nothing"  # type: ignore[assignment]
@@ -217,8 +217,8 @@ def test_pairs_of_all_rows_take_all_rows() -> None:
     with pytest.raises(ValueError, match="backend") as caught:
         loss_fn(torch.zeros(2, 1), torch.tensor([0, 1]))
     assert str(caught.value) == (
-        'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows of the '
-        'others has no pairs to sum over; got "dense"'
+        'backend must be "auto" or "panel" with gather="sums": a process that lacks the rows of '
+        'the others has no pairs to sum over; got "dense"'
     )
 
 
@@ -334,8 +334,7 @@ def test_forward_mode_is_refused() -> None:
 
 
 def test_repr_names_what_is_not_usual() -> None:
-    usual = "num_classes=2, queue_size=1024, temperature=0.01, reduction='mean', multilabel=False"
-    assert SmoothAPLoss(2).extra_repr() == usual
+    assert SmoothAPLoss(2).extra_repr() == "num_classes=2"
     options: dict[str, Any] = {
         "ignore_index": -1,
         "update_queue_in_eval": True,
@@ -346,9 +345,9 @@ def test_repr_names_what_is_not_usual() -> None:
         "grad_reduce": "sum",
         "target_prior": (0.1, 0.2),
     }
-    words = [usual, *(f"{name}={value!r}" for name, value in options.items())]
+    words = ["num_classes=2", *(f"{name}={value!r}" for name, value in options.items())]
     assert SmoothAPLoss(2, **options).extra_repr() == ", ".join(words)
-    assert SmoothAPLoss(2, gather="sums").extra_repr() == f"{usual}, gather='sums'"
+    assert SmoothAPLoss(2, gather="sums").extra_repr() == "num_classes=2, gather='sums'"
 
 
 def test_the_spread_of_a_batch_is_that_of_its_weighted_rows() -> None:
