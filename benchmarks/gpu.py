@@ -161,7 +161,7 @@ def crossing(rows: Iterable[Row], num_classes: int) -> float | None:
 
 
 def advice(rows: list[Row], constant: int) -> list[str]:
-    """What `_engine/_choose.py` should say."""
+    """What `_ranking/choose.py` should say."""
     lines = [f"choice: up to C·M² = 2^{math.log2(constant):.1f} all pairs are compared now"]
     for num_classes in (1, 10):
         pairs = crossing(rows, num_classes)
