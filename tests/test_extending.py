@@ -197,7 +197,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def test_no_option_is_lost() -> None:
-    """All of the constructor of `SmoothAPLoss`, and every one has its effect."""
+    """All of the constructor of `SmoothAPLoss` reach the base, which keeps its state by them."""
     assert OPTIONS.keys() == RankingOptions.__annotations__.keys()
     assert {"num_classes", *OPTIONS} == inspect.signature(SmoothAPLoss).parameters.keys()
     loss_fn, other = RecallAtBudgetLoss(2, **OPTIONS), SmoothAPLoss(2, **OPTIONS)
