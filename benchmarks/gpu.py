@@ -329,9 +329,9 @@ def run(wanted: list[Series], timeout_s: float, into: Path, kind: str) -> Path:
         rows += [{column: row[column] for column in COLUMNS} for row in found]
         print("\n".join(table(found)), flush=True)
         path = _measure.write_csv(rows, name, slug(device), header(rates))
-    from imbalanced_losses._ranking import _choose
+    from imbalanced_losses._ranking.choose import MOST_FUSED_PAIRS
 
-    for line in (*deaths(rows), *goals(rows), *advice(rows, _choose.MOST_FUSED_PAIRS)):
+    for line in (*deaths(rows), *goals(rows), *advice(rows, MOST_FUSED_PAIRS)):
         print(line, flush=True)
     print(f"written: {path.name}", flush=True)
     figure(rows, device, into / "gpu.png")

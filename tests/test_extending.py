@@ -268,7 +268,7 @@ def test_the_backend_passes_the_tests_of_the_engine(tmp_path: Path) -> None:
     run = subprocess.run(
         [*command, "tests/test_engine.py", "--plan", "plain.PlainPlan"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(extending.__file__).parents[1]}"},
         capture_output=True,
         text=True,
         check=False,
