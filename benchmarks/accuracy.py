@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks import _measure, _peers
 from benchmarks._measure import Row
-from imbalanced_losses._ranking import rank_plan
+from imbalanced_losses._ranking import Problems
+from imbalanced_losses._ranking.backends import rank_plan
 from imbalanced_losses.functional import smooth_ap
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -104,10 +105,10 @@ def reference(problem: Problem) -> Reference:
     if num_rows <= LARGEST_EXACT:
         return Reference(*_in_order(solve(wide, "dense"), num_rows), "")
     row = wide.is_positive.nonzero().squeeze(1)  # [Q]
-    scores, problem_of = wide.scores[None], torch.zeros_like(row)
     positive = wide.is_positive.double()
-    is_positive = wide.is_positive[None]
-    plan = rank_plan(scores, is_positive, problem_of, row, None, wide.temperature, backend="panel")
+    whole = Problems(wide.scores[None], wide.temperature, wide.is_positive[None])
+    queries = whole.queries("positives")
+    plan = rank_plan(whole.canonical(), queries, ("all", "positives"), "panel")
     ranks = torch.stack(plan.ranks(), dim=1)  # [Q, 2]
     precision = ranks[:, 1] / ranks[:, 0]
 

@@ -1,6 +1,6 @@
 """Mutation testing of `src`: mutmut, with a test runner that collects the tests once.
 
-    python -m benchmarks.mutation run _queue _engine._dense  # what is not done yet of these modules
+    python -m benchmarks.mutation run _rows.queue _ranking*  # what of these modules is not done
     python -m benchmarks.mutation again NAME…                # these mutants, whatever is known
     python -m benchmarks.mutation report                     # the table, and who survived
 

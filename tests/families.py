@@ -161,7 +161,7 @@ FAMILIES = {
     "T14": Family(
         "compilers",
         "torch.compile in one graph, two at most over steps with changing positives, export, fake "
-        "and meta tensors, vmap: the results of eager code.",
+        "and meta tensors: the results of eager code.",
         ("test_compile",),
         16,
     ),

@@ -191,19 +191,19 @@ def test_is_the_functional_form() -> None:
 
 
 def test_compute_smooth_ap() -> None:
-    """`_compute_smooth_ap` is smooth_ap by the loss's backend, for one problem or several."""
-    loss_fn = SmoothAPLoss(num_classes=3)
+    """`_compute_smooth_ap` is smooth_ap, for one problem or several, on the class or on a loss."""
     scores, is_pos = torch.randn(3, 20), torch.rand(3, 20) < 0.4
     weights = torch.rand(3, 20)
-    several = loss_fn._compute_smooth_ap(scores, is_pos, 0.3, weights)
-    expected = smooth_ap(scores, is_pos, 0.3, sample_weight=weights, backend="dense")
-    assert torch.equal(several.ap, expected.ap)
-    assert torch.equal(several.valid, expected.valid)
-    one = loss_fn._compute_smooth_ap(scores[0], is_pos[0], 0.3)
-    assert torch.equal(one.ap, smooth_ap(scores[0], is_pos[0], 0.3).ap)
+    for owner in (SmoothAPLoss, SmoothAPLoss(num_classes=3)):
+        several = owner._compute_smooth_ap(scores, is_pos, 0.3, weights)
+        expected = smooth_ap(scores, is_pos, 0.3, sample_weight=weights)
+        assert torch.equal(several.ap, expected.ap)
+        assert torch.equal(several.valid, expected.valid)
+        one = owner._compute_smooth_ap(scores[0], is_pos=is_pos[0], tau=0.3)
+        assert torch.equal(one.ap, smooth_ap(scores[0], is_pos[0], 0.3).ap)
 
 
-def test_backend_reaches_the_engine() -> None:
+def test_backend_reaches_the_ranks() -> None:
     """The class attribute `backend` is what ranks: a name that does not exist is refused."""
     loss_fn = SmoothAPLoss(num_classes=1)
     loss_fn.backend = "nothing"  # type: ignore[assignment]
@@ -217,8 +217,8 @@ def test_pairs_of_all_rows_take_all_rows() -> None:
     with pytest.raises(ValueError, match="backend") as caught:
         loss_fn(torch.zeros(2, 1), torch.tensor([0, 1]))
     assert str(caught.value) == (
-        'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows of the '
-        'others has no pairs to sum over; got "dense"'
+        'backend must be "auto" or "panel" with gather="sums": a process that lacks the rows of '
+        'the others has no pairs to sum over; got "dense"'
     )
 
 

@@ -1,9 +1,8 @@
-"""torch.compile, torch.export, tensors without values and vmap: the same results, in one graph."""
+"""torch.compile, torch.export, tensors without values: the same results, in one graph. No vmap."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 from imbalanced_losses._checks.tracing import is_on_host, is_traced
-from imbalanced_losses.functional import Backend, _opaque_smooth_ap, score_spread, smooth_ap
+from imbalanced_losses._ranking import Problems
+from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import seeded
 from tests.rows import IGNORED, assert_same_state, state_of
 from tests.versions import TORCH
@@ -26,7 +27,7 @@ IN_ONE_GRAPH = pytest.mark.skipif(
 )
 
 STEPS = 30
-OPERATOR = torch.ops.imbalanced_losses.smooth_ap
+OPERATORS = torch.ops.imbalanced_losses
 
 
 def batches(num_classes: int, multilabel: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -248,128 +249,79 @@ def test_functions_of_tensors_without_values() -> None:
 
 @pytest.mark.parametrize("backend", ["dense", "panel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_operator_is_registered_as_it_should_be(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("queries", "among"),
+    [("positives", "all,positives"), ("negatives", "positives"), ("all", "negatives,all")],
+)
+def test_operators_are_registered_as_they_should_be(
+    queries: str, among: str, dtype: torch.dtype, backend: str
+) -> None:
     scores = torch.randn(3, 30, generator=seeded(0), dtype=dtype).requires_grad_()
     is_positive = torch.rand(3, 30, generator=seeded(1)) < 0.3
     weights = torch.rand(3, 30, generator=seeded(2), dtype=dtype)
     tau = torch.tensor([0.1, 0.2, 0.3], dtype=dtype).requires_grad_()
-    fixed = (scores, is_positive, 0.1, None, None, backend, 20, True, False)
-    by_class = (scores, is_positive, 0.0, tau, weights, backend, 30, True, True)
-    without = (scores.detach(), *fixed[1:-2], False, False)
-    for arguments in (fixed, by_class, without):
-        torch.library.opcheck(OPERATOR.default, arguments)
-
-
-@pytest.mark.parametrize("shared", ["nothing", "labels", "scores"])
-@pytest.mark.parametrize("is_weighted", [False, True])
-def test_vmap_over_the_functional_form(shared: str, is_weighted: bool) -> None:
-    scores = torch.randn(4, 30, generator=seeded(0), dtype=torch.float64)
-    is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
-    weights = torch.rand(4, 30, generator=seeded(2), dtype=torch.float64) if is_weighted else None
-    if shared == "scores":
-        scores = scores[:1].expand(4, 30)
-    if shared == "labels":
-        is_positive = is_positive[:1].expand(4, 30)
-
-    def ap(s: Tensor, p: Tensor, w: Tensor | None) -> Tensor:
-        return smooth_ap(s, p, 0.2, sample_weight=w).ap
-
-    dims = (None if shared == "scores" else 0, None if shared == "labels" else 0)
-    found = torch.func.vmap(ap, (*dims, 0 if is_weighted else None))(
-        scores[0] if shared == "scores" else scores,
-        is_positive[0] if shared == "labels" else is_positive,
-        weights,
-    )
-    torch.testing.assert_close(found, ap(scores, is_positive, weights), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("dims", [(0, 0), (1, 2), (2, 1)], ids=str)
-@pytest.mark.parametrize("weights_of", ["rows", "problems", "batches"])
-@pytest.mark.parametrize("num_problems", [1, 3])
-def test_vmap_over_any_dimension(dims: tuple[int, int], weights_of: str, num_problems: int) -> None:
-    """Of stacks of problems, AP and validity; weights of all batches or of each."""
-    shape = (4, num_problems, 30)
-    scores = torch.randn(shape, generator=seeded(0), dtype=torch.float64)
-    is_positive = torch.rand(shape, generator=seeded(1)) < 0.3
-    is_positive[1] = False
-    weights = torch.rand(shape, generator=seeded(2), dtype=torch.float64)
-    given = {"rows": weights[0, 0], "problems": weights[0], "batches": weights}[weights_of]
-
-    def both(s: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return smooth_ap(s, p, 0.2, sample_weight=w)
-
-    last = 0 if weights_of == "batches" else None
-    found = torch.func.vmap(both, (*dims, last))(
-        scores.movedim(0, dims[0]), is_positive.movedim(0, dims[1]), given
-    )
-    for b in range(4):
-        own = given[b] if weights_of == "batches" else given
-        ap, valid = both(scores[b], is_positive[b], own)
-        torch.testing.assert_close(found[0][b], ap, rtol=1e-12, atol=0)
-        assert found[1][b].equal(valid)
+    sets = (queries, among, backend)
+    fixed = (scores, is_positive, 0.1, None, None, False, 20, *sets)
+    by_problem = (scores, is_positive, 0.0, tau, weights, True, 30, *sets)
+    without = (scores.detach(), *fixed[1:])
+    for arguments in (fixed, by_problem, without):
+        torch.library.opcheck(OPERATORS.soft_ranks.default, arguments)
+        constants = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+        ranks = OPERATORS.soft_ranks(*constants)
+        gradient = OPERATORS.soft_ranks_gradient.default  # nothing is differentiated twice
+        torch.library.opcheck(gradient, (torch.ones_like(ranks), *constants))
 
 
 def test_what_a_temperature_moves_is_told_from_all_rows() -> None:
     """Also where only the first need a gradient, those of the batch before those of the queue."""
     scores = torch.randn(12, generator=seeded(0), dtype=torch.float64)
     is_positive = torch.arange(12) % 3 == 0
-    slopes = []
-    for num_live in (None, 5):
+
+    def slope(num_live: int | None) -> Tensor:
         tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        ap = _opaque_smooth_ap(scores, is_positive, tau, None, "auto", num_live).ap
-        slopes.append(torch.autograd.grad(ap, tau)[0])
-    assert slopes[0].abs() > 0.01
-    assert slopes[0].equal(slopes[1])
+        ap = average_precision(Problems(scores, tau, is_positive, num_live=num_live))
+        return torch.autograd.grad(ap, tau)[0]
+
+    torch._dynamo.reset()
+    whole, compiled = slope(None), torch.compile(slope, backend="aot_eager")
+    assert whole.abs() > 0.01
+    assert slope(5).equal(whole)
+    torch.testing.assert_close(compiled(5), whole)
 
 
-def of_batch(loss: Callable[..., Tensor], *batch: Tensor) -> Tensor:
-    """What vmap shall give, by a loop."""
-    return torch.stack([loss(*row) for row in zip(*batch, strict=True)])
+@pytest.mark.parametrize("mapped", ["scores", "labels", "weights", "temperature"])
+@pytest.mark.parametrize("is_outer", [False, True], ids=["vmap", "vmap of grad"])
+def test_vmap_over_problems_is_refused(is_outer: bool, mapped: str) -> None:
+    """Whatever of them is mapped; problems have a dimension of their own."""
+    scores = torch.randn(4, 30, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
+    weights = torch.rand(4, 30, generator=seeded(2), dtype=torch.float64)
+    given = {"scores": scores, "labels": is_positive, "weights": weights}
+    given["temperature"] = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    batch = [value if name == mapped else value[0] for name, value in given.items()]
+
+    def ap(s: Tensor, p: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return smooth_ap(s, p, t, sample_weight=w).ap
+
+    function = torch.func.grad(ap) if is_outer else ap
+    dims = tuple(0 if name == mapped else None for name in given)
+    with pytest.raises(NotImplementedError, match="stack the problems along the dimension C"):
+        torch.func.vmap(function, dims)(*batch)
 
 
 @pytest.mark.parametrize("backend", ["dense", "panel"])
-@pytest.mark.parametrize("is_weighted", [False, True])
-@pytest.mark.parametrize("unit", ["float", "tensor", "spread"])
-def test_vmap_and_grad_in_either_order(unit: str, is_weighted: bool, backend: Backend) -> None:
-    """Gradients by scores and by temperature."""
+def test_stacked_problems_are_what_vmap_would_give(backend: Backend) -> None:
+    """Gradients, and those of their norm, of each problem by itself."""
     scores = torch.randn(4, 30, generator=seeded(0), dtype=torch.float64)
     is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
     is_positive[2] = False  # a problem that is not valid
-    weights = torch.rand(4, 30, generator=seeded(2), dtype=torch.float64)
-    tau = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-
-    def ap(s: Tensor, p: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        temperature = {"float": 0.2, "tensor": t, "spread": t * score_spread(s)}[unit]
-        sample_weight = w if is_weighted else None
-        return smooth_ap(s, p, temperature, sample_weight=sample_weight, backend=backend).ap
-
-    def total(*batch: Tensor) -> Tensor:
-        return torch.func.vmap(ap)(*batch).sum()
-
-    batch = (scores, is_positive, weights, tau)
-    for argument in (0,) if unit == "float" else (0, 3):
-        gradient = torch.func.grad(ap, argnums=argument)
-        expected = of_batch(gradient, *batch)
-        assert expected.abs().max() > 0.01
-        for found in (
-            torch.func.vmap(gradient)(*batch),
-            torch.func.grad(total, argnums=argument)(*batch),
-        ):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
-    leaf = scores.clone().requires_grad_()
-    (found,) = torch.autograd.grad(total(leaf, *batch[1:]), leaf)
-    torch.testing.assert_close(found, of_batch(torch.func.grad(ap), *batch), rtol=1e-10, atol=1e-14)
-
-
-def test_second_derivatives_of_vmap_say_that_there_are_none() -> None:
-    scores = torch.randn(4, 30, generator=seeded(0))
-    is_positive = torch.rand(4, 30, generator=seeded(1)) < 0.3
 
     def ap(s: Tensor, p: Tensor) -> Tensor:
-        return smooth_ap(s, p, 0.2).ap
+        return smooth_ap(s, p, 0.1 * score_spread(s), backend=backend).ap.sum()
 
     gradient = torch.func.grad(ap)
     of_norm = torch.func.grad(lambda s, p: gradient(s, p).square().sum())
-    with pytest.raises(NotImplementedError, match=r"under torch\.func\.vmap has first derivatives"):
-        torch.func.vmap(of_norm)(scores, is_positive)
-    assert of_norm(scores[0], is_positive[0]).abs().max() > 0  # without vmap there are
+    for function in (gradient, of_norm):
+        expected = torch.stack([function(*one) for one in zip(scores, is_positive, strict=True)])
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(function(scores, is_positive), expected, rtol=1e-10, atol=1e-14)

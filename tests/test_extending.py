@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import CrossEntropy, MixedLoss, extending
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss, extending
+from imbalanced_losses.extending import RankingOptions
 from tests.ranks import WORLD_SIZE, Failure, Ranks
-from tests.rows import Batch, make_batch
+from tests.rows import Batch, make_batch, numbers_of, state_of
 from tests.test_docs import PAGES, ROOT, blocks
 
 PAGE = next(page for page in PAGES if page.stem == "extending")
@@ -28,13 +32,16 @@ def block_with(start: str) -> str:
     return found
 
 
-def defined_in(code: str, name: str) -> Any:
-    namespace: dict[str, Any] = {"__name__": "page", "torch": torch, "Tensor": Tensor}
-    exec(compile(code, str(PAGE), "exec"), namespace)
-    return namespace[name]
+def module_of(code: str, name: str) -> Any:
+    """A block of the page as a module, which the compiler can find."""
+    module: Any = ModuleType(name)
+    sys.modules[name] = module
+    exec(compile(code, str(PAGE), "exec"), vars(module))
+    return module
 
 
-RecallAtBudgetLoss = defined_in(block_with("class RecallAtBudgetLoss"), "RecallAtBudgetLoss")
+CODE = block_with("class RecallAtBudgetLoss")
+RecallAtBudgetLoss = module_of(CODE, "recall_at_budget").RecallAtBudgetLoss
 
 
 def loss_by_loops(
@@ -157,31 +164,98 @@ def test_bad_arguments(bad: dict[str, float]) -> None:
         make(**bad)
 
 
-def gradient_on(rank: int) -> tuple[float, Tensor]:
-    batch = make_batch(6 + rank, seed=rank, dtype=torch.float64).leaf()
-    loss = batch.through(make())
+@pytest.mark.parametrize("queue_size", [0, 20])
+def test_compiled_in_one_graph(queue_size: int) -> None:
+    torch._dynamo.reset()
+    eager = make(3, queue_size=queue_size, temperature_unit="spread")
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        one, other = (make_batch(24, 3, seed=seed).leaf() for _ in range(2))
+        found, expected = one.through(compiled), other.through(eager)
+        torch.testing.assert_close(found, expected)
+        for loss in (found, expected):
+            loss.backward()
+        torch.testing.assert_close(one.logits.grad, other.logits.grad)
+
+
+OPTIONS: dict[str, Any] = {
+    "queue_size": 7,
+    "temperature": 0.2,
+    "reduction": "sum",
+    "ignore_index": -1,
+    "update_queue_in_eval": True,
+    "gather_distributed": False,
+    "max_pool_size": 9,
+    "multilabel": True,
+    "temperature_unit": "spread",
+    "queue_follows_shift": True,
+    "process_group": None,
+    "grad_reduce": "sum",
+    "gather": "rows",
+    "target_prior": (0.1, 0.2),
+}
+
+
+def test_no_option_is_lost() -> None:
+    """All of the constructor of `SmoothAPLoss` reach the base, which keeps its state by them."""
+    assert OPTIONS.keys() == RankingOptions.__annotations__.keys()
+    assert {"num_classes", *OPTIONS} == inspect.signature(SmoothAPLoss).parameters.keys()
+    loss_fn, other = RecallAtBudgetLoss(2, **OPTIONS), SmoothAPLoss(2, **OPTIONS)
+    for name, value in OPTIONS.items():
+        assert getattr(loss_fn, name) == getattr(other, name) == value
+    for seed in range(3):
+        batch = make_batch(8, 2, seed=seed, multilabel=True)
+        for one in (loss_fn, other):
+            assert batch.through(one).isfinite()
+    assert numbers_of(state_of(loss_fn)).equal(numbers_of(state_of(other)))
+    with pytest.raises(TypeError, match="queue_sise"):
+        RecallAtBudgetLoss(2, queue_sise=7)
+
+
+def test_diagnose() -> None:
+    """What a batch gives to learn from is a matter of the rows, whatever the metric."""
+    loss_fn, other = make(queue_size=8), SmoothAPLoss(1, 8, 0.3)
+    for seed in range(2):
+        batch = make_batch(9, seed=seed)
+        found, expected = (one.diagnose(batch.logits, batch.targets) for one in (loss_fn, other))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        for one in (loss_fn, other):
+            batch.through(one)
+
+
+def rows_of(rank: int | None, **options: Any) -> tuple[float, Tensor]:
+    """Loss and gradient of one process with its rows, or with all rows for None."""
+    batch = make_batch(13, 3, dtype=torch.float64)._replace(
+        weights=torch.linspace(0, 2, 13).double()
+    )
+    own = {None: slice(None), 0: slice(6), 1: slice(6, None)}[rank]
+    batch = Batch(*(field[own] for field in batch)).leaf()
+    loss = batch.through(make(3, **options))
     loss.backward()
     return loss.item(), batch.logits.grad
 
 
-def test_ranks_that_gather_rows_need_nothing(ranks: Ranks) -> None:
-    batches = [make_batch(6 + rank, seed=rank, dtype=torch.float64) for rank in range(WORLD_SIZE)]
-    whole = Batch(*(torch.cat([batch[k] for batch in batches]) for k in (0, 1))).leaf()
-    loss = whole.through(make())
-    loss.backward()
-    parts = whole.logits.grad.split([6 + rank for rank in range(WORLD_SIZE)])
-    for found, part in zip(ranks.run(gradient_on), parts, strict=True):
-        assert not isinstance(found, Failure), found
-        assert found[0] == pytest.approx(loss.item(), abs=1e-12)
-        torch.testing.assert_close(found[1], WORLD_SIZE * part)  # DDP averages
+def rows_of_rank(rank: int, options: dict[str, Any]) -> tuple[float, Tensor]:
+    return rows_of(rank, **options)
 
 
-def test_it_imports_nothing_private() -> None:
-    code = block_with("class RecallAtBudgetLoss")
-    imported = [line for line in code.splitlines() if line.startswith(("from", "import"))]
-    assert [line for line in imported if "._" in line] == []
+@pytest.mark.parametrize("unit", ["score", "spread"])
+@pytest.mark.parametrize("gather", ["rows", "sums"])
+def test_two_processes_are_one(ranks: Ranks, gather: str, unit: str) -> None:
+    loss, gradient = rows_of(None, temperature_unit=unit)
+    found = ranks.run(rows_of_rank, {"gather": gather, "temperature_unit": unit})
+    for outcome, part in zip(found, (gradient[:6], gradient[6:]), strict=True):
+        assert not isinstance(outcome, Failure), outcome
+        assert outcome[0] == pytest.approx(loss, abs=1e-12)
+        # DDP averages.
+        torch.testing.assert_close(outcome[1], WORLD_SIZE * part, rtol=1e-10, atol=1e-13)
+
+
+def test_it_is_one_short_file_that_imports_nothing_private() -> None:
+    assert len(CODE.splitlines()) <= 60
+    assert re.findall(r"(?<!super\(\))\._", CODE) == []
     for name in extending.__all__:
-        assert name in PAGE.read_text(encoding="utf-8")
+        assert f"`{name}`" in PAGE.read_text(encoding="utf-8") or name in CODE
 
 
 # --- The backend ---------------------------------------------------------------------------------
@@ -194,7 +268,7 @@ def test_the_backend_passes_the_tests_of_the_engine(tmp_path: Path) -> None:
     run = subprocess.run(
         [*command, "tests/test_engine.py", "--plan", "plain.PlainPlan"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(extending.__file__).parents[1]}"},
         capture_output=True,
         text=True,
         check=False,

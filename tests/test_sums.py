@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._ranking import ALONE
+from imbalanced_losses._ranking import Problems
+from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.weighting import spread
 from imbalanced_losses._rows.gather import Group, Shards
 from imbalanced_losses._rows.subsample import quota_indices, strata_of
-from imbalanced_losses.functional import (
-    _score_spread_of_pool,
-    _smooth_ap_of_pool,
-    score_spread,
-    smooth_ap,
-)
+from imbalanced_losses.functional import score_spread, smooth_ap
 from tests.cases import seeded
 from tests.ranks import WORLD_SIZE, Failure, Ranks
 from tests.rows import IGNORED, make_batch
@@ -131,12 +128,17 @@ def solve(pool: Pool, rank: int | None) -> Answer:
     rows = {None: slice(None), 0: slice(pool.cut), 1: slice(pool.cut, None)}[rank]
     leaf = pool.scores[..., rows].clone().requires_grad_()
     weights = None if pool.weights is None else pool.weights[..., rows]
-    exchange = ALONE if rank is None else Shards(Group(), is_differentiated=True)
-    ap, valid = _smooth_ap_of_pool(
-        leaf, pool.is_positive[..., rows], pool.temperature, weights, "panel", None, exchange
+    problems = Problems(
+        leaf,
+        pool.temperature,
+        pool.is_positive[..., rows],
+        weights,
+        processes=None if rank is None else Shards(Group(), is_differentiated=True),
+        backend="panel",
     )
+    ap = average_precision(problems)
     (gradient,) = torch.autograd.grad(ap.sum(), leaf)
-    return Answer(ap.detach(), valid, gradient)
+    return Answer(ap.detach(), problems.valid, gradient)
 
 
 def solve_all(rank: int, pools: list[Pool]) -> list[Answer]:
@@ -217,8 +219,8 @@ def spread_on(rank: int) -> tuple[Tensor, Tensor]:
     leaf = make_batch(12, 3, dtype=torch.float64).logits.T.contiguous()
     leaf = leaf[:, :5] if rank == 0 else leaf[:, 5:]
     leaf = leaf.clone().requires_grad_()
-    spread = _score_spread_of_pool(leaf, None, Shards(Group(), is_differentiated=True))
-    return spread.detach(), torch.autograd.grad(spread.sum(), leaf)[0]
+    found = spread(leaf, None, Shards(Group(), is_differentiated=True))
+    return found.detach(), torch.autograd.grad(found.sum(), leaf)[0]
 
 
 def test_the_spread_is_that_of_all_rows(ranks: Ranks) -> None:
@@ -283,14 +285,14 @@ def refused(rank: int, what: str) -> float:
         (
             "dense",
             "ValueError",
-            'backend must be "auto" or "panel" with gather="sums": a rank that lacks the rows of '
-            'the others has no pairs to sum over; got "dense"',
+            'backend must be "auto" or "panel" with gather="sums": a process that lacks the rows '
+            'of the others has no pairs to sum over; got "dense"',
         ),
         (
             "twice",
             "RuntimeError",
-            'gather="sums" has first derivatives only: for create_graph=True or torch.func use '
-            'gather="rows"',
+            'gather="sums" has first derivatives only, and no compiled form: for '
+            'create_graph=True, torch.func and torch.compile use gather="rows"',
         ),
         ("gather", "RuntimeError", "ranks disagree on gather: rank 0, 1, … have rows, sums"),
         ("per class", "RuntimeError", "ranks disagree on reduction: rank 0, 1, … have mean, none"),

@@ -6,13 +6,20 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import assert_type
+from typing_extensions import Unpack, assert_type
 
 from imbalanced_losses import CrossEntropy, Diagnostics, MixedLoss, SmoothAPLoss, functional
 from imbalanced_losses.accumulation import backward_in_micro_batches
 from imbalanced_losses.distributed import even_steps
 from imbalanced_losses.extending import PerClass as Losses
-from imbalanced_losses.extending import Problems, QueuedRankingLoss, sigmoid_sums
+from imbalanced_losses.extending import (
+    Problems,
+    QueuedRankingLoss,
+    RankingLoss,
+    RankingOptions,
+    Ranks,
+    sigmoid_sums,
+)
 from imbalanced_losses.functional import Backend, SmoothAP, prior_weights, score_spread, smooth_ap
 
 PerClass = tuple[Tensor, Tensor, Tensor]
@@ -138,16 +145,36 @@ def batches(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor
     return steps
 
 
-class MeanRank(QueuedRankingLoss):
-    """A loss of one's own: the mean soft rank of the rows of the first class."""
+class MeanRank(RankingLoss):
+    """A loss of one's own: less the mean soft rank of the positives, as a share of all rows."""
+
+    def __init__(
+        self, num_classes: int, power: float = 1.0, **options: Unpack[RankingOptions]
+    ) -> None:
+        super().__init__(num_classes, **options)
+        self.power = power
+
+    def metric(self, problems: Problems) -> Tensor:
+        def worth(ranks: Ranks) -> Tensor:
+            return (ranks.among("all") / ranks.of_problem(problems.mass("all"))) ** self.power
+
+        assert_type(problems.valid, Tensor)
+        return -problems.ranked_sum(worth, among=("all",)) / problems.mass("positives")
+
+
+class Older(QueuedRankingLoss):
+    """The same hook as in version 0.9."""
 
     def _per_class(self, problems: Problems) -> Losses:
         scores, problem = problems.scores, torch.zeros_like(problems.scores[0], dtype=torch.int64)
-        tau = self._effective_temperature(problems)
-        sums = sigmoid_sums(scores[0], problem, scores, torch.ones_like(scores)[..., None], tau)
+        ones, tau = torch.ones_like(scores)[..., None], problems.temperature
+        sums = sigmoid_sums(scores[0], problem, scores, ones, tau)
         return Losses(sums.mean().expand(len(scores)), problems.is_positive.any(1))
 
 
 def own_loss(logits: Tensor, targets: Tensor) -> MixedLoss:
-    assert_type(MeanRank(1, temperature_unit="spread")(logits, targets, True), PerClass)
+    loss_fn = MeanRank(1, 2.0, temperature_unit="spread", gather="sums", target_prior=0.1)
+    assert_type(loss_fn(logits, targets, True), PerClass)
+    assert_type(loss_fn.diagnose(logits, targets), Diagnostics)
+    Older(1)(logits, targets)
     return MixedLoss(CrossEntropy(1), MeanRank(1), main_weight=0.5)

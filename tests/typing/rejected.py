@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 from imbalanced_losses.accumulation import backward_in_micro_batches
+from imbalanced_losses.extending import Problems, RankingLoss, RankingOptions, Ranks
 from imbalanced_losses.functional import prior_weights, smooth_ap
 
 
@@ -60,3 +62,23 @@ def functions(scores: Tensor, is_positive: Tensor) -> None:
     smooth_ap(scores, is_positive, 0.1, None)  # type: ignore[call-arg]
     prior_weights(is_positive, "0.1")  # type: ignore[arg-type]
     backward_in_micro_batches(scores, SmoothAPLoss(1), [scores], scores)  # type: ignore[arg-type]
+
+
+class Own(RankingLoss):
+    def __init__(self, num_classes: int, **options: Unpack[RankingOptions]) -> None:
+        super().__init__(num_classes, **options)
+
+    def metric(self, problems: Problems) -> Tensor:
+        def worth(ranks: Ranks) -> float:
+            return ranks.among("everybody").sum().item()  # type: ignore[arg-type]
+
+        problems.mass("none")  # type: ignore[arg-type]
+        problems.ranked_sum(lambda ranks: ranks.among("all"), among=("every",))  # type: ignore[arg-type]
+        return problems.ranked_sum(worth)  # type: ignore[arg-type]
+
+
+def own(logits: Tensor, targets: Tensor) -> None:
+    Own(1, queue_sise=8)  # type: ignore[call-arg]
+    Own(1, gather="all")  # type: ignore[arg-type]
+    Own(1, 8)  # type: ignore[call-arg]
+    Own(1)(logits, [0, 1])  # type: ignore[call-overload]
