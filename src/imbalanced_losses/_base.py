@@ -316,14 +316,14 @@ class _QueuedRankingLoss(StatefulLoss):
         self._prior = None if self.target_prior is None else self._as_tensor(self.target_prior)
 
     def _as_tensor(self, number: float | Sequence[float]) -> Tensor:
-        device = self._queue.cursor.device
+        like = self._queue.cursor
         with torch.inference_mode(False):  # it outlives it
             if isinstance(number, float):
-                return torch.full((), number, dtype=torch.float64, device=device)  # no copy
-            return torch.tensor(number, dtype=torch.float64, device="cpu").to(device)
+                return like.new_full((), number, dtype=torch.float64)  # no copy
+            return torch.tensor(number, dtype=torch.float64, device="cpu").to(like.device)
 
     def _gathers(self) -> bool:
-        """Whether this forward pass is a collective one; asked every time, never remembered."""
+        """Whether this forward pass is a collective one; asked every time."""
         wanted = self.training if self.gather_distributed is None else self.gather_distributed
         return wanted and self._group.size() > 1
 
