@@ -14,7 +14,7 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_in_backward, is_on_host, is_traced
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
-from imbalanced_losses._ranking import Backend, Problems, Processes
+from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 from imbalanced_losses._rows.checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGroup, gather
@@ -22,7 +22,7 @@ from imbalanced_losses._rows.pool import Pool
 from imbalanced_losses._rows.queue import MemoryQueue
 from imbalanced_losses._rows.reduce import Reduction, mark_invalid, reduce_valid
 from imbalanced_losses._rows.subsample import capped
-from imbalanced_losses.diagnostics import Diagnostics, diagnosed
+from imbalanced_losses.diagnostics import Diagnostics, _diagnosed
 
 TemperatureUnit = Literal["score", "spread"]
 # What has to be the same in every process that ranks rows together.
@@ -283,10 +283,17 @@ class RankingLoss(StatefulLoss):
             is_positive = is_positive & (in_batch.weights > 0)
         ages = self._queue.ages()
         age = int(ages.max()) if len(ages) else 0
-        return diagnosed(problems, is_positive.sum(1), age)
+        return _diagnosed(problems, is_positive.sum(1), age)
 
     def metric(self, problems: Problems) -> Tensor:
-        """What the loss is one minus of, [C]: a function of `problems` and of constants alone."""
+        """What the loss is one minus of: a function of `problems` and constants.
+
+        Args:
+            problems: the C ranking problems of a pool.
+
+        Returns:
+            [C], any finite value where a problem is not valid.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement metric")
 
     def _per_class(self, problems: Problems) -> PerClass:
@@ -359,6 +366,7 @@ class RankingLoss(StatefulLoss):
 
     def _checked(self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Pool:
         """The arguments of forward as rows: float32 or float64, int64, weights."""
+        _checks.choice("backend", self.backend, BACKENDS)
         if self.gather == "sums" and self.backend == "dense":
             raise ValueError(
                 'backend must be "auto" or "panel" with gather="sums": a process that lacks the '
@@ -396,14 +404,14 @@ class RankingLoss(StatefulLoss):
         self._prior = None if self.target_prior is None else self._as_tensor(self.target_prior)
 
     def _as_tensor(self, number: float | Sequence[float]) -> Tensor:
-        device = self._queue.cursor.device
+        like = self._queue.cursor
         with torch.inference_mode(False):  # it outlives it
             if isinstance(number, float):
-                return torch.full((), number, dtype=torch.float64, device=device)  # no copy
-            return torch.tensor(number, dtype=torch.float64, device="cpu").to(device)
+                return like.new_full((), number, dtype=torch.float64)  # no copy
+            return torch.tensor(number, dtype=torch.float64, device="cpu").to(like.device)
 
     def _gathers(self) -> bool:
-        """Whether this forward pass is a collective one; asked every time, never remembered."""
+        """Whether this forward pass is a collective one; asked every time."""
         wanted = self.training if self.gather_distributed is None else self.gather_distributed
         return wanted and self._group.size() > 1
 
@@ -439,7 +447,7 @@ class RankingLoss(StatefulLoss):
             self._queue.push(batch, is_step=is_step)
 
     def get_extra_state(self) -> Tensor:
-        """Queue, counter and temperature, for `state_dict`: uint8, of one size for every state."""
+        """Queue, counter, temperature: bytes, as many for every state."""
         return pack_ranking(self._saved())
 
     def _take(self, state: Tensor) -> None:

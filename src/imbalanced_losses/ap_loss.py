@@ -112,7 +112,14 @@ class SmoothAPLoss(RankingLoss):
     """
 
     def metric(self, problems: Problems) -> Tensor:
-        """Smooth AP, [C]."""
+        """Smooth AP of each class.
+
+        Args:
+            problems: the C ranking problems of a pool.
+
+        Returns:
+            [C] in [0, 1], 0 where a problem is not valid.
+        """
         return average_precision(problems)
 
     @staticmethod

@@ -148,7 +148,7 @@ class _OfClass(NamedTuple):
     num_rows: Tensor
 
 
-def diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
+def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
     """The diagnostics of a pool's problems, whose scores are detached."""
     scores, weights, positive = problems.scores, problems.weights, problems.is_positive
     unit, smooth_ap = spread(scores, weights), average_precision(problems)

@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
+<<<<<<< HEAD
 from imbalanced_losses._rows.gather import Group, ProcessGroup, raise_first_error
+=======
+from imbalanced_losses._gather import Group, ProcessGroup, _raise_first_error
+>>>>>>> state
 
 __all__ = ["even_steps"]
 
@@ -86,7 +90,7 @@ def even_steps(
         if num_with == 0:
             return
         if num_failed > 0:
-            raise_first_error(error, group)
+            _raise_first_error(error, group)
         if num_without > 0:
             raise RuntimeError(
                 f"{num_without} of {group.size()} ranks have no batch at all: give each at least "

@@ -267,10 +267,9 @@ class MixedLoss(StatefulLoss):
             self._ranking.temperature = self.current_temperature
 
     def _count(self) -> None:
-        if self.calls_per_step is None:
-            return
-        # A number that changes would have code compiled anew in every step.
-        if not self._depends_on_state() and (torch.compiler.is_compiling() or is_in_backward()):
+        # A number that changes would have code compiled anew in every step; again is no step.
+        is_idle = torch.compiler.is_compiling() or is_in_backward()
+        if self.calls_per_step is None or (is_idle and not self._depends_on_state()):
             return
         # At the end of a step; resumed with fewer calls a step, it may lie behind.
         is_end = self._num_calls + 1 >= self.calls_per_step

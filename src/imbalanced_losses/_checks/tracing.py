@@ -21,9 +21,7 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_in_backward() -> bool:
-    """Whether a backward pass runs this: activation checkpointing that computes a forward again,
-    or somebody's hook. Compiled code can't tell.
-    """
+    """Whether activation checkpointing or a hook runs this; compiled code can't tell."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -9,12 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
 from imbalanced_losses._ranking.cuda.ranks import has_kernels
 from imbalanced_losses._ranking.plan import Canonical, Listed, Masked, Processes, Queries, Rows
 from imbalanced_losses._ranking.ranked_sum import Slopes, Worth, ranked_sum
+
+ROWS: tuple[Rows, ...] = ("all", "positives", "negatives")
 
 
 class Problems:
@@ -75,6 +78,7 @@ class Problems:
 
     def mass(self, rows: Rows) -> Tensor:
         """The summed weights [C] of rows, over all processes; 1 where a problem is not valid."""
+        _checks.choice("rows", rows, ROWS)
         valid, mass = self._positives_and_mass()
         if rows == "positives":
             return mass
@@ -108,6 +112,11 @@ class Problems:
             [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
             temperature, to any order.
         """
+        _checks.choice("queries", queries, ROWS)
+        if not isinstance(among, tuple):
+            raise TypeError(f"among must be a tuple of names, got {among!r}")
+        for rows in among:
+            _checks.choice("among", rows, ROWS)
         return ranked_sum(self, worth, queries, among, slopes)
 
     # --- What is made of it beneath ----------------------------------------------------------

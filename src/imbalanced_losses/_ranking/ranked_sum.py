@@ -58,7 +58,13 @@ class _Asked:
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
         if queries.weights is not None:
             ranks = self.possible(ranks)
-        return self.worth(self.ranks(ranks, queries))
+        worth = self.worth(self.ranks(ranks, queries))
+        if worth.shape != ranks[0].shape:
+            raise ValueError(
+                f"worth must give one number a query, {list(ranks[0].shape)}, got "
+                f"{list(worth.shape)}"
+            )
+        return worth
 
     def possible(self, ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Clamped to 0 ≤ R ≤ R among all > 0.
@@ -100,6 +106,8 @@ class _SlopesOf:
         with torch.enable_grad():
             leaves = tuple(rank.detach().requires_grad_() for rank in ranks)
             total = self.asked.worth(self.asked.ranks(leaves, self.queries, index)).sum()
+            if not total.requires_grad:  # worth the same wherever it ranks
+                return tuple(map(torch.zeros_like, leaves))
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         return tuple(
             torch.zeros_like(leaf) if slope is None else slope

@@ -26,12 +26,16 @@ class Ranks:
 
     def among(self, rows: Rows) -> Tensor:
         """The rank of each query among these rows, which `ranked_sum` was asked for."""
+        if rows not in self._ranks:
+            raise ValueError(
+                f"among={tuple(self._ranks)} of ranked_sum does not hold {rows!r}: ask for it there"
+            )
         return self._ranks[rows]
 
     def of_problem(self, values: Tensor) -> Tensor:
         """A constant [C], for each query."""
-        return self._queries.of_problem(values, self._index)
+        return self._queries.of_problem(values.detach(), self._index)
 
     def of_row(self, values: Tensor) -> Tensor:
         """A constant [C, M], for each query."""
-        return self._queries.of_row(values, self._index)
+        return self._queries.of_row(values.detach(), self._index)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = getattr(dist, "ProcessGroup", Any)
 
-__all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather", "raise_first_error"]
+__all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
 Gather = Literal["rows", "sums"]
 GradReduce = Literal["mean", "sum"]
@@ -107,7 +107,7 @@ def gather(
     """
     headers = _exchanged_headers(batch, settings, device, group)
     if any(header["failed"] for header in headers):
-        raise_first_error(batch if isinstance(batch, Exception) else None, group)
+        _raise_first_error(batch if isinstance(batch, Exception) else None, group)
     assert isinstance(batch, Pool)
     for name in headers[0]:
         values = [header[name] for header in headers]
@@ -229,7 +229,7 @@ def _exchanged_headers(
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def raise_first_error(own: Exception | None, group: Group) -> None:
+def _raise_first_error(own: Exception | None, group: Group) -> None:
     """Raise, on every rank, the error of the first rank that has one."""
     errors: list[tuple[bool, str] | None] = [None] * group.size()
     mine = None if own is None else (isinstance(own, TypeError), str(own))
