@@ -61,8 +61,9 @@ class PerClass(NamedTuple):
 class RankingLoss(StatefulLoss):
     """Base of the ranking losses: rows in, one loss out.
 
-    One forward pass is: check → gather over ranks → extend by the queue's rows → drop ignored rows
-    → cap → per-class losses → push the live batch → reduce. A subclass implements `_per_class`.
+    One forward pass is: check → gather over processes → extend by the queue's rows → drop ignored
+    rows → cap → metric of each problem → push the live batch → reduce. A subclass implements
+    `metric`.
     """
 
     _queue: MemoryQueue

@@ -9,11 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-<<<<<<< HEAD
-from imbalanced_losses._rows.gather import Group, ProcessGroup, raise_first_error
-=======
-from imbalanced_losses._gather import Group, ProcessGroup, _raise_first_error
->>>>>>> state
+from imbalanced_losses._rows.gather import Group, ProcessGroup, _raise_first_error
 
 __all__ = ["even_steps"]
 
