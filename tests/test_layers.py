@@ -27,7 +27,7 @@ LAYERS = (
     ("_checks",),
     ("_ranking",),
     ("_rows",),
-    ("functional", "_module", "diagnostics"),
+    ("functional", "_module", "_schedule", "diagnostics"),
     ("_loss",),
 )
 LOSSES, TOP = len(LAYERS), len(LAYERS) + 1
