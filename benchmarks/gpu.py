@@ -161,7 +161,7 @@ def crossing(rows: Iterable[Row], num_classes: int) -> float | None:
 
 
 def advice(rows: list[Row], constant: int) -> list[str]:
-    """What `_engine/_choose.py` should say."""
+    """What `_ranking/choose.py` should say."""
     lines = [f"choice: up to C·M² = 2^{math.log2(constant):.1f} all pairs are compared now"]
     for num_classes in (1, 10):
         pairs = crossing(rows, num_classes)
@@ -329,9 +329,9 @@ def run(wanted: list[Series], timeout_s: float, into: Path, kind: str) -> Path:
         rows += [{column: row[column] for column in COLUMNS} for row in found]
         print("\n".join(table(found)), flush=True)
         path = _measure.write_csv(rows, name, slug(device), header(rates))
-    from imbalanced_losses._ranking import _choose
+    from imbalanced_losses._ranking import choose
 
-    for line in (*deaths(rows), *goals(rows), *advice(rows, _choose.MOST_FUSED_PAIRS)):
+    for line in (*deaths(rows), *goals(rows), *advice(rows, choose.MOST_FUSED_PAIRS)):
         print(line, flush=True)
     print(f"written: {path.name}", flush=True)
     figure(rows, device, into / "gpu.png")
