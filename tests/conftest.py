@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from imbalanced_losses import _ranking as _engine
-from imbalanced_losses._ranking.panels import panels as _panel
+from imbalanced_losses._checks import tracing
+from imbalanced_losses._ranking import PLANS
+from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
+from imbalanced_losses._ranking.panels.panels import PRECISIONS
 from tests.ranks import Ranks
 from tests.versions import OWN_WARNINGS
 
@@ -77,7 +79,7 @@ def _other_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         pytest.skip("about the means of the dense backend")
     module, _, attribute = name.rpartition(".")
     plan = getattr(importlib.import_module(module), attribute)
-    monkeypatch.setitem(_engine.PLANS, "dense", plan)
+    monkeypatch.setitem(PLANS, "dense", plan)
 
 
 @pytest.fixture
@@ -96,7 +98,18 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     """The dtype of scores; panels of each degree for float32, without the rows they are for."""
     if request.param == "float64":
         return torch.float64
-    finest, fine, coarse = _panel.PRECISIONS[torch.float32]
+    finest, fine, coarse = PRECISIONS[torch.float32]
     only = {"float32": coarse, "float32, fine": fine, "float32, finest": finest}[request.param]
-    monkeypatch.setitem(_panel.PRECISIONS, torch.float32, (only,))
+    monkeypatch.setitem(PRECISIONS, torch.float32, (only,))
     return torch.float32
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device whose pools the kernels rank: the CPU in disguise where there is no other."""
+    pytest.importorskip("triton", minversion="3.2")
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(kernel_ranks, "DEVICES", ("cpu",))
+    monkeypatch.setattr(tracing, "HOSTS", ())
+    return "cpu"

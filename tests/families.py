@@ -29,6 +29,7 @@ FAMILIES = {
             "test_ap_loss",
             "test_engine",
             "test_functional",
+            "test_metrics",
             "test_panel",
             "test_panel_line",
             "test_panel_plan",

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses._ranking.cuda import ranks as _fused
+from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from tests.cases import seeded
 
 FAR = "far"
@@ -173,8 +173,8 @@ def main() -> None:
     """What the last of some steps sends, for every configuration."""
     backend_registration._setup_privateuseone_for_python_backend(FAR)
     Tensor.tolist = tolist  # type: ignore[method-assign,assignment]
-    _fused.DEVICES = (FAR,)
-    _fused._has_triton = lambda: True
+    kernel_ranks.DEVICES = (FAR,)
+    kernel_ranks._has_triton = lambda: True
     for num_classes, checked, weighted in itertools.product(CLASSES, (False, True), (False, True)):
         SmoothAPLoss.check_values = CrossEntropy.check_values = checked
         for name, loss_fn in losses_of(num_classes).items():
@@ -187,7 +187,7 @@ def crossings_of(loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
     """{"forward": …, "backward": …, "kernels": …} of the last step."""
     ranking = loss_fn.main_loss if isinstance(loss_fn, MixedLoss) else loss_fn
     kernels = NoKernels()
-    _fused._kernels = lambda: kernels
+    kernel_ranks._kernels = lambda: kernels
     with Crossings() as crossings:
         for logits, targets, weights in batches(ranking.num_classes, ranking.multilabel):
             leaf, labels = logits.to(FAR).requires_grad_(), targets.to(FAR)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from imbalanced_losses._ranking import scratch as _scratch
+from imbalanced_losses._ranking import scratch
 
 
 class LargestTensor(TorchDispatchMode):
@@ -16,7 +16,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        vars(_scratch._kept).clear()  # what larger problems of the past have left
+        vars(scratch._kept).clear()  # what larger problems of the past have left
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

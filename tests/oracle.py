@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Floats = Sequence[float]
 
@@ -292,3 +294,56 @@ def _ranks(i: _ProblemRow, rows: list[_ProblemRow], tau: float) -> tuple[float, 
 def _precision_at(i: _ProblemRow, rows: list[_ProblemRow], tau: float) -> float:
     rank, rank_among_positives = _ranks(i, rows, tau)
     return rank_among_positives / rank
+
+
+class RanksOfProblem(NamedTuple):
+    """What a metric gets to see of the queries of one problem."""
+
+    ranks: dict[str, Tensor]  # name of a set of rows -> [Q]
+    problem: int
+    rows: Tensor  # [Q]
+
+    def among(self, rows: str) -> Tensor:
+        return self.ranks[rows]
+
+    def of_problem(self, values: Tensor) -> Tensor:
+        return values[self.problem]
+
+    def of_row(self, values: Tensor) -> Tensor:
+        return values[self.problem, self.rows]
+
+
+def rows_of(is_positive: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The sets of rows [M] that metrics know of; a row of weight 0 is in none."""
+    present = weights > 0
+    return {"all": present, "positives": present & is_positive, "negatives": present & ~is_positive}
+
+
+def ranked_sum(
+    scores: Tensor,
+    is_positive: Tensor,
+    tau: Tensor,
+    weights: Tensor,
+    worth: Callable[[RanksOfProblem], Tensor],
+    queries: str,
+    among: Sequence[str],
+) -> Tensor:
+    """Σ ω · worth(ranks) [C] over the queries of each problem [C, M], from all pairs.
+
+    Weights count in units of the heaviest; 0 without a positive or without a negative.
+    """
+    totals = []
+    for c in range(len(scores)):
+        sets = rows_of(is_positive[c], weights[c])
+        if not (sets["positives"].any() and sets["negatives"].any()):
+            totals.append(0 * scores[c].sum())
+            continue
+        omega = weights[c] / weights[c].max()
+        rows = sets[queries].nonzero()[:, 0]
+        above = torch.sigmoid((scores[c] - scores[c, rows, None]) / tau[c])  # [Q, M]
+        ranks = {}
+        for name in among:
+            own = omega * sets[name]
+            ranks[name] = (above * own).sum(1) + 0.5 * own[rows]
+        totals.append((omega[rows] * worth(RanksOfProblem(ranks, c, rows))).sum())
+    return torch.stack(totals)

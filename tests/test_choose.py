@@ -1,4 +1,4 @@
-"""`_engine._choose`: which backend, from sizes alone."""
+"""Which backend, from sizes alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import _ranking as _engine
-from imbalanced_losses._ranking import choose as _choose
-from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking import backends, sigmoid_sums
+from imbalanced_losses._ranking import choose as choosing
 from imbalanced_losses._ranking.choose import choose, choose_fused
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
@@ -33,7 +32,7 @@ def test_choice_is_pure() -> None:
         if isinstance(node, ast.Name)
     }
     names -= set(inspect.signature(choose).parameters) | {"str", "int", "torch"}
-    constants = {name for name in vars(_choose) if name.isupper()}
+    constants = {name for name in vars(choosing) if name.isupper()}
     assert all(name in constants or name.islower() for name in names)
 
 
@@ -83,16 +82,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which backends were built, in turn."""
     built: list[str] = []
     for name in ("DensePlan", "DenseRanks", "DenseRanksOfMany", "PanelPlan", "PanelRanks"):
-        whole = getattr(_engine, name)
+        whole = getattr(backends, name)
 
         def note(*arguments: object, whole: type = whole, name: str = name) -> object:
             built.append(name)
             return whole(*arguments)
 
-        monkeypatch.setattr(_engine, name, note)
-        for backend, plan in _engine.PLANS.items():
+        monkeypatch.setattr(backends, name, note)
+        for backend, plan in backends.PLANS.items():
             if plan is whole:
-                monkeypatch.setitem(_engine.PLANS, backend, note)
+                monkeypatch.setitem(backends.PLANS, backend, note)
     return built
 
 
@@ -124,7 +123,7 @@ def test_choice_counts_the_pairs_of_positives(
         asked.append(arguments)
         return "dense"
 
-    monkeypatch.setattr(_engine, "choose", note)
+    monkeypatch.setattr(backends, "choose", note)
     scores, is_positive = torch.randn(3, 40), torch.arange(120).view(3, 40) % 4 == 0
     smooth_ap(scores, is_positive, 0.1)
     problem = torch.zeros(7, dtype=torch.int64)
@@ -189,8 +188,8 @@ def test_empty_sums_go_to_dense(made: list[str], num_queries: int, num_sources: 
 
 
 def test_kernels_compare_all_pairs_up_to_a_number() -> None:
-    few_rows, rows = _choose.FEW_FUSED_ROWS, 1 << 14
-    most_problems = _choose.MOST_FUSED_PAIRS // rows**2
+    few_rows, rows = choosing.FEW_FUSED_ROWS, 1 << 14
+    most_problems = choosing.MOST_FUSED_PAIRS // rows**2
     assert choose_fused(1_000_000, few_rows) == "dense"
     assert choose_fused(1_000_000, few_rows + 1) == "panel"
     assert choose_fused(most_problems, rows) == "dense"

@@ -1,4 +1,4 @@
-"""`_engine`: sums of sigmoids against their definition, and what they cost in memory."""
+"""Sums of sigmoids against their definition, and what they cost in memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._ranking import Backend, rank_plan, sigmoid_sums
-from imbalanced_losses._ranking import dense as _dense
-from imbalanced_losses._ranking import tiles as _dense_ranks
+from imbalanced_losses._ranking import Backend, Problems, Rows, dense, sigmoid_sums, tiles
+from imbalanced_losses._ranking.backends import rank_plan
 from imbalanced_losses.functional import smooth_ap
 from tests import oracle
 from tests.cases import seeded
@@ -188,7 +187,7 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, t
     """However the queries are cut into tiles, sums and two derivatives stay the same."""
     given = _problem(23, 11, num_problems, 2)
     whole = _derivatives(sigmoid_sums, given, 2)
-    monkeypatch.setattr(_dense, "TILE", tile)
+    monkeypatch.setattr(dense, "TILE", tile)
     for got, expected in zip(_derivatives(sigmoid_sums, given, 2), whole, strict=True):
         # Sums of 23 terms in another order.
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -218,6 +217,13 @@ def test_the_same_twice() -> None:
 # Ranks --------------------------------------------------------------------------------------------
 
 
+ASKED: tuple[tuple[Rows, tuple[Rows, ...]], ...] = (
+    ("positives", ("all", "positives")),
+    ("negatives", ("positives", "negatives")),
+    ("all", ("negatives", "all", "positives")),
+)
+
+
 @pytest.mark.of_dense
 @pytest.mark.parametrize(
     "tile",
@@ -244,50 +250,49 @@ def test_rank_plan_is_the_same_sums(
     gradient as source and as query at once, however it is cut into tiles; 0 for constants.
     """
     if tile is not None:
-        monkeypatch.setattr(_dense, "TILE", tile)
-    monkeypatch.setattr(_dense_ranks, "_PAIRS_NOT_TO_SORT_OUT", 0)
+        monkeypatch.setattr(dense, "TILE", tile)
+    monkeypatch.setattr(tiles, "_PAIRS_NOT_TO_SORT_OUT", 0)
     generator = seeded(0)
     scores = torch.randn(num_problems, 23, generator=generator, dtype=torch.float64)
     scores[:, 5:9] = scores[:, :1]  # ties
     is_positive = torch.rand(scores.shape, generator=generator) < 0.4
-    is_positive[-1] = num_problems == 1  # a problem without a query where there are several
+    if num_problems > 1:
+        is_positive[-1] = False  # a problem without a query
     weights = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
-    row_weights = weights if weighted else torch.ones_like(scores)
-    positive_weights = row_weights * is_positive
-    problem, row = is_positive.nonzero(as_tuple=True)
+    weights /= weights.amax(1, keepdim=True)
     tau = torch.linspace(0.2, 0.9, num_problems).double() if tensor_temperature else 0.4
-    cotangent = torch.randn(len(row), 2, generator=generator, dtype=torch.float64)
-
-    plan = rank_plan(
-        scores,
-        is_positive,
-        problem,
-        row,
-        weights if weighted else None,
-        tau,
-        backend=backend,
-        num_live=num_live,
-    )
-
-    def slopes_of(_: Tensor, __: Tensor, queries: slice | Tensor) -> tuple[Tensor, Tensor]:
-        by_all, by_positives = cotangent[queries].unbind(-1)
-        return by_all, by_positives
-
-    half = 0.5 * row_weights[problem, row, None]
-    *ranks, gradient = plan.ranks_and_gradient(slopes_of)
-    torch.testing.assert_close(torch.stack(plan.ranks()), torch.stack(ranks), rtol=0, atol=0)
-    sums = torch.stack(ranks, dim=1) - half
-
-    leaf = scores.clone().requires_grad_()
-    columns = torch.stack((row_weights, positive_weights), dim=-1)
-    expected = _formula(leaf[problem, row], problem, leaf, columns, tau)
-    (expected_gradient,) = torch.autograd.grad(expected, leaf, cotangent)
+    own = weights if weighted else None
+    problems = Problems(scores, tau, is_positive, own, num_live=num_live)
+    row_weights = weights if weighted else torch.ones_like(scores)
+    members = {
+        "all": torch.ones_like(is_positive),
+        "positives": is_positive,
+        "negatives": ~is_positive,
+    }
     exact = 1e-13 if backend == "dense" else 1e-11
-    torch.testing.assert_close(sums, expected, rtol=exact, atol=exact)
-    expected_gradient *= tau[:, None] if isinstance(tau, Tensor) else tau
-    if num_live is not None:
-        expected_gradient[:, num_live:] = 0
-    torch.testing.assert_close(gradient, expected_gradient, rtol=10 * exact, atol=exact)
+    for rows, among in ASKED:
+        queries = problems.listed(rows)
+        problem, row = queries.problem, queries.row
+        assert torch.equal(
+            torch.stack((problem, row), dim=1),
+            (members[rows] & is_positive.any(1, keepdim=True)).nonzero(),
+        )
+        cotangent = torch.randn(len(among), len(row), generator=generator, dtype=torch.float64)
+
+        plan = rank_plan(problems.canonical(), queries, among, backend)
+        ranks, gradient = plan.ranks_and_gradient(lambda _, index: cotangent[:, index].unbind())  # noqa: B023
+        torch.testing.assert_close(plan.ranks(), tuple(ranks), rtol=0, atol=0)
+
+        leaf = scores.clone().requires_grad_()
+        columns = torch.stack([row_weights * members[name] for name in among], dim=-1)
+        expected = _formula(leaf[problem, row], problem, leaf, columns, tau)
+        (expected_gradient,) = torch.autograd.grad(expected, leaf, cotangent.T)
+        expected = expected + 0.5 * columns[problem, row]
+        torch.testing.assert_close(torch.stack(ranks, dim=1), expected, rtol=exact, atol=exact)
+        expected_gradient *= tau[:, None] if isinstance(tau, Tensor) else tau
+        if num_live is not None:
+            expected_gradient[:, num_live:] = 0
+        torch.testing.assert_close(gradient, expected_gradient, rtol=10 * exact, atol=exact)
 
 
 @pytest.mark.of_dense
@@ -319,7 +324,7 @@ def test_problems_of_unequal_size(
 ) -> None:
     """Problems that share tiles, with any number of positives each, are what they are alone."""
     if tile is not None:
-        monkeypatch.setattr(_dense, "TILE", tile)
+        monkeypatch.setattr(dense, "TILE", tile)
     sizes = torch.tensor([9, 2, 0, 13, 8, 1, 7, 12])
     generator = seeded(0)
     scores = torch.randn(8, 30, generator=generator, dtype=torch.float64)
@@ -481,7 +486,7 @@ def test_vmap_over_the_geometry_is_refused(batched: str) -> None:
 
 @pytest.fixture
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(_dense, "TILE", 1024)
+    monkeypatch.setattr(dense, "TILE", 1024)
     return 1024
 
 

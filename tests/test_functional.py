@@ -11,14 +11,9 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from imbalanced_losses.functional import (
-    Backend,
-    _listed,
-    _masked,
-    _problems,
-    score_spread,
-    smooth_ap,
-)
+from imbalanced_losses._ranking import Problems
+from imbalanced_losses._ranking.plan import Masked
+from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests import oracle
 from tests.cases import Case, all_equal, cases, random_batch, seeded
 
@@ -352,7 +347,9 @@ def test_a_nan_in_a_class_without_positives_leaves_its_temperature_alone() -> No
 
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("num_problems", [1, 4])
-def test_positives_as_a_mask_are_those_listed(num_problems: int, is_weighted: bool) -> None:
+def test_rows_as_a_mask_are_those_listed(
+    num_problems: int, is_weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The form that needs no value read, for devices, holds the same."""
     shape = (num_problems, 12)
     is_positive = torch.rand(shape, generator=seeded(0)) < 0.4
@@ -361,19 +358,20 @@ def test_positives_as_a_mask_are_those_listed(num_problems: int, is_weighted: bo
     weights = torch.rand(shape, generator=seeded(1)) if is_weighted else None
     if weights is not None:
         weights[:, :3] = 0
-    of = _problems(torch.randn(shape), is_positive, 0.1, weights)
-    masked, listed = _masked(of), _listed(of)
-    assert masked.valid.equal(listed.valid)
-    assert masked.is_query.nonzero().equal(torch.stack((listed.problem, listed.row), dim=1))
-    share = torch.zeros(shape)
-    share[listed.problem, listed.row] = listed.share
-    torch.testing.assert_close(masked.share, share)
+    listed = Problems(torch.randn(shape), 0.1, is_positive, weights)
+    masked = Problems(torch.randn(shape), 0.1, is_positive, weights)
+    monkeypatch.setattr(masked, "_is_masked", lambda: True)
     values = torch.randn(shape)
-    torch.testing.assert_close(
-        masked.total(values * masked.is_query, num_problems),
-        listed.total(values[listed.problem, listed.row], num_problems),
-    )
-    assert masked.of_problem(values[:, 0]).equal(values[:, :1])
+    for rows in ("positives", "negatives", "all"):
+        torch.testing.assert_close(masked.mass(rows), listed.mass(rows))
+        assert masked.valid.equal(listed.valid)
+        mask, places = masked.queries(rows), listed.queries(rows)
+        assert isinstance(mask, Masked)
+        assert mask.mask.nonzero().equal(torch.stack((places.problem, places.row), dim=1))
+        torch.testing.assert_close(mask.total(values), places.total(places.of_row(values)))
+        by_problem = mask.of_problem(values[:, 0]) + mask.of_row(values)
+        listed_by_problem = places.of_problem(values[:, 0]) + places.of_row(values)
+        assert by_problem[mask.mask].equal(listed_by_problem)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own import

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import CrossEntropy, SmoothAPLoss
-from imbalanced_losses._checks import tracing as _tracing
 from imbalanced_losses._ranking.choose import choose_fused
-from imbalanced_losses._ranking.cuda import ranks as _fused
 from imbalanced_losses.functional import smooth_ap
 from tests import far_device
 from tests.cases import seeded
@@ -31,16 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
 
 HAS_DEVICE = torch.cuda.is_available()
 BACKENDS = ("dense", "panel")
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device whose pools the kernels rank: the CPU in disguise where there is no other."""
-    if HAS_DEVICE:
-        return "cuda"
-    monkeypatch.setattr(_fused, "DEVICES", ("cpu",))
-    monkeypatch.setattr(_tracing, "HOSTS", ())
-    return "cpu"
 
 
 def pool(
@@ -324,10 +312,10 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from imbalanced_losses._ranking.cuda import kernels as _kernels
+from imbalanced_losses._ranking.cuda import kernels
 
 for name, types, constants in json.loads(sys.argv[1]):
-    kernel = getattr(_kernels, name)
+    kernel = getattr(kernels, name)
     names = [n for n in kernel.arg_names if n not in constants or n == "splits"]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -9,7 +9,7 @@ from benchmarks._measure import run_cell
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._ranking import dense as _dense
+from imbalanced_losses._ranking import dense
 from imbalanced_losses.functional import Backend
 from tests.cases import seeded
 from tests.memory import LargestTensor
@@ -43,7 +43,7 @@ def test_of_a_step(
     sixteen times the scores.
     """
     monkeypatch.setattr(SmoothAPLoss, "backend", backend)
-    monkeypatch.setattr(_dense, "TILE", 1 << 14)
+    monkeypatch.setattr(dense, "TILE", 1 << 14)
     loss_fn = SmoothAPLoss(num_classes, QUEUE_SIZE, 0.1)
     saved: dict[int, int] = {}
 
@@ -64,7 +64,7 @@ def test_of_a_step(
     pairs = share * POOL * POOL
     scores = POOL * num_classes
     assert 0 < sum(saved.values()) <= 64 * scores
-    assert 0 < largest.elements <= max(2 * _dense.TILE, 16 * scores)
+    assert 0 < largest.elements <= max(2 * dense.TILE, 16 * scores)
     if share == 0.5:
         assert pairs > 4 * largest.elements  # else this proves nothing
 

@@ -1,4 +1,4 @@
-"""`_engine._panel`: the sums in linear time against their definition in float64."""
+"""The sums in linear time against their definition in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import sigmoid_sums
 from imbalanced_losses._ranking.dense import DensePlan
-from imbalanced_losses._ranking.panels import panels as _panel
+from imbalanced_losses._ranking.panels import panels
 from imbalanced_losses._ranking.panels.panels import PanelPlan
 from imbalanced_losses.functional import score_spread, smooth_ap
 from tests import oracle
@@ -177,7 +177,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, 
     is_positive = torch.stack([labels(90, seed, 0.4) for seed in range(num_problems)])
     weights = torch.rand(scores.shape, generator=seeded(0), dtype=torch.float64)
     whole = _solved(scores, is_positive, 0.1, weights, "panel")
-    monkeypatch.setattr(_panel, "BLOCK", block)
+    monkeypatch.setattr(panels, "BLOCK", block)
     for got, expected in zip(
         _solved(scores, is_positive, 0.1, weights, "panel"), whole, strict=True
     ):
@@ -191,8 +191,8 @@ def test_stretches_do_not_show(monkeypatch: pytest.MonkeyPatch, num_panels: int)
     moments = torch.randn(2, 3, num_panels, generator=generator, dtype=torch.float64)
     table = torch.randn(3, 3, 7, generator=generator, dtype=torch.float64)
     whole = torch.nn.functional.conv1d(moments, table, padding=3)
-    monkeypatch.setattr(_panel, "_STRETCH", 8)
-    torch.testing.assert_close(_panel._convolved(moments, table), whole, rtol=0, atol=1e-14)
+    monkeypatch.setattr(panels, "_STRETCH", 8)
+    torch.testing.assert_close(panels._convolved(moments, table), whole, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])

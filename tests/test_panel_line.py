@@ -1,4 +1,4 @@
-"""`_engine._panel_line`: where scores lie, at what cost in memory, and who is kept apart."""
+"""Panels on a line: where scores lie, at what cost in memory, and who is kept apart."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import sigmoid_sums
 from imbalanced_losses._ranking.dense import DensePlan
-from imbalanced_losses._ranking.panels import line as _panel_line
+from imbalanced_losses._ranking.panels import line as lines
 from imbalanced_losses._ranking.panels.line import Line
 from imbalanced_losses._ranking.panels.panels import PRECISIONS, PanelPlan, Panels
-from imbalanced_losses._ranking.plan import Alone
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 from tests.memory import LargestTensor
@@ -316,7 +315,7 @@ def test_more_rows_take_finer_panels(count: int, degree: int, outlier: bool) -> 
 def test_cumulative_sums_by_products(before: tuple[int, ...], length: int) -> None:
     """What CUDA takes where its own cumulative sum is refused as not the same every time."""
     mass = torch.rand(*before, length, generator=seeded(0), dtype=torch.float64)
-    found = _panel_line._cumulated_by_products(mass)
+    found = lines._cumulated_by_products(mass)
     torch.testing.assert_close(found, mass.cumsum(-1), rtol=1e-13, atol=0)
 
 
@@ -331,9 +330,16 @@ def test_cumulative_sums_by_products(before: tuple[int, ...], length: int) -> No
 )
 def test_intervals_of_few_scores(scores: list[float], intervals: list[tuple[float, float]]) -> None:
     """A process may hold hardly a row of a problem."""
-    found = _panel_line._intervals(torch.tensor(scores), per_panel=1.0, reach=5)
+    found = lines._intervals(torch.tensor(scores), per_panel=1.0, reach=5)
     assert torch.equal(found, torch.tensor(intervals, dtype=torch.float64).reshape(-1, 2))
     assert found.dtype == torch.float64
+
+
+class Alone:
+    """The exchange of one process that holds all rows."""
+
+    is_differentiated = False
+    sum = max = concatenated = staticmethod(lambda tensor: tensor)
 
 
 @DTYPES
@@ -345,7 +351,7 @@ def test_one_process_that_exchanges_lays_the_line_of_one_that_does_not(
     nothing = torch.zeros(0, dtype=torch.int64)
     given = (scores.new_empty(0), nothing, scores, tau)
     alone = Panels(*given, precisions=PRECISIONS[dtype][-1:]).line
-    found = Panels(*given, exchange=Alone()).line
+    found = Panels(*given, processes=Alone()).line
     assert _kind(found) == _kind(alone)
     assert found.length == alone.length
     if alone.occupied is not None:
@@ -359,5 +365,5 @@ def test_no_sources() -> None:
         queries, problem, torch.empty(2, 0), torch.empty(2, 0, 1), 0.1, backend="panel"
     )
     assert torch.equal(sums, torch.zeros(3, 1))
-    found = _panel_line._lowest_and_highest(torch.empty(2, 0), queries, problem)
+    found = lines._lowest_and_highest(torch.empty(2, 0), queries, problem)
     assert torch.equal(found[1], torch.stack((queries[0], queries[1:].max())).double())

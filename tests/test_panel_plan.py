@@ -1,4 +1,4 @@
-"""`_engine._panel.PanelPlan`: sums of every order in both directions, and the table behind them."""
+"""`PanelPlan`: sums of every order in both directions, and the table behind them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking.dense import DensePlan
-from imbalanced_losses._ranking.panels import panels as _panel
+from imbalanced_losses._ranking.panels import panels
 from imbalanced_losses._ranking.panels.panels import PanelPlan
 from imbalanced_losses._ranking.panels.table import translation_table
 from imbalanced_losses._ranking.sigmoid import sigmoid_derivative
@@ -93,7 +93,7 @@ def test_sums_block_by_block(
     monkeypatch: pytest.MonkeyPatch, num_problems: int, block: int
 ) -> None:
     """However points are cut into blocks."""
-    monkeypatch.setattr(_panel, "BLOCK", block)
+    monkeypatch.setattr(panels, "BLOCK", block)
     for dtype in (torch.float32, torch.float64):
         _assert_plan_exact(_several_problems(num_problems, dtype, 0.05, wild=True), 2)
 
@@ -101,7 +101,7 @@ def test_sums_block_by_block(
 # The table ----------------------------------------------------------------------------------------
 
 # (absolute, relative to the largest |φₙ| of the panel pair) for orders 0, 1, 2.
-(_FINEST, _FINE, _COARSE), (_FLOAT64,) = _panel.PRECISIONS.values()
+(_FINEST, _FINE, _COARSE), (_FLOAT64,) = panels.PRECISIONS.values()
 INTERPOLATION = {
     _FINEST: ((6e-8, 4.1e-7), (1.2e-7, 4.5e-7), (1.8e-7, 2.9e-6)),
     _FINE: ((5e-8, 9e-8), (1.2e-7, 5e-7), (4e-7, 4e-6)),
@@ -112,7 +112,7 @@ INTERPOLATION = {
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("precision", INTERPOLATION, ids=str)
-def test_interpolation(precision: _panel.Precision, order: int) -> None:
+def test_interpolation(precision: panels.Precision, order: int) -> None:
     """The polynomials of the table are φₙ between any two panels within reach, to the errors that
     the module states: absolute, and relative in each pair, so that the tails come out right too.
     """

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._ranking import dense as _dense
-from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking import dense, sigmoid_sums
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests import oracle
 from tests.cases import Batch, random_batch, seeded
@@ -308,10 +307,10 @@ def test_sigmoid_sums_at_medium_precision(num_problems: int) -> None:
 
 @pytest.mark.usefixtures("_restored_matmul_precision")
 def test_products_are_trusted_only_where_no_setting_rounds_them() -> None:
-    assert _dense._float32_products_are_exact()
+    assert dense._float32_products_are_exact()
     torch.set_float32_matmul_precision("high")
-    assert not _dense._float32_products_are_exact()
+    assert not dense._float32_products_are_exact()
     torch.set_float32_matmul_precision("highest")
     if hasattr(torch.backends, "fp32_precision"):
         torch.backends.mkldnn.matmul.fp32_precision = "tf32"
-        assert not _dense._float32_products_are_exact()  # torch does not tell the older setting
+        assert not dense._float32_products_are_exact()  # torch does not tell the older setting

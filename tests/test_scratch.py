@@ -1,4 +1,4 @@
-"""`_engine._scratch`: kept memory that nobody gets to see."""
+"""Kept memory that nobody gets to see."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._ranking.scratch import scratch
+from imbalanced_losses._ranking.scratch import Place, scratch
 from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 
@@ -63,8 +63,8 @@ def test_inference_mode_leaves_it_usable() -> None:
 
     def alone() -> Tensor | None:
         with torch.inference_mode():
-            scratch(0, (20_000,), torch.zeros(1), torch.float32)
-        memory = scratch(0, (20_000,), torch.zeros(1), torch.float32)
+            scratch(Place.PAIRS, (20_000,), torch.zeros(1), torch.float32)
+        memory = scratch(Place.PAIRS, (20_000,), torch.zeros(1), torch.float32)
         return None if memory is None else memory.fill_(1)
 
     with ThreadPoolExecutor(1) as pool:  # a thread that has none yet
@@ -77,26 +77,26 @@ def test_same_place_same_memory() -> None:
     """A place is one piece of memory a dtype, as large as was ever asked for."""
     like = torch.zeros(1)
 
-    def taken(place: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+    def taken(place: Place, size: int, dtype: torch.dtype = torch.float32) -> int:
         memory = scratch(place, (size,), like, dtype)
         assert memory is not None
         return memory.data_ptr()
 
-    large = taken(7, 40_000)
-    assert taken(7, 20_000) == large
-    assert taken(8, 20_000) != large
-    assert taken(7, 20_000, torch.float64) != large
+    large = taken(Place.PAIRS, 40_000)
+    assert taken(Place.PAIRS, 20_000) == large
+    assert taken(Place.POWERS, 20_000) != large
+    assert taken(Place.PAIRS, 20_000, torch.float64) != large
 
 
 def test_none_where_it_would_not_pay() -> None:
     """Little memory, a great deal, other devices and vmap are left to PyTorch."""
     like = torch.zeros(1)
-    assert scratch(0, (10,), like, torch.float32) is None
-    assert scratch(0, (1 << 22,), like, torch.float32) is None
-    assert scratch(0, (20_000,), like.to("meta"), torch.float32) is None
+    assert scratch(Place.PAIRS, (10,), like, torch.float32) is None
+    assert scratch(Place.PAIRS, (1 << 22,), like, torch.float32) is None
+    assert scratch(Place.PAIRS, (20_000,), like.to("meta"), torch.float32) is None
 
     def under_vmap(tensor: Tensor) -> Tensor:
-        assert scratch(0, (20_000,), like, torch.float32) is None
+        assert scratch(Place.PAIRS, (20_000,), like, torch.float32) is None
         return tensor
 
     torch.func.vmap(under_vmap)(torch.zeros(2))

@@ -21,10 +21,10 @@ def canonical(problems: Problems, scores: Tensor) -> Canonical:
         scores = scores.unsqueeze(0)
     if scores.dtype != dtype:
         scores = scores.to(dtype)
-    scores = scores.contiguous()
     weights = problems.weights
     if weights is not None:
         scores = torch.where(weights > 0, scores, 0.0)  # a row left out may hold NaN
+    scores = scores.contiguous()
     largest = torch.finfo(dtype).max / 2
     has_extremes = _may_exceed(scores, largest)
     if has_extremes:

@@ -247,7 +247,9 @@ class FusedPanels(_FusedRanks):
         cotangent = torch.stack((by_negatives, by_positives)).view(2, -1)
         field = self._panels.field(self._moments(cotangent), 1, transposed=True)
         slopes = self._evaluated(field, None).mul_(self._columns.view(2, *self.scores.shape))
-        return slopes.sum(0)[:, : self.given.num_live]
+        # A problem without queries has a gradient of exactly zero.
+        slopes = torch.where(self.queries.mask.any(1, keepdim=True), slopes.sum(0), 0)
+        return slopes[:, : self.given.num_live]
 
     def _moments(self, columns: Tensor) -> Tensor:
         """Σ value · placeᵇ of each panel: columns [K, C·M] -> [K, p, S]."""
