@@ -68,6 +68,7 @@ def smooth_ap(
             trusted: reading them would wait for the device.
 
     Example:
+        >>> import torch
         >>> scores = torch.tensor([2.0, 1.0, 0.5, -1.0], requires_grad=True)
         >>> is_positive = torch.tensor([True, False, True, False])
         >>> ap, valid = smooth_ap(scores, is_positive)
@@ -101,6 +102,7 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         too where they differ by no more than rounding, or by less than 1e-19 (float64: 1e-154).
 
     Example:
+        >>> import torch
         >>> score_spread(torch.tensor([1.0, 3.0]))
         tensor(1.)
     """
@@ -136,6 +138,7 @@ def prior_weights(
         TypeError, ValueError: an argument that does not fit.
 
     Example:
+        >>> import torch
         >>> prior_weights(torch.tensor([True, True, False, False]), 0.2)
         tensor([0.2500, 0.2500, 1.0000, 1.0000])
 
