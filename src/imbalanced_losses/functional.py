@@ -82,8 +82,10 @@ def smooth_ap(
     scores, is_positive, temperature, sample_weight = arguments
     _checks.choice("backend", backend, BACKENDS)
     problems = Problems(scores, temperature, is_positive, sample_weight, backend=backend)
-    shape = scores.shape[:-1]
-    return SmoothAP(average_precision(problems).view(shape), problems.valid.view(shape))
+    ap, valid = average_precision(problems), problems.valid
+    if scores.dim() == 1:
+        ap, valid = ap if ap.dim() == 0 else ap.squeeze(0), valid.squeeze(0)
+    return SmoothAP(ap, valid)
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:

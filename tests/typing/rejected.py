@@ -23,7 +23,7 @@ def constructors() -> None:
     SmoothAPLoss(3, target_prior="0.1")  # type: ignore[arg-type]
     SmoothAPLoss(3, weight=None)  # type: ignore[call-arg]
     SmoothAPLoss(3, 8, 0.1, "mean", -100, False, None, None, True)  # type: ignore[call-arg]
-    CrossEntropy(1, class_weight=[10.0])  # type: ignore[arg-type]
+    CrossEntropy(1, class_weight=10.0)  # type: ignore[arg-type]
     CrossEntropy(1, None, -100, True)  # type: ignore[call-arg]
 
 

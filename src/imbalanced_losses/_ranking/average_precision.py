@@ -10,8 +10,7 @@ from imbalanced_losses._ranking.ranks import Ranks
 
 def average_precision(problems: Problems) -> Tensor:
     """Σ_P ω R⁺/R ÷ Σ_P ω: [C] in [0, 1], 0 where a problem is not valid."""
-    precision = problems.ranked_sum(_precision, among=("all", "positives"), slopes=_slopes)
-    return precision / problems.mass("positives")
+    return problems.ranked_mean(_precision, among=("all", "positives"), slopes=_slopes)
 
 
 def _precision(ranks: Ranks) -> Tensor:

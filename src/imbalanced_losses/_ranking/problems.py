@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,27 +48,25 @@ class Problems:
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
         self.backend: Backend = backend
-        self._cache: dict[str, Any] = {}
+        self.weights = None
+        if weights is not None or processes is not None:
+            self.weights = unit_weights(self)
+        self._canonical: Canonical | None = None
+        self._facts: tuple[Tensor, int | Tensor] | None = None
+        self._queries: dict[Rows, Queries] = {}
 
-    def remake(self) -> Callable[..., Problems]:
-        """(scores, temperature) -> such problems; holds nothing that is attached to a graph."""
-        fixed: dict[str, Any] = {
+    def constants(self) -> dict[str, Any]:
+        """The constructor's arguments that are attached to no graph, but for the scores."""
+        tau = self.temperature
+        return {
+            **({} if isinstance(tau, Tensor) else {"temperature": tau}),
             "is_positive": self.is_positive,
             "weights": self.given_weights,
             "num_live": self.num_live,
             "backend": self.backend,
         }
-        if not isinstance(self.temperature, Tensor):
-            fixed["temperature"] = self.temperature
-        return partial(Problems, **fixed)
 
     # --- What a metric asks ------------------------------------------------------------------
-
-    @property
-    def weights(self) -> Tensor | None:
-        if "weights" not in self._cache:
-            self._cache["weights"] = unit_weights(self)
-        return cast("Tensor | None", self._cache["weights"])
 
     @property
     def valid(self) -> Tensor:
@@ -80,9 +76,11 @@ class Problems:
         """The summed weights [C] of rows, over all processes; 1 where a problem is not valid."""
         _checks.choice("rows", rows, ROWS)
         valid, mass = self._positives_and_mass()
-        if rows == "positives":
-            return mass
         shape, dtype = self.is_positive.shape, compute_dtype(self.scores)
+        if rows == "positives":
+            if isinstance(mass, Tensor):
+                return mass
+            return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
         own = self.weights
         if own is None:
             own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
@@ -119,7 +117,18 @@ class Problems:
             _checks.choice("among", rows, ROWS)
         return ranked_sum(self, worth, queries, among, slopes)
 
+    def ranked_mean(
+        self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
+    ) -> Tensor:
+        """`ranked_sum` of the positives over their mass, in fewer calls."""
+        return ranked_sum(self, worth, "positives", among, slopes, is_mean=True)
+
     # --- What is made of it beneath ----------------------------------------------------------
+
+    def mass_of_positives(self) -> int | Tensor:
+        """[C], or of one problem a number; 1 where not valid."""
+        mass = self._positives_and_mass()[1]
+        return mass if isinstance(mass, Tensor) else max(1, mass)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """A tensor summed over processes."""
@@ -127,9 +136,9 @@ class Problems:
 
     def queries(self, rows: Rows) -> Queries:
         """The rows of a set in valid problems, in the form that the plan for these scores takes."""
-        if rows not in self._cache:
-            self._cache[rows] = self._masked(rows) if self._is_masked() else self._listed(rows)
-        return cast("Queries", self._cache[rows])
+        if rows not in self._queries:
+            self._queries[rows] = self._masked(rows) if self._is_masked() else self._listed(rows)
+        return self._queries[rows]
 
     def listed(self, rows: Rows) -> Listed:
         """The same in the form of a list, whatever the plan."""
@@ -137,9 +146,9 @@ class Problems:
         return found if isinstance(found, Listed) else self._listed(rows)
 
     def canonical(self) -> Canonical:
-        if "canonical" not in self._cache:
-            self._cache["canonical"] = canonical(self, self.scores.detach())
-        return cast("Canonical", self._cache["canonical"])
+        if self._canonical is None:
+            self._canonical = canonical(self, self.scores.detach())
+        return self._canonical
 
     def _is_masked(self) -> bool:
         """Whether no value may be read, or need be."""
@@ -159,25 +168,30 @@ class Problems:
 
     def _listed(self, rows: Rows) -> Listed:
         problem, row = self._is_query(rows).nonzero().unbind(1)
-        if rows == "positives" and "facts" not in self._cache:
-            self._cache["facts"] = self._facts_of(problem, row)
-        valid = self.valid
-        if not bool(valid.all()):
+        if rows == "positives" and self._facts is None:
+            self._facts = self._facts_of(problem, row)
+        valid, mass = self._positives_and_mass()
+        # Of one problem it is known from the number of its positives.
+        is_valid = mass > 0 if isinstance(mass, int) else bool(valid.all())
+        if not is_valid:
             kept = valid[problem].nonzero().squeeze(1)
             problem, row = problem[kept], row[kept]
         weights = None if self.weights is None else self.weights[problem, row]
         return Listed(rows, problem, row, weights, len(valid))
 
-    def _positives_and_mass(self) -> tuple[Tensor, Tensor]:
-        """What is valid [C], and the mass [C] of the positives."""
-        if "facts" not in self._cache:
+    def _positives_and_mass(self) -> tuple[Tensor, int | Tensor]:
+        """What is valid [C], and the mass of the positives: [C], 1 where not valid; or of one
+        problem a number, 0 where it is not.
+        """
+        if self._facts is None:
             if self._is_masked():
-                self._cache["facts"] = self._facts_without_reading()
+                self._facts = self._facts_without_reading()
             else:
                 self.queries("positives")
-        return cast("tuple[Tensor, Tensor]", self._cache["facts"])
+        assert self._facts is not None
+        return self._facts
 
-    def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, int | Tensor]:
         """From the positives that are present."""
         weights, (num_problems, num_rows) = self.weights, self.is_positive.shape
         dtype = compute_dtype(self.scores)
@@ -185,9 +199,7 @@ class Problems:
             num_positives = row.shape[0]
             is_valid = 0 < num_positives < num_rows
             valid = torch.full((1,), is_valid, device=row.device)
-            return valid, torch.full(
-                (1,), num_positives if is_valid else 1, dtype=dtype, device=row.device
-            )
+            return valid, num_positives if is_valid else 0
         counts = problem.bincount(minlength=num_problems)  # [C]
         num_present = counts.new_full((), num_rows) if weights is None else (weights > 0).sum(1)
         mass = counts.to(dtype)

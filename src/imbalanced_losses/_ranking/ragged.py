@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,12 +84,18 @@ class RaggedProblems(Problems):
         slopes: Slopes | None = None,
     ) -> Tensor:
         """Σ ω · worth(ranks) over the queries of each problem [C]; see `Problems.ranked_sum`."""
+        return self._of_parts(worth, slopes, "ranked_sum", queries=queries, among=among)
+
+    def ranked_mean(
+        self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
+    ) -> Tensor:
+        """`ranked_sum` of the positives over their mass."""
+        return self._of_parts(worth, slopes, "ranked_mean", among=among)
+
+    def _of_parts(self, worth: Worth, slopes: Slopes | None, method: str, **asked: Any) -> Tensor:
         totals = [
-            part.problems.ranked_sum(
-                lambda ranks, part=part: worth(_RanksOfPart(ranks, part)),  # type: ignore[misc]
-                queries=queries,
-                among=among,
-                slopes=slopes and (lambda ranks, part=part: slopes(_RanksOfPart(ranks, part))),  # type: ignore[misc]
+            getattr(part.problems, method)(
+                _seen_by(worth, part), slopes=slopes and _seen_by(slopes, part), **asked
             )
             for part in self._parts
         ]
@@ -104,8 +111,13 @@ class _Part:
     problems: Problems
 
 
+def _seen_by(function: Callable[[Ranks], Any], part: _Part) -> Callable[[Ranks], Any]:
+    """A function of ranks whose constants are of all problems, or of all rows."""
+    return lambda ranks: function(_RanksOfPart(ranks, part))
+
+
 class _RanksOfPart(Ranks):
-    """The ranks of a part; constants are of all problems, or of all rows."""
+    """The ranks of a part."""
 
     def __init__(self, ranks: Ranks, part: _Part) -> None:
         self._inner, self._part = ranks, part

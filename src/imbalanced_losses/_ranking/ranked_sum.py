@@ -28,20 +28,28 @@ _ONLY_ALONE = (
 
 
 def ranked_sum(
-    problems: Problems, worth: Worth, queries: Rows, among: tuple[Rows, ...], slopes: Slopes | None
+    problems: Problems,
+    worth: Worth,
+    queries: Rows,
+    among: tuple[Rows, ...],
+    slopes: Slopes | None,
+    is_mean: bool = False,
 ) -> Tensor:
-    """See `Problems.ranked_sum`."""
+    """See `Problems.ranked_sum`, and `Problems.ranked_mean` for `is_mean`."""
     asked = _Asked(worth, queries, among, slopes)
     if is_traced(problems.scores):
         _only_alone(problems)
         listed = problems.queries(queries)
-        return listed.total(asked.worth_of(traced_ranks(problems, queries, among), listed))
+        total = listed.total(asked.worth_of(traced_ranks(problems, queries, among), listed))
+        return total / problems.mass_of_positives() if is_mean else total
     if is_transformed():
         _only_alone(problems)
         _refuse_batches(problems)
-        return _differentiable(problems, problems.scores, asked)
-    total: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
-    return total
+        total = _differentiable(problems, problems.scores, asked)
+        return total / problems.mass_of_positives() if is_mean else total
+    asked.is_mean = is_mean
+    found: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
+    return found
 
 
 class _Asked:
@@ -51,6 +59,7 @@ class _Asked:
         self, worth: Worth, queries: Rows, among: tuple[Rows, ...], slopes: Slopes | None
     ) -> None:
         self.worth, self.queries, self.among, self.slopes = worth, queries, among, slopes
+        self.is_mean = False
 
     def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = slice(None)) -> Ranks:
         return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
@@ -139,16 +148,20 @@ class _RankedSum(torch.autograd.Function):
             ranks = plan.ranks()
         else:
             ranks, slopes = plan.ranks_and_gradient(_SlopesOf(asked, queries))
-            slopes, by_temperature = gradient_of(given, slopes, moves_temperature)
-            ctx.remade, ctx.asked = problems.remake(), asked
-            ctx.is_shared = problems.processes is not None
+            per = problems.mass_of_positives() if asked.is_mean else 1
+            slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
+            ctx.constants, ctx.asked, ctx.kind = problems.constants(), asked, type(problems)
+            ctx.is_shared = given.processes is not None
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
                 tensors.append(temperature)
             if by_temperature is not None:
                 tensors.append(by_temperature)
             ctx.save_for_backward(*tensors)
-        return problems.summed(queries.total(asked.worth_of(ranks, queries)))
+        total = problems.summed(queries.total(asked.worth_of(ranks, queries)))
+        if asked.is_mean:
+            total.div_(problems.mass_of_positives())
+        return total.view(scores.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,13 +180,16 @@ class _RankedSum(torch.autograd.Function):
 
 
 def gradient_of(
-    given: Canonical, slopes: Tensor, moves_temperature: bool
+    given: Canonical, slopes: Tensor, moves_temperature: bool, per: int | Tensor = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Slopes [C, M] by score / τ, written over by those by the scores; and those by τ [C]."""
+    """Slopes [C, M] by score / τ, written over by those by the scores; and those by τ [C].
+
+    Both divided by `per`, a number or [C].
+    """
     if given.has_extremes:
         # Nothing moves an infinity; where several tie, their slopes would be finite.
         slopes.masked_fill_(given.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-    tau = given.temperature
+    tau = given.temperature * per
     slopes.div_(tau[:, None] if isinstance(tau, Tensor) else tau)
     return slopes, _slopes_in_temperature(given, slopes) if moves_temperature else None
 
@@ -182,8 +198,11 @@ def _twice_differentiable_gradient(
     ctx: Any, scores: Tensor, rest: list[Tensor], grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient in scores and temperature as a function that autograd can go through."""
-    problems = ctx.remade(scores, *rest[:1])
+    tau = {"temperature": rest[0]} if rest else {}
+    problems = ctx.kind(scores=scores, **tau, **ctx.constants)
     total = _differentiable(problems, scores, ctx.asked)
+    if ctx.asked.is_mean:
+        total = total / problems.mass_of_positives()
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
         (by_scores,) = torch.autograd.grad(total, scores, grad, create_graph=True)
