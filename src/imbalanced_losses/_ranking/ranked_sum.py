@@ -203,6 +203,7 @@ def _twice_differentiable_gradient(
     total = _differentiable(problems, scores, ctx.asked)
     if ctx.asked.is_mean:
         total = total / problems.mass_of_positives()
+    total = total.view(grad.shape)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
         (by_scores,) = torch.autograd.grad(total, scores, grad, create_graph=True)
