@@ -1,0 +1,88 @@
+"""Problems of unequal length: each is what it is by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from imbalanced_losses._ranking import Problems, Ranks
+from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.ragged import RaggedProblems, _rectangles
+from tests.cases import seeded
+
+LENGTHS = {"unequal": [5, 1, 40, 3, 7, 300, 41, 6], "equal": [20, 20, 20], "one": [30]}
+
+
+def partial_auc(problems: Problems, limits: Tensor, values: Tensor) -> Tensor:
+    """A sum over negatives, with constants of problems and of rows."""
+
+    def worth(ranks: Ranks) -> Tensor:
+        hard = torch.sigmoid(ranks.of_problem(limits) - ranks.among("negatives"))
+        return hard * ranks.of_row(values) * ranks.among("positives")
+
+    total = problems.ranked_sum(worth, queries="negatives", among=("positives", "negatives"))
+    return total / (problems.mass("positives") * problems.mass("negatives"))
+
+
+METRICS: dict[str, Callable[[Problems, Tensor, Tensor], Tensor]] = {
+    "average precision": lambda problems, *_: average_precision(problems),
+    "partial AUC": partial_auc,
+}
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_each_problem_is_what_it_is_by_itself(
+    lengths: list[int],
+    metric: Callable[[Problems, Tensor, Tensor], Tensor],
+    is_weighted: bool,
+) -> None:
+    """Value, validity, and the slopes in scores and in a temperature for each."""
+    size, generator = sum(lengths), seeded(0)
+    scores = torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+    is_positive = torch.rand(size, generator=generator) < 0.3
+    values, weights = torch.rand(2, size, generator=generator, dtype=torch.float64)
+    tau = (0.1 + torch.rand(len(lengths), generator=generator).double()).requires_grad_()
+    limits = torch.arange(1.0, len(lengths) + 1, dtype=torch.float64)
+    own = weights if is_weighted else None
+    together = RaggedProblems(scores, tau, is_positive, own, lengths=torch.tensor(lengths))
+    found = metric(together, limits, values)
+
+    alone, valid = [], []
+    for c, rows in enumerate(torch.arange(size).split(lengths)):
+        problems = Problems(
+            scores[None, rows],
+            tau[c : c + 1],
+            is_positive[None, rows],
+            weights[None, rows] if is_weighted else None,
+        )
+        alone.append(metric(problems, limits[c : c + 1], values[None, rows]))
+        valid.append(problems.valid)
+    expected = torch.cat(alone)
+    assert together.valid.equal(torch.cat(valid))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    pull = torch.rand(len(lengths), generator=generator).double()
+    for one, other in zip(
+        torch.autograd.grad(found @ pull, (scores, tau)),
+        torch.autograd.grad(expected @ pull, (scores, tau)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_rectangles_hold_every_row_once_and_little_else() -> None:
+    lengths = torch.randint(1, 5000, (300,), generator=seeded(1))
+    parts = list(_rectangles(lengths))
+    rows = [index if is_real is None else index[is_real] for _, index, is_real in parts]
+    assert (
+        torch.cat([part.flatten() for part in rows])
+        .sort()
+        .values.equal(torch.arange(int(lengths.sum())))
+    )
+    assert torch.cat([places for places, *_ in parts]).sort().values.equal(torch.arange(300))
+    assert sum(index.numel() for _, index, _ in parts) <= 1.25 * int(lengths.sum())
+    assert len(parts) < 45
