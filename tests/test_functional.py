@@ -488,3 +488,20 @@ def test_known_answer_needs_a_plus_one() -> None:
     """
     case = all_equal(3, 4)
     assert smooth_ap(case.scores, case.is_positive).ap.item() == pytest.approx(4 / 8)
+
+
+@pytest.mark.parametrize("backend", ["dense", "panel"])
+def test_a_temperature_alone_has_derivatives_of_both_orders(backend: Backend) -> None:
+    """By autograd and by torch.func, where the scores need none: as differences tell."""
+    scores = torch.randn(30, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.rand(30, generator=seeded(1)) < 0.3
+
+    def ap(tau: Tensor) -> Tensor:
+        return smooth_ap(scores, is_positive, tau, backend=backend).ap
+
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ap, tau)
+    assert torch.autograd.gradgradcheck(ap, tau)
+    (slope,) = torch.autograd.grad(ap(tau), tau)
+    assert slope.abs() > 1e-3
+    torch.testing.assert_close(torch.func.grad(ap)(tau.detach()), slope)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
 
 
-def canonical(problems: Problems, scores: Tensor) -> Canonical:
-    """Problems in the form of backends, with these scores for theirs."""
+def canonical(problems: Problems, scores: Tensor, temperature: float | Tensor) -> Canonical:
+    """Problems in the form of backends, with these scores and temperature for theirs."""
     dtype = compute_dtype(scores)
     if scores.dim() == 1:
         scores = scores.unsqueeze(0)
@@ -30,10 +30,7 @@ def canonical(problems: Problems, scores: Tensor) -> Canonical:
     if has_extremes:
         # Two infinities tie instead of differing by NaN, and no difference overflows.
         scores = scores.clamp(-largest, largest)
-    temperature = problems.temperature
     if isinstance(temperature, Tensor):
-        if not scores.requires_grad:
-            temperature = temperature.detach()
         temperature = temperature.to(scores.device, dtype).clamp(min=smallest(dtype))
         temperature = temperature.expand(len(scores))
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Rows = Literal["all", "positives", "negatives"]
+ROWS: tuple[Rows, ...] = ("all", "positives", "negatives")
 
 
 class Plan(Protocol):

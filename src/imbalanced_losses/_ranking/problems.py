@@ -12,10 +12,16 @@ from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
 from imbalanced_losses._ranking.cuda.ranks import has_kernels
-from imbalanced_losses._ranking.plan import Canonical, Listed, Masked, Processes, Queries, Rows
-from imbalanced_losses._ranking.ranked_sum import Slopes, Worth, ranked_sum
-
-ROWS: tuple[Rows, ...] = ("all", "positives", "negatives")
+from imbalanced_losses._ranking.plan import (
+    ROWS,
+    Canonical,
+    Listed,
+    Masked,
+    Processes,
+    Queries,
+    Rows,
+)
+from imbalanced_losses._ranking.ranked_sum import Asked, Slopes, Worth, ranked_sum
 
 
 class Problems:
@@ -48,9 +54,7 @@ class Problems:
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
         self.backend: Backend = backend
-        self.weights = None
-        if weights is not None or processes is not None:
-            self.weights = unit_weights(self)
+        self.weights = unit_weights(self)
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
@@ -110,20 +114,18 @@ class Problems:
             [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
             temperature, to any order.
         """
-        _checks.choice("queries", queries, ROWS)
-        if not isinstance(among, tuple):
-            raise TypeError(f"among must be a tuple of names, got {among!r}")
-        for rows in among:
-            _checks.choice("among", rows, ROWS)
-        return ranked_sum(self, worth, queries, among, slopes)
+        return self._ranked(Asked(worth, queries, among, slopes))
 
     def ranked_mean(
         self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
     ) -> Tensor:
         """`ranked_sum` of the positives over their mass, in fewer calls."""
-        return ranked_sum(self, worth, "positives", among, slopes, is_mean=True)
+        return self._ranked(Asked(worth, "positives", among, slopes, is_mean=True))
 
     # --- What is made of it beneath ----------------------------------------------------------
+
+    def _ranked(self, asked: Asked) -> Tensor:
+        return ranked_sum(self, asked)
 
     def mass_of_positives(self) -> int | Tensor:
         """[C], or of one problem a number; 1 where not valid."""
@@ -147,7 +149,9 @@ class Problems:
 
     def canonical(self) -> Canonical:
         if self._canonical is None:
-            self._canonical = canonical(self, self.scores.detach())
+            tau = self.temperature
+            tau = tau.detach() if isinstance(tau, Tensor) else tau
+            self._canonical = canonical(self, self.scores.detach(), tau)
         return self._canonical
 
     def _is_masked(self) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.plan import Rows
 from imbalanced_losses._ranking.problems import Problems
-from imbalanced_losses._ranking.ranked_sum import Slopes, Worth
+from imbalanced_losses._ranking.ranked_sum import Asked
 from imbalanced_losses._ranking.ranks import Ranks
 
 # The longest problem of a rectangle beside its shortest: at most so much of it is padding.
@@ -75,30 +74,8 @@ class RaggedProblems(Problems):
         """The summed weights [C] of rows; 1 where a problem is not valid."""
         return torch.cat([part.problems.mass(rows) for part in self._parts])[self._order]
 
-    def ranked_sum(
-        self,
-        worth: Worth,
-        *,
-        queries: Rows = "positives",
-        among: tuple[Rows, ...] = ("all",),
-        slopes: Slopes | None = None,
-    ) -> Tensor:
-        """Σ ω · worth(ranks) over the queries of each problem [C]; see `Problems.ranked_sum`."""
-        return self._of_parts(worth, slopes, "ranked_sum", queries=queries, among=among)
-
-    def ranked_mean(
-        self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
-    ) -> Tensor:
-        """`ranked_sum` of the positives over their mass."""
-        return self._of_parts(worth, slopes, "ranked_mean", among=among)
-
-    def _of_parts(self, worth: Worth, slopes: Slopes | None, method: str, **asked: Any) -> Tensor:
-        totals = [
-            getattr(part.problems, method)(
-                _seen_by(worth, part), slopes=slopes and _seen_by(slopes, part), **asked
-            )
-            for part in self._parts
-        ]
+    def _ranked(self, asked: Asked) -> Tensor:
+        totals = [part.problems._ranked(_seen_by(asked, part)) for part in self._parts]
         return torch.cat(totals)[self._order]
 
 
@@ -111,9 +88,16 @@ class _Part:
     problems: Problems
 
 
-def _seen_by(function: Callable[[Ranks], Any], part: _Part) -> Callable[[Ranks], Any]:
-    """A function of ranks whose constants are of all problems, or of all rows."""
-    return lambda ranks: function(_RanksOfPart(ranks, part))
+def _seen_by(asked: Asked, part: _Part) -> Asked:
+    """The same of a part: constants of all problems, or of all rows, are those of its own."""
+    worth, slopes = asked.worth, asked.slopes
+    return Asked(
+        lambda ranks: worth(_RanksOfPart(ranks, part)),
+        asked.queries,
+        asked.among,
+        slopes and (lambda ranks: slopes(_RanksOfPart(ranks, part))),
+        asked.is_mean,
+    )
 
 
 class _RanksOfPart(Ranks):

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sigmoid_sums
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import Canonical, Listed, Queries, Rows, half_of
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Listed, Queries, Rows, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -27,39 +28,40 @@ _ONLY_ALONE = (
 )
 
 
-def ranked_sum(
-    problems: Problems,
-    worth: Worth,
-    queries: Rows,
-    among: tuple[Rows, ...],
-    slopes: Slopes | None,
-    is_mean: bool = False,
-) -> Tensor:
-    """See `Problems.ranked_sum`, and `Problems.ranked_mean` for `is_mean`."""
-    asked = _Asked(worth, queries, among, slopes)
+def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
+    """See `Problems.ranked_sum` and `Problems.ranked_mean`."""
     if is_traced(problems.scores):
         _only_alone(problems)
-        listed = problems.queries(queries)
-        total = listed.total(asked.worth_of(traced_ranks(problems, queries, among), listed))
-        return total / problems.mass_of_positives() if is_mean else total
+        queries = problems.queries(asked.queries)
+        ranks = traced_ranks(problems, asked.queries, asked.among)
+        total = queries.total(asked.worth_of(ranks, queries))
+        return total / problems.mass_of_positives() if asked.is_mean else total
     if is_transformed():
         _only_alone(problems)
         _refuse_batches(problems)
-        total = _differentiable(problems, problems.scores, asked)
-        return total / problems.mass_of_positives() if is_mean else total
-    asked.is_mean = is_mean
+        return _differentiable(problems, asked)
     found: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
     return found
 
 
-class _Asked:
+class Asked:
     """What a metric has asked for."""
 
     def __init__(
-        self, worth: Worth, queries: Rows, among: tuple[Rows, ...], slopes: Slopes | None
+        self,
+        worth: Worth,
+        queries: Rows,
+        among: tuple[Rows, ...],
+        slopes: Slopes | None,
+        is_mean: bool = False,
     ) -> None:
+        _checks.choice("queries", queries, ROWS)
+        if not isinstance(among, tuple):
+            raise TypeError(f"among must be a tuple of names, got {among!r}")
+        for rows in among:
+            _checks.choice("among", rows, ROWS)
         self.worth, self.queries, self.among, self.slopes = worth, queries, among, slopes
-        self.is_mean = False
+        self.is_mean = is_mean  # over the mass of the queries, which are the positives then
 
     def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = slice(None)) -> Ranks:
         return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
@@ -93,7 +95,7 @@ class _Asked:
 class _SlopesOf:
     """∂(ω · worth)/∂ranks of some queries."""
 
-    def __init__(self, asked: _Asked, queries: Queries) -> None:
+    def __init__(self, asked: Asked, queries: Queries) -> None:
         self.asked, self.queries = asked, queries
 
     def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
@@ -134,7 +136,7 @@ class _RankedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, temperature: float | Tensor, problems: Problems, asked: _Asked
+        ctx: Any, scores: Tensor, temperature: float | Tensor, problems: Problems, asked: Asked
     ) -> Tensor:
         given, queries = problems.canonical(), problems.queries(asked.queries)
         everywhere = given.processes is not None and given.processes.is_differentiated
@@ -200,10 +202,7 @@ def _twice_differentiable_gradient(
     """The gradient in scores and temperature as a function that autograd can go through."""
     tau = {"temperature": rest[0]} if rest else {}
     problems = ctx.kind(scores=scores, **tau, **ctx.constants)
-    total = _differentiable(problems, scores, ctx.asked)
-    if ctx.asked.is_mean:
-        total = total / problems.mass_of_positives()
-    total = total.view(grad.shape)
+    total = _differentiable(problems, ctx.asked).view(grad.shape)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
         (by_scores,) = torch.autograd.grad(total, scores, grad, create_graph=True)
@@ -212,9 +211,10 @@ def _twice_differentiable_gradient(
     return by_scores, by_temperature
 
 
-def _differentiable(problems: Problems, scores: Tensor, asked: _Asked) -> Tensor:
+def _differentiable(problems: Problems, asked: Asked) -> Tensor:
     """`ranked_sum` by `sigmoid_sums`: slower, with derivatives of every order."""
-    given, queries = canonical(problems, scores), problems.listed(asked.queries)
+    given = canonical(problems, problems.scores, problems.temperature)
+    queries = problems.listed(asked.queries)
     columns = [given.column(rows) for rows in asked.among]
     weights = torch.stack(
         [torch.ones_like(given.scores) if column is None else column for column in columns], dim=-1
@@ -232,7 +232,8 @@ def _differentiable(problems: Problems, scores: Tensor, asked: _Asked) -> Tensor
         own + half_of(queries, rows, given)
         for own, rows in zip(sums.unbind(1), asked.among, strict=True)
     )
-    return queries.total(asked.worth(asked.ranks(ranks, queries)))
+    total = queries.total(asked.worth(asked.ranks(ranks, queries)))
+    return total / problems.mass_of_positives() if asked.is_mean else total
 
 
 def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
