@@ -15,7 +15,6 @@ from imbalanced_losses._checks.tracing import is_in_backward, is_on_host, is_tra
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
-from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 from imbalanced_losses._rows.checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGroup, gather
 from imbalanced_losses._rows.pool import Pool
@@ -304,15 +303,8 @@ class RankingLoss(StatefulLoss):
     def _problems(self, pool: Pool, processes: Processes | None) -> Problems:
         """The rows as ranking problems, positives as common as in deployment if that is known."""
         scores, is_positive, weights, num_live = pool.problems(self.ignore_index)
-        if self._prior is not None:
-            if weights is None:
-                weights = scores.new_ones(()).expand(scores.shape)
-            prior = self._prior.to(scores.device)
-            weights = weights_at_prior(is_positive, prior, weights, processes)
         temperature = self._temperature_now if is_traced(scores) else self.temperature
-        if self.temperature_unit == "spread":
-            temperature = temperature * spread(scores, weights, processes)
-        return Problems(
+        problems = Problems(
             scores,
             temperature,
             is_positive,
@@ -321,6 +313,11 @@ class RankingLoss(StatefulLoss):
             processes=processes,
             backend=self.backend,
         )
+        if self._prior is not None:
+            problems = problems.with_prior(self._prior.to(scores.device))
+        if self.temperature_unit == "spread":
+            problems = problems.replaced(temperature=temperature * problems.spread())
+        return problems
 
     def _spread_of_batch(
         self, logits: Tensor, targets: Tensor, sample_weight: Tensor | None
@@ -329,7 +326,7 @@ class RankingLoss(StatefulLoss):
         batch, processes = self._batch(logits, targets, sample_weight)
         self._follow(batch.logits.device)
         problems = self._problems(batch, processes)
-        return float(spread(problems.scores.detach(), problems.given_weights, processes).mean())
+        return float(problems.spread().detach().mean())
 
     def _batch(
         self,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
-from imbalanced_losses._ranking.weighting import spread
 from imbalanced_losses._rows.reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
@@ -151,7 +150,7 @@ class _OfClass(NamedTuple):
 def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
     """The diagnostics of a pool's problems, whose scores are detached."""
     scores, weights, positive = problems.scores, problems.weights, problems.is_positive
-    unit, smooth_ap = spread(scores, weights), average_precision(problems)
+    unit, smooth_ap = problems.spread(), average_precision(problems)
     temperature = torch.as_tensor(problems.temperature, dtype=unit.dtype, device=unit.device)
     temperature = temperature.expand_as(unit)
     if weights is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems
 from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 
 __all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
@@ -109,7 +110,9 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         tensor(1.)
     """
     scores = _checks.scores(scores)
-    return spread(scores, _checks.weights_of_scores(sample_weight, scores))
+    weights = _checks.weights_of_scores(sample_weight, scores)
+    rows = scores if scores.dim() == 2 else scores.unsqueeze(0)
+    return spread(rows, weights, Layout(rows.shape)).view(scores.shape[:-1])
 
 
 def prior_weights(
@@ -147,4 +150,8 @@ def prior_weights(
     Source: Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
     Neural Computation 2002, eq. 2.4: what shifts is the ratio of the priors alone.
     """
-    return weights_at_prior(*_checks.prior_weights(is_positive, target_prior, sample_weight))
+    arguments = _checks.prior_weights(is_positive, target_prior, sample_weight)
+    is_positive, target_prior, sample_weight = arguments
+    rows = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
+    weights = weights_at_prior(rows, target_prior, sample_weight, Layout(rows.shape))
+    return weights.view(is_positive.shape)

@@ -32,7 +32,7 @@ def canonical(problems: Problems, scores: Tensor, temperature: float | Tensor) -
         scores = scores.clamp(-largest, largest)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scores.device, dtype).clamp(min=smallest(dtype))
-        temperature = temperature.expand(len(scores))
+        temperature = temperature.expand(problems.layout.num_problems)
     else:
         temperature = max(temperature, smallest(dtype))
     return Canonical(
@@ -43,6 +43,7 @@ def canonical(problems: Problems, scores: Tensor, temperature: float | Tensor) -
         temperature,
         problems.num_live,
         problems.processes,
+        problems.layout,
     )
 
 
@@ -63,20 +64,20 @@ def unit_weights(problems: Problems) -> Tensor | None:
     weights, processes = problems.given_weights, problems.processes
     if weights is None and processes is None:
         return None
-    num_problems, num_rows = problems.is_positive.shape
     dtype, device = compute_dtype(problems.scores), problems.scores.device
-    is_weighted = torch.full((num_problems, 1), weights is not None, dtype=dtype, device=device)
+    is_weighted = weights is not None
     if weights is None:
         weights = torch.ones((), dtype=dtype, device=device)
     weights = weights.detach().expand(problems.is_positive.shape)
-    no_rows = weights.new_zeros(num_problems, 1)
-    largest = weights.amax(1, keepdim=True) if num_rows > 0 else no_rows
+    largest = problems.layout.largest(weights)
     if processes is not None:
-        found, is_weighted = processes.max(torch.stack((largest.double(), is_weighted))).unbind()
-        if not bool(is_weighted.any()):
+        own = torch.full_like(largest, is_weighted, dtype=torch.float64)
+        found, own = processes.max(torch.stack((largest.double(), own))).unbind()
+        if not bool(own.any()):
             return None
         largest = found.to(largest.dtype)
-    unit = (weights / torch.where(largest > 0, largest, 1)).to(dtype)
+    largest = problems.layout.for_rows(torch.where(largest > 0, largest, 1))
+    unit = (weights / largest).to(dtype)
     return torch.where(weights > 0, unit.clamp(min=smallest(dtype)), 0.0)
 
 

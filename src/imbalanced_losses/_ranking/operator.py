@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PROBLEMS = (
     "Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, Tensor? weights, "
+    "Tensor? lengths, "
     "bool moves_temperature, SymInt num_live, str queries, str among, str backend"
 )
 
@@ -29,7 +30,7 @@ def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> 
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
     fixed, by_problem, moves_temperature = 0.0, None, False
     if isinstance(temperature, Tensor):
-        by_problem = temperature.to(scores.device).expand(rows.shape[0])
+        by_problem = temperature.to(scores.device).expand(problems.layout.num_problems)
         moves_temperature = by_problem.requires_grad
     else:
         fixed = temperature
@@ -39,6 +40,7 @@ def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> 
         fixed,
         by_problem,
         problems.weights,
+        problems.layout.lengths,
         moves_temperature,
         rows.shape[1] if moves_temperature else problems.num_live,
         queries,
@@ -58,6 +60,7 @@ class _Asked:
         temperature: float,
         temperatures: Tensor | None,
         weights: Tensor | None,
+        lengths: Tensor | None,
         moves_temperature: bool,
         num_live: int,
         queries: str,
@@ -67,7 +70,7 @@ class _Asked:
         from imbalanced_losses._ranking.problems import Problems
 
         tau = temperature if temperatures is None else temperatures
-        problems = Problems(scores, tau, is_positive, weights, num_live=num_live)
+        problems = Problems(scores, tau, is_positive, weights, lengths=lengths, num_live=num_live)
         self.given = problems.canonical()
         self.queries = problems.queries(cast("Rows", queries))
         names = cast("tuple[Rows, ...]", tuple(among.split(",")))
@@ -78,7 +81,7 @@ class _Asked:
         if not isinstance(self.queries, Listed):
             return torch.stack(ranks)
         out = self.given.scores.new_ones(len(ranks), *self.given.scores.shape)
-        out[:, self.queries.problem, self.queries.row] = torch.stack(ranks)
+        out.flatten(1)[:, self.queries.places(out.shape[1:])] = torch.stack(ranks)
         return out
 
 
@@ -93,14 +96,14 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
     asked = _Asked(scores, *rest)
     queries = asked.queries
     if isinstance(queries, Listed):
-        at_queries = grad[:, queries.problem, queries.row]  # [K, Q]
+        at_queries = grad.flatten(1)[:, queries.places(scores.shape)]  # [K, Q]
         _, by_scores = asked.plan.ranks_and_gradient(
             lambda ranks, index: at_queries[:, index].unbind()
         )
     else:
         masked = torch.where(queries.mask, grad, 0.0)
         _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: masked.unbind())
-    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[4])
+    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[5])
     if by_temperature is None:
         by_temperature = by_scores.new_empty(0, dtype=torch.float64)
     return by_scores, by_temperature
@@ -128,23 +131,23 @@ def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
 
 @_gradient_operator.register_fake
 def _shapes_of_gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    num_temperatures = scores.shape[0] if rest[4] else 0
+    num_temperatures = rest[2].shape[0] if rest[5] else 0
     by_scores = scores.new_empty(scores.shape, dtype=grad.dtype)
     return by_scores, scores.new_empty(num_temperatures, dtype=torch.float64)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest = inputs
-    ctx.save_for_backward(scores, is_positive, temperatures, weights)
+    scores, is_positive, ctx.temperature, temperatures, weights, lengths, *ctx.rest = inputs
+    ctx.save_for_backward(scores, is_positive, temperatures, weights, lengths)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    scores, is_positive, temperatures, weights = ctx.saved_tensors
+    scores, is_positive, temperatures, weights, lengths = ctx.saved_tensors
     by_scores, by_temperature = torch.ops.imbalanced_losses.soft_ranks_gradient(
-        grads[0], scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest
+        grads[0], scores, is_positive, ctx.temperature, temperatures, weights, lengths, *ctx.rest
     )
     by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[0] else None
-    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 6
+    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 7
 
 
 _ranks_operator.register_autograd(_backward, setup_context=_remember)

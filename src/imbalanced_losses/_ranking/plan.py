@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.layout import Layout
+
 Rows = Literal["all", "positives", "negatives"]
 ROWS: tuple[Rows, ...] = ("all", "positives", "negatives")
 
@@ -49,7 +51,10 @@ class Processes(Protocol):
 
 
 class Canonical(NamedTuple):
-    """Problems as backends take them: nothing is attached to a graph, and no sum overflows."""
+    """Problems as backends take them: nothing is attached to a graph, and no sum overflows.
+
+    [C, M] is [1, S] where rows of problems of unequal length lie side by side.
+    """
 
     scores: Tensor  # [C, M] float32 or float64, contiguous, finite or NaN
     has_extremes: bool  # whether some scores stand for infinities, which have no gradient
@@ -58,6 +63,7 @@ class Canonical(NamedTuple):
     temperature: float | Tensor  # or [C] in the dtype of the scores
     num_live: int  # rows from here on are constants, without a gradient
     processes: Processes | None  # those that hold other rows of the problems
+    layout: Layout
 
     def column(self, rows: Rows) -> Tensor | None:
         """The weight [C, M] of each row in a set; None = 1 everywhere."""
@@ -74,7 +80,7 @@ class Listed(NamedTuple):
 
     rows: Rows
     problem: Tensor  # [Q], ascending
-    row: Tensor  # [Q]
+    row: Tensor  # [Q], the column
     weights: Tensor | None  # [Q], None = 1 everywhere
     num_problems: int
 
@@ -84,7 +90,12 @@ class Listed(NamedTuple):
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value [C, M] for some queries."""
-        return values[self.problem[index], self.row[index]]
+        line = 0 if values.shape[0] == 1 else self.problem[index]
+        return values[line, self.row[index]]
+
+    def places(self, shape: tuple[int, ...]) -> Tensor:
+        """Where the queries are among all rows, flattened [Q]."""
+        return self.row if shape[0] == 1 else self.row + self.problem * shape[1]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum [C] of values [Q] over the queries of each problem."""
@@ -101,10 +112,11 @@ class Masked(NamedTuple):
     rows: Rows
     mask: Tensor  # [C, M]
     weights: Tensor | None  # [C, M], None = 1 everywhere
+    layout: Layout
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
-        """A value [C] for each row [C, 1]."""
-        return values[:, None]
+        """A value [C] for each row, [C, 1] or [1, S]."""
+        return self.layout.for_rows(values)
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value for each row [C, M]."""
@@ -114,7 +126,7 @@ class Masked(NamedTuple):
         """The sum [C] of values [C, M] over the queries of each problem."""
         if self.weights is not None:
             values = values * self.weights
-        return torch.where(self.mask, values, 0.0).sum(1)
+        return self.layout.total(torch.where(self.mask, values, 0.0))
 
 
 Queries = Listed | Masked

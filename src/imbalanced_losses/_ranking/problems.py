@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
 from imbalanced_losses._ranking.cuda.ranks import has_kernels
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import (
     ROWS,
     Canonical,
@@ -22,10 +25,13 @@ from imbalanced_losses._ranking.plan import (
     Rows,
 )
 from imbalanced_losses._ranking.ranked_sum import Asked, Slopes, Worth, ranked_sum
+from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 
 
 class Problems:
     """C ranking problems over M rows: what a metric is a function of.
+
+    Problems of unequal length lie side by side, [1, S] for [C, M], with `lengths` [C] int64.
 
     Attributes:
         scores: [C, M] floating, attached to the graph.
@@ -43,34 +49,53 @@ class Problems:
         is_positive: Tensor,
         weights: Tensor | None = None,
         *,
+        lengths: Tensor | None = None,
         num_live: int | None = None,
         processes: Processes | None = None,
         backend: Backend = "auto",
     ) -> None:
         self.scores = scores
         self.is_positive = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
+        self.layout = Layout(self.is_positive.shape, lengths)
         self.given_weights = weights
         self.temperature = temperature
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
         self.backend: Backend = backend
-        self.weights = unit_weights(self)
+        self._arguments: dict[str, Any] = {
+            "scores": scores,
+            "temperature": temperature,
+            "is_positive": is_positive,
+            "weights": weights,
+            "lengths": lengths,
+            "num_live": num_live,
+            "processes": processes,
+            "backend": backend,
+        }
+        self._weights: Tensor | Literal["not asked"] | None = "not asked"
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
 
-    def constants(self) -> dict[str, Any]:
-        """The constructor's arguments that are attached to no graph, but for the scores."""
-        tau = self.temperature
-        return {
-            **({} if isinstance(tau, Tensor) else {"temperature": tau}),
-            "is_positive": self.is_positive,
-            "weights": self.given_weights,
-            "num_live": self.num_live,
-            "backend": self.backend,
-        }
+    def replaced(self, **changes: Any) -> Problems:
+        """The same with other arguments."""
+        return Problems(**{**self._arguments, **changes})
+
+    def again(self) -> Callable[..., Problems]:
+        """The same for other scores, and another temperature where that is a tensor.
+
+        It is attached to no graph.
+        """
+        attached = {"scores", "temperature"} if isinstance(self.temperature, Tensor) else {"scores"}
+        return partial(Problems, **{k: v for k, v in self._arguments.items() if k not in attached})
 
     # --- What a metric asks ------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Tensor | None:
+        if isinstance(self._weights, str):
+            self._weights = unit_weights(self)
+        return self._weights
 
     @property
     def valid(self) -> Tensor:
@@ -90,7 +115,7 @@ class Problems:
             own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
         if rows == "negatives":
             own = torch.where(self.is_positive, 0, own)
-        return torch.where(valid, self.summed(own.double().sum(1)).to(dtype), 1)
+        return torch.where(valid, self.summed(self.layout.total(own.double())).to(dtype), 1)
 
     def ranked_sum(
         self,
@@ -121,6 +146,17 @@ class Problems:
     ) -> Tensor:
         """`ranked_sum` of the positives over their mass, in fewer calls."""
         return self._ranked(Asked(worth, "positives", among, slopes, is_mean=True))
+
+    def spread(self) -> Tensor:
+        """The standard deviation [C] of the scores, with gradient; see `score_spread`."""
+        rows = self.scores.unsqueeze(0) if self.scores.dim() == 1 else self.scores
+        return spread(rows, self.given_weights, self.layout, self.processes)
+
+    def with_prior(self, prior: float | Tensor) -> Problems:
+        """The same where a share of the rows, a float or [C], is positive; see `prior_weights`."""
+        own = self.scores.new_ones(()) if self.given_weights is None else self.given_weights
+        weights = weights_at_prior(self.is_positive, prior, own, self.layout, self.processes)
+        return self.replaced(weights=weights)
 
     # --- What is made of it beneath ----------------------------------------------------------
 
@@ -158,7 +194,9 @@ class Problems:
         """Whether no value may be read, or need be."""
         if self.processes is not None:
             return False
-        return is_traced(self.scores) or has_kernels(self.canonical().scores)
+        if is_traced(self.scores):
+            return True
+        return self.layout.lengths is None and has_kernels(self.canonical().scores)
 
     def _is_query(self, rows: Rows) -> Tensor:
         is_positive, weights = self.is_positive, self.weights
@@ -168,10 +206,13 @@ class Problems:
         return chosen if weights is None else chosen & (weights > 0)
 
     def _masked(self, rows: Rows) -> Masked:
-        return Masked(rows, self._is_query(rows) & self.valid[:, None], self.weights)
+        mask = self._is_query(rows) & self.layout.for_rows(self.valid)
+        return Masked(rows, mask, self.weights, self.layout)
 
     def _listed(self, rows: Rows) -> Listed:
         problem, row = self._is_query(rows).nonzero().unbind(1)
+        if self.layout.problem is not None:
+            problem = self.layout.problem[row]
         if rows == "positives" and self._facts is None:
             self._facts = self._facts_of(problem, row)
         valid, mass = self._positives_and_mass()
@@ -180,8 +221,10 @@ class Problems:
         if not is_valid:
             kept = valid[problem].nonzero().squeeze(1)
             problem, row = problem[kept], row[kept]
-        weights = None if self.weights is None else self.weights[problem, row]
-        return Listed(rows, problem, row, weights, len(valid))
+        listed = Listed(rows, problem, row, None, self.layout.num_problems)
+        if self.weights is None:
+            return listed
+        return listed._replace(weights=listed.of_row(self.weights))
 
     def _positives_and_mass(self) -> tuple[Tensor, int | Tensor]:
         """What is valid [C], and the mass of the positives: [C], 1 where not valid; or of one
@@ -197,7 +240,8 @@ class Problems:
 
     def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, int | Tensor]:
         """From the positives that are present."""
-        weights, (num_problems, num_rows) = self.weights, self.is_positive.shape
+        weights, num_problems = self.weights, self.layout.num_problems
+        num_rows = self.is_positive.shape[1]
         dtype = compute_dtype(self.scores)
         if weights is None and num_problems == 1 and self.processes is None:
             num_positives = row.shape[0]
@@ -205,12 +249,14 @@ class Problems:
             valid = torch.full((1,), is_valid, device=row.device)
             return valid, num_positives if is_valid else 0
         counts = problem.bincount(minlength=num_problems)  # [C]
-        num_present = counts.new_full((), num_rows) if weights is None else (weights > 0).sum(1)
+        num_present = self._num_present()
         mass = counts.to(dtype)
         if weights is not None:
-            mass = mass.new_zeros(num_problems).index_add(0, problem, weights[problem, row])
+            own = Listed("positives", problem, row, None, num_problems).of_row(weights)
+            mass = mass.new_zeros(num_problems).index_add(0, problem, own)
         if self.processes is not None:
-            found = torch.stack((counts, num_present.expand_as(counts), mass)).double()
+            num_present = torch.as_tensor(num_present, device=counts.device).expand_as(counts)
+            found = torch.stack((counts, num_present, mass)).double()
             counts, num_present, mass = self.processes.sum(found).unbind()
             mass = mass.to(dtype)
         valid = (counts > 0) & (counts < num_present)
@@ -218,8 +264,16 @@ class Problems:
 
     def _facts_without_reading(self) -> tuple[Tensor, Tensor]:
         is_query, weights = self._is_query("positives"), self.weights
-        counts, dtype = is_query.sum(1), compute_dtype(self.scores)
-        num_present = is_query.shape[1] if weights is None else (weights > 0).sum(1)
-        valid = (counts > 0) & (counts < num_present)
-        mass = counts if weights is None else torch.where(is_query, weights, 0.0).sum(1)
+        counts, dtype = self.layout.total(is_query), compute_dtype(self.scores)
+        valid = (counts > 0) & (counts < self._num_present())
+        mass = counts
+        if weights is not None:
+            mass = self.layout.total(torch.where(is_query, weights, 0.0))
         return valid, torch.where(valid, mass.to(dtype), 1)
+
+    def _num_present(self) -> int | Tensor:
+        """The rows of each problem, or [C] of weight above 0."""
+        if self.weights is not None:
+            return self.layout.total(self.weights > 0)
+        lengths = self.layout.lengths
+        return self.is_positive.shape[1] if lengths is None else lengths

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
-from imbalanced_losses._ranking.backends import rank_plan, sigmoid_sums
+from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.operator import traced_ranks
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Listed, Queries, Rows, half_of
@@ -152,7 +152,8 @@ class _RankedSum(torch.autograd.Function):
             ranks, slopes = plan.ranks_and_gradient(_SlopesOf(asked, queries))
             per = problems.mass_of_positives() if asked.is_mean else 1
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
-            ctx.constants, ctx.asked, ctx.kind = problems.constants(), asked, type(problems)
+            ctx.again, ctx.asked = problems.again(), asked
+            ctx.layout = given.layout
             ctx.is_shared = given.processes is not None
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
@@ -163,7 +164,7 @@ class _RankedSum(torch.autograd.Function):
         total = problems.summed(queries.total(asked.worth_of(ranks, queries)))
         if asked.is_mean:
             total.div_(problems.mass_of_positives())
-        return total.view(scores.shape[:-1])
+        return total.view(()) if scores.dim() == 1 else total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +178,7 @@ class _RankedSum(torch.autograd.Function):
             temperature = rest[0]
             by_temperature = (grads[0] * rest[1]).sum_to_size(temperature.shape)
             by_temperature = by_temperature.to(temperature.dtype)
-        by_scores = (grads[0] if scores.dim() == 1 else grads[0][:, None]) * slopes
+        by_scores = (grads[0] if scores.dim() == 1 else ctx.layout.for_rows(grads[0])) * slopes
         return by_scores.to(scores.dtype), by_temperature, None, None
 
 
@@ -192,7 +193,7 @@ def gradient_of(
         # Nothing moves an infinity; where several tie, their slopes would be finite.
         slopes.masked_fill_(given.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
     tau = given.temperature * per
-    slopes.div_(tau[:, None] if isinstance(tau, Tensor) else tau)
+    slopes.div_(given.layout.for_rows(tau) if isinstance(tau, Tensor) else tau)
     return slopes, _slopes_in_temperature(given, slopes) if moves_temperature else None
 
 
@@ -201,7 +202,7 @@ def _twice_differentiable_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient in scores and temperature as a function that autograd can go through."""
     tau = {"temperature": rest[0]} if rest else {}
-    problems = ctx.kind(scores=scores, **tau, **ctx.constants)
+    problems = ctx.again(scores=scores, **tau)
     total = _differentiable(problems, ctx.asked).view(grad.shape)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
@@ -219,15 +220,7 @@ def _differentiable(problems: Problems, asked: Asked) -> Tensor:
     weights = torch.stack(
         [torch.ones_like(given.scores) if column is None else column for column in columns], dim=-1
     )
-    problem, row = queries.problem, queries.row
-    sums = sigmoid_sums(
-        given.scores[problem, row],
-        problem,
-        given.scores,
-        weights.detach(),
-        given.temperature,
-        backend=problems.backend,
-    )
+    sums = sums_of_queries(given, queries, weights.detach(), problems.backend)
     ranks = tuple(
         own + half_of(queries, rows, given)
         for own, rows in zip(sums.unbind(1), asked.among, strict=True)
@@ -245,20 +238,21 @@ def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
     """
     # So that no product overflows: slopes are at most 1/τ < 1e155, and scores so many τ from zero
     # are equal or out of reach of each other.
-    temperature = torch.as_tensor(given.temperature, dtype=torch.float64)[:, None]
-    scaled = (given.scores.double() / temperature).clamp(-1e140, 1e140)
+    layout, dtype = given.layout, torch.float64
+    temperature = torch.as_tensor(given.temperature, dtype=dtype)
+    scaled = (given.scores.double() / layout.for_rows(temperature)).clamp(-1e140, 1e140)
     slopes = slopes.double()
     scaled = torch.where(slopes != 0, scaled, 0.0)  # a NaN that no sum has seen counts for nothing
     size = slopes.abs()
-    moments = torch.stack(((size * scaled).sum(1), size.sum(1)))
+    moments = torch.stack((layout.total(size * scaled), layout.total(size)))
     if given.processes is not None:
         moments = given.processes.sum(moments)
     origin = moments[0] / moments[1].clamp(min=1e-300)
-    by_temperature = -((scaled - origin[:, None]) * slopes).sum(1)
+    by_temperature = -layout.total((scaled - layout.for_rows(origin)) * slopes)
     if given.processes is not None:
         by_temperature = given.processes.sum(by_temperature)
     # A temperature that was raised to the smallest moves nothing.
-    return by_temperature.masked_fill(temperature.squeeze(1) <= smallest(given.scores.dtype), 0.0)
+    return by_temperature.masked_fill(temperature <= smallest(given.scores.dtype), 0.0)
 
 
 def _only_alone(problems: Problems) -> None:

@@ -192,7 +192,8 @@ def lay_line(
     gets by with few panels beside the rows. `temperature` is [C, 1] float64. Processes that hold
     rows of the same problems lay the same line. Reads the range of the scores back to the host.
     """
-    num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
+    num_problems = len(sources)
+    num_rows = sources.shape[1] + len(queries) // num_problems
     low, high, holds_nan = _range(sources, queries, problem)
     is_asked = is_asked.double()
     if processes is not None:

@@ -42,11 +42,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.panels.line import Line, Precision, lay_line
 from imbalanced_losses._ranking.panels.table import table_spectrum, translation_table
 from imbalanced_losses._ranking.plan import (
@@ -136,6 +137,7 @@ class Panels:
         problem: Tensor,
         sources: Tensor,
         temperature: float | Tensor,
+        layout: Layout | None = None,
         for_ranks: bool = False,
         processes: Processes | None = None,
         precisions: Sequence[Precision] | None = None,
@@ -144,24 +146,31 @@ class Panels:
         # Ranks: queries are sources, and vmap, which cannot write to given memory, stays outside.
         self._is_plain = for_ranks
         self.is_single = sources.dtype == torch.float32
+        num_problems = len(sources) if layout is None else layout.num_problems
         if not isinstance(temperature, Tensor):
-            temperature = sources.new_full((len(sources),), temperature, dtype=torch.float64)
-        strangers = slice(0, 0) if for_ranks else slice(None)
+            temperature = sources.new_full((num_problems,), temperature, dtype=torch.float64)
+        rectangle = sources
+        strangers = queries, problem
+        if for_ranks:
+            strangers = queries[:0], problem[:0]
         precisions = precisions or PRECISIONS[sources.dtype]
         if processes is not None:
             precisions = precisions[-1:]  # the fewest moments to exchange
         if is_asked is None:
-            is_asked = problem.new_zeros(len(sources)).index_fill_(0, problem, 1)
+            is_asked = problem.new_zeros(num_problems).index_fill_(0, problem, 1)
+        source_problem = None if layout is None else layout.problem
+        if source_problem is not None:  # side by side, as queries are
+            sources, rectangle = sources[0], sources.new_empty(num_problems, 0)
+            strangers = sources, source_problem
         self.precision, self.line = lay_line(
-            sources,
-            queries[strangers],
-            problem[strangers],
+            rectangle,
+            *strangers,
             is_asked,
             temperature.double()[:, None],
             precisions,
             processes,
         )
-        self.sources = _Cloud(sources, None, self.line)
+        self.sources = _Cloud(sources, source_problem, self.line)
         self.queries = _Cloud(queries, problem, self.line)
 
     def _scratch(self, place: Place, shape: tuple[int, ...]) -> Tensor | None:
@@ -321,6 +330,7 @@ class PanelRanks:
             problem,
             given.scores,
             given.temperature,
+            given.layout,
             for_ranks=True,
             processes=given.processes,
         )
@@ -355,7 +365,8 @@ class PanelRanks:
         given, panels, own = self.given, self.panels, self._own
         scores, weights, is_positive = given.scores, given.weights, given.is_positive
         sources, queries = panels.sources, panels.queries
-        problem, row, num_sums = self.queries.problem, self.queries.row, len(cotangent)
+        num_sums = len(cotangent)
+        live: Any = slice(None)
         for_queries = panels.field(self._moments, 1)  # [K, p, S]
         slopes = panels.moments(queries, cotangent)
         if given.processes is not None:
@@ -363,10 +374,10 @@ class PanelRanks:
         for_sources = panels.field(slopes, 1, transposed=True)
         num_constant = scores.shape[1] - given.num_live
         if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
-            live = (row < given.num_live).nonzero().squeeze(1)
-            problem, row, cotangent = problem[live], row[live], cotangent[:, live]
+            live = (self.queries.row < given.num_live).nonzero().squeeze(1)
+            cotangent = cotangent[:, live]
             sources = _Cloud(scores[:, : given.num_live], None, panels.line)
-            queries = _Cloud(queries.scores[live], problem, panels.line)
+            queries = _Cloud(queries.scores[live], self.queries.problem[live], panels.line)
             weights = None if weights is None else weights[:, : given.num_live]
             own = None if own is None else own[:, live]
         members = [is_in(self.queries.rows, rows) for rows in self.among]
@@ -377,16 +388,17 @@ class PanelRanks:
         else:
             field = for_sources[others].sum(0, keepdim=True)
             out = panels.evaluated(field, sources, scores.dtype)[0]  # [C, num_live]
+            out = out.view(len(scores), -1)
             if weights is not None:
                 out *= weights
-            if len(out) > 1:  # a problem without queries has a gradient of exactly zero
-                out *= panels.line.is_asked[:, None].to(out.dtype)
+            if given.layout.num_problems > 1:  # one without queries has a gradient of exactly zero
+                out *= given.layout.for_rows(panels.line.is_asked.to(out.dtype))
         # A query is a source of the sets that it is in. These cancel: summed in float64.
         fields = torch.cat((for_queries, for_sources))
         as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(num_sums)
         for k, (member, rows) in enumerate(zip(members, self.among, strict=True)):
             if member is None:
-                chosen = is_positive[problem, row]
+                chosen = self.queries.of_row(is_positive, live)
                 as_source[k] *= chosen if rows == "positives" else ~chosen
             elif not member:
                 as_source[k] = 0
@@ -395,6 +407,6 @@ class PanelRanks:
         change = as_source.sum(0) - (as_query * cotangent).sum(0)
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))
-        place = row + problem * out.shape[1]
-        out.view(-1).index_copy_(0, place, change.to(out.dtype))
+        places = self.queries.places(out.shape)[live]
+        out.view(-1).index_copy_(0, places, change.to(out.dtype))
         return out
