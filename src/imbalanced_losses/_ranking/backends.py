@@ -21,7 +21,7 @@ from imbalanced_losses._ranking.plan import (
     RankPlan,
     Rows,
 )
-from imbalanced_losses._ranking.ragged import RaggedRanks, parts_of
+from imbalanced_losses._ranking.ragged import Part, RaggedRanks, joined, parts_of
 from imbalanced_losses._ranking.sums import differentiable_sums
 from imbalanced_losses._ranking.tiles import DenseRanks, DenseRanksOfMany
 
@@ -102,17 +102,31 @@ def rank_plan(
     if isinstance(queries, Masked):
         return fused_plan(given, queries, among, backend)
     if given.layout.lengths is not None:
-        return RaggedRanks(
-            given,
-            queries,
-            len(among),
-            lambda num_queries, shape: _is_linear(backend, num_queries, given.scores, shape),
-            lambda part, own: _plan_of_chosen(part, own, among, part.layout.lengths is not None),
-        )
+        return _ragged_plan(given, queries, among, backend)
     is_linear = given.processes is not None or _is_linear(
         backend, queries.row.shape[0], given.scores, given.scores.shape
     )
     return _plan_of_chosen(given, queries, among, is_linear)
+
+
+def _ragged_plan(
+    given: Canonical, queries: Listed, among: tuple[Rows, ...], backend: Backend
+) -> RankPlan:
+    """Small problems as rectangles, large ones on one line."""
+    parts: dict[bool, list[Part]] = {False: [], True: []}
+    for part in parts_of(given.layout, queries):
+        shape = part.rows.shape
+        parts[_is_linear(backend, len(part.queries), given.scores, shape)].append(part)
+    if parts[True] and not parts[False]:
+        return PanelRanks(given, queries, among)  # as they lie
+    found = [(part, False) for part in parts[False]]
+    if parts[True]:
+        found.append((joined(parts[True], given.layout), True))
+    plans = [
+        (part, _plan_of_chosen(part.of(given), part.listed(queries), among, is_linear))
+        for part, is_linear in found
+    ]
+    return RaggedRanks(given, queries, len(among), plans)
 
 
 def _plan_of_chosen(

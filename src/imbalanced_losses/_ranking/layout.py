@@ -25,7 +25,9 @@ class Layout:
 
     def for_rows(self, values: Tensor) -> Tensor:
         """A value [C] for each row, [C, 1] or [1, S]."""
-        return values[:, None] if self.problem is None else values[self.problem][None]
+        if self.problem is None:
+            return values[:, None]
+        return values.index_select(0, self.problem)[None]  # a third of the time of an index
 
     def total(self, values: Tensor) -> Tensor:
         """The sum [C] of a value of each row."""

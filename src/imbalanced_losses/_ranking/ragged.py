@@ -8,7 +8,7 @@ logarithm of the longest problem beside the shortest. Large ones share a line of
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from operator import neg
 from typing import NamedTuple
 
@@ -54,31 +54,22 @@ class Part(NamedTuple):
     def taken(self, values: Tensor, padding: float = 0) -> Tensor:
         """A value [1, S, ...] of each of their rows."""
         last = values.new_full((1, *values.shape[2:]), padding)
-        return torch.cat((values[0], last))[self.rows]
+        taken = torch.cat((values[0], last)).index_select(0, self.rows.flatten())
+        return taken.view(*self.rows.shape, *last.shape[1:])
 
 
 class RaggedRanks:
-    """Soft ranks of problems that lie side by side: see `plan.RankPlan` for the contract.
-
-    `plan_of` gives the plan for some of them.
-    """
+    """Soft ranks of problems that lie side by side: see `plan.RankPlan` for the contract."""
 
     def __init__(
         self,
         given: Canonical,
         queries: Listed,
         num_sets: int,
-        is_linear: Callable[[int, tuple[int, ...]], bool],
-        plan_of: Callable[[Canonical, Listed], RankPlan],
+        plans: Sequence[tuple[Part, RankPlan]],
     ) -> None:
         self._scores, self._num_queries, self._num_sets = given.scores, len(queries.row), num_sets
-        rectangles: list[Part] = []
-        on_line: list[Part] = []
-        for part in parts_of(given.layout, queries):
-            is_large = is_linear(len(part.queries), part.rows.shape)
-            (on_line if is_large else rectangles).append(part)
-        parts = [*rectangles, *([_joined(on_line, given.layout)] if on_line else [])]
-        self._plans = [(part, plan_of(part.of(given), part.listed(queries))) for part in parts]
+        self._plans = plans
 
     def ranks(self) -> tuple[Tensor, ...]:
         ranks = self._empty()
@@ -138,7 +129,7 @@ def parts_of(layout: Layout, queries: Listed) -> Iterator[Part]:
         first = last
 
 
-def _joined(parts: list[Part], layout: Layout) -> Part:
+def joined(parts: list[Part], layout: Layout) -> Part:
     """Parts as one line, their problems in turn."""
     assert layout.lengths is not None
     assert layout.problem is not None

@@ -120,7 +120,10 @@ class Line(NamedTuple):
             return self.origin, self.per_panel
         if len(self.origin) == 1:
             return self.origin[0], self.per_panel[0]
-        return self.origin[problem, 0], self.per_panel[problem, 0]
+        return (
+            self.origin[:, 0].index_select(0, problem),
+            self.per_panel[:, 0].index_select(0, problem),
+        )
 
     def _locate_in_segments(self, scores: Tensor, problem: Tensor | None) -> tuple[Tensor, Tensor]:
         slot = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
