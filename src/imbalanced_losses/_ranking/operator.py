@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 _PROBLEMS = (
     "Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, Tensor? weights, "
-    "bool moves_temperature, SymInt num_live, str queries, str among, str backend"
+    "bool moves_temperature, SymInt num_live, str queries, str among, str backend, Tensor? value, "
+    "bool is_graded, bool by_value"
 )
 
 
-def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> tuple[Tensor, ...]:
+def traced_ranks(
+    problems: Problems, queries: Rows, among: tuple[Rows, ...], by_value: bool
+) -> tuple[Tensor, ...]:
     """K ranks [C, M], 1 where a row is no query."""
     scores, temperature = problems.scores, problems.temperature
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
@@ -44,6 +47,9 @@ def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> 
         queries,
         ",".join(among),
         problems.backend,
+        problems.value,
+        problems.is_graded,
+        by_value,
     )
     return ranks.unbind()
 
@@ -63,12 +69,17 @@ class _Asked:
         queries: str,
         among: str,
         backend: str,
+        value: Tensor | None,
+        is_graded: bool,
+        by_value: bool,
     ) -> None:
         from imbalanced_losses._ranking.problems import Problems
 
         tau = temperature if temperatures is None else temperatures
-        problems = Problems(scores, tau, is_positive, weights, num_live=num_live)
-        self.given = problems.canonical()
+        problems = Problems(
+            scores, tau, is_positive, weights, value=value, is_graded=is_graded, num_live=num_live
+        )
+        self.given = problems.by_value(problems.canonical()) if by_value else problems.canonical()
         self.queries = problems.queries(cast("Rows", queries))
         names = cast("tuple[Rows, ...]", tuple(among.split(",")))
         self.plan = rank_plan(self.given, self.queries, names, cast("Backend", backend))
@@ -122,7 +133,7 @@ _gradient_operator = torch.library.custom_op(
 
 @_ranks_operator.register_fake
 def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
-    *_, among, _ = rest
+    among = rest[7]
     return scores.new_empty((among.count(",") + 1, *scores.shape), dtype=compute_dtype(scores))
 
 
@@ -134,17 +145,19 @@ def _shapes_of_gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tenso
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest = inputs
-    ctx.save_for_backward(scores, is_positive, temperatures, weights)
+    scores, is_positive, ctx.temperature, temperatures, weights, *rest, value, _, _ = inputs
+    ctx.rest, ctx.flags = rest, inputs[-2:]
+    ctx.save_for_backward(scores, is_positive, temperatures, weights, value)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    scores, is_positive, temperatures, weights = ctx.saved_tensors
+    scores, is_positive, temperatures, weights, value = ctx.saved_tensors
     by_scores, by_temperature = torch.ops.imbalanced_losses.soft_ranks_gradient(
-        grads[0], scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest
+        *(grads[0], scores, is_positive, ctx.temperature, temperatures, weights),
+        *(*ctx.rest, value, *ctx.flags),
     )
     by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[0] else None
-    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 6
+    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 9
 
 
 _ranks_operator.register_autograd(_backward, setup_context=_remember)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ class RaggedProblems(Problems):
         temperature: τ > 0, a float or [C].
         is_positive: [S] bool.
         weights: [S] ≥ 0; None = 1 everywhere.
+        value: [S] ≥ 0, of positives; None = 1 everywhere.
+        is_graded, draws: as for `Problems`.
         lengths: [C] int64, how many rows each problem has.
     """
 
@@ -41,9 +43,13 @@ class RaggedProblems(Problems):
         weights: Tensor | None = None,
         *,
         lengths: Tensor,
+        value: Tensor | None = None,
+        is_graded: bool = False,
+        draws: Tensor | None = None,
         backend: Backend = "auto",
     ) -> None:
         self.scores, self.is_positive, self.given_weights = scores, is_positive, weights
+        self.given_value, self.is_graded, self.draws = value, is_graded, draws
         self.temperature, self.backend = temperature, backend
         self._parts = [
             _Part(places, index, self._rectangle(places, index, is_real))
@@ -63,16 +69,35 @@ class RaggedProblems(Problems):
         if isinstance(tau, Tensor) and tau.dim() > 0:
             tau = tau[places]
         return Problems(
-            self.scores[index], tau, self.is_positive[index], weights, backend=self.backend
+            self.scores[index],
+            tau,
+            self.is_positive[index],
+            weights,
+            value=None if self.given_value is None else self.given_value[index],
+            is_graded=self.is_graded,
+            draws=None if self.draws is None else self.draws[index],
+            backend=self.backend,
         )
 
     @property
     def valid(self) -> Tensor:
-        return torch.cat([part.problems.valid for part in self._parts])[self._order]
+        return self._of_parts(lambda part: part.valid)
 
-    def mass(self, rows: Rows) -> Tensor:
+    @property
+    def unit(self) -> Tensor:
+        return self._of_parts(lambda part: part.unit)
+
+    def mass(self, rows: Rows, *, by_value: bool = False) -> Tensor:
         """The summed weights [C] of rows; 1 where a problem is not valid."""
-        return torch.cat([part.problems.mass(rows) for part in self._parts])[self._order]
+        return self._of_parts(lambda part: part.mass(rows, by_value=by_value))
+
+    def mean_weight(self, rows: Rows) -> Tensor:
+        """The mean weight [C] of rows; 1 where a problem is not valid."""
+        return self._of_parts(lambda part: part.mean_weight(rows))
+
+    def _of_parts(self, what: Callable[[Problems], Tensor]) -> Tensor:
+        """A value [C] from those of the rectangles."""
+        return torch.cat([what(part.problems) for part in self._parts])[self._order]
 
     def _ranked(self, asked: Asked) -> Tensor:
         totals = [part.problems._ranked(_seen_by(asked, part)) for part in self._parts]
@@ -97,6 +122,7 @@ def _seen_by(asked: Asked, part: _Part) -> Asked:
         asked.among,
         slopes and (lambda ranks: slopes(_RanksOfPart(ranks, part))),
         asked.is_mean,
+        asked.by_value,
     )
 
 
@@ -108,6 +134,10 @@ class _RanksOfPart(Ranks):
 
     def among(self, rows: Rows) -> Tensor:
         return self._inner.among(rows)
+
+    @property
+    def weights(self) -> Tensor | float:
+        return self._inner.weights
 
     def of_problem(self, values: Tensor) -> Tensor:
         return self._inner.of_problem(values[self._part.places])
