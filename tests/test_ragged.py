@@ -91,7 +91,7 @@ def test_rectangles_hold_every_row_once_and_little_else() -> None:
     layout = Layout((1, size), lengths)
     assert layout.problem is not None
     row = torch.arange(size)
-    parts = list(parts_of(layout, Listed("all", layout.problem, row, None, 300)))
+    parts = list(parts_of(layout, Listed("all", layout.problem, row, None, None, 300)))
     rows = torch.cat([part.rows.flatten() for part in parts])
     assert rows[rows < size].sort().values.equal(row)
     assert torch.cat([part.queries for part in parts]).sort().values.equal(row)

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
 
 _PROBLEMS = (
-    "Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, Tensor? weights, "
-    "Tensor? lengths, "
-    "bool moves_temperature, SymInt num_live, str queries, str among, str backend"
+    "Tensor scores, Tensor is_positive, Tensor? temperatures, Tensor? weights, Tensor? value, "
+    "Tensor? lengths, float temperature, bool moves_temperature, SymInt num_live, str queries, "
+    "str among, str backend, bool is_graded, bool by_value"
 )
 
 
-def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> tuple[Tensor, ...]:
+def traced_ranks(
+    problems: Problems, queries: Rows, among: tuple[Rows, ...], by_value: bool
+) -> tuple[Tensor, ...]:
     """K ranks [C, M], 1 where a row is no query."""
     scores, temperature = problems.scores, problems.temperature
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
@@ -37,15 +39,18 @@ def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> 
     ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
         rows,
         problems.is_positive,
-        fixed,
         by_problem,
         problems.weights,
+        problems.value,
         problems.layout.lengths,
+        fixed,
         moves_temperature,
         rows.shape[1] if moves_temperature else problems.num_live,
         queries,
         ",".join(among),
         problems.backend,
+        problems.is_graded,
+        by_value,
     )
     return ranks.unbind()
 
@@ -57,21 +62,32 @@ class _Asked:
         self,
         scores: Tensor,
         is_positive: Tensor,
-        temperature: float,
         temperatures: Tensor | None,
         weights: Tensor | None,
+        value: Tensor | None,
         lengths: Tensor | None,
+        temperature: float,
         moves_temperature: bool,
         num_live: int,
         queries: str,
         among: str,
         backend: str,
+        is_graded: bool,
+        by_value: bool,
     ) -> None:
         from imbalanced_losses._ranking.problems import Problems
 
-        tau = temperature if temperatures is None else temperatures
-        problems = Problems(scores, tau, is_positive, weights, lengths=lengths, num_live=num_live)
-        self.given = problems.canonical()
+        problems = Problems(
+            scores,
+            temperature if temperatures is None else temperatures,
+            is_positive,
+            weights,
+            value=value,
+            is_graded=is_graded,
+            lengths=lengths,
+            num_live=num_live,
+        )
+        self.given = problems.by_value(problems.canonical()) if by_value else problems.canonical()
         self.queries = problems.queries(cast("Rows", queries))
         names = cast("tuple[Rows, ...]", tuple(among.split(",")))
         self.plan = rank_plan(self.given, self.queries, names, cast("Backend", backend))
@@ -103,7 +119,7 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
     else:
         masked = torch.where(queries.mask, grad, 0.0)
         _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: masked.unbind())
-    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[5])
+    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[6])
     if by_temperature is None:
         by_temperature = by_scores.new_empty(0, dtype=torch.float64)
     return by_scores, by_temperature
@@ -125,29 +141,29 @@ _gradient_operator = torch.library.custom_op(
 
 @_ranks_operator.register_fake
 def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
-    *_, among, _ = rest
+    among = rest[9]
     return scores.new_empty((among.count(",") + 1, *scores.shape), dtype=compute_dtype(scores))
 
 
 @_gradient_operator.register_fake
 def _shapes_of_gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    num_temperatures = rest[2].shape[0] if rest[5] else 0
+    num_temperatures = rest[1].shape[0] if rest[6] else 0
     by_scores = scores.new_empty(scores.shape, dtype=grad.dtype)
     return by_scores, scores.new_empty(num_temperatures, dtype=torch.float64)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, is_positive, ctx.temperature, temperatures, weights, lengths, *ctx.rest = inputs
-    ctx.save_for_backward(scores, is_positive, temperatures, weights, lengths)
+    ctx.rest = inputs[6:]
+    ctx.save_for_backward(*inputs[:6])
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    scores, is_positive, temperatures, weights, lengths = ctx.saved_tensors
+    scores, _, temperatures, *_ = ctx.saved_tensors
     by_scores, by_temperature = torch.ops.imbalanced_losses.soft_ranks_gradient(
-        grads[0], scores, is_positive, ctx.temperature, temperatures, weights, lengths, *ctx.rest
+        grads[0], *ctx.saved_tensors, *ctx.rest
     )
-    by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[0] else None
-    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 7
+    by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[1] else None
+    return by_scores.to(scores.dtype), None, by_temperatures, *[None] * 11
 
 
 _ranks_operator.register_autograd(_backward, setup_context=_remember)

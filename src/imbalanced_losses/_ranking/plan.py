@@ -82,6 +82,7 @@ class Listed(NamedTuple):
     problem: Tensor  # [Q], ascending
     row: Tensor  # [Q], the column
     weights: Tensor | None  # [Q], None = 1 everywhere
+    value: Tensor | None  # [Q] of positives, what finding each is worth; None = 1 everywhere
     num_problems: int
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
@@ -97,10 +98,11 @@ class Listed(NamedTuple):
         """Where the queries are among all rows, flattened [Q]."""
         return self.row if shape[0] == 1 else self.row + self.problem * shape[1]
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The sum [C] of values [Q] over the queries of each problem."""
-        if self.weights is not None:
-            values = values * self.weights
+        factor = product(self.weights, self.value if by_value else None)
+        if factor is not None:
+            values = values * factor
         if self.num_problems == 1:
             return values.sum(0, keepdim=True)
         return values.new_zeros(self.num_problems).index_add(0, self.problem, values)
@@ -112,6 +114,7 @@ class Masked(NamedTuple):
     rows: Rows
     mask: Tensor  # [C, M]
     weights: Tensor | None  # [C, M], None = 1 everywhere
+    value: Tensor | None  # [C, M], 0 of all but positives; None = 1 everywhere
     layout: Layout
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
@@ -122,14 +125,22 @@ class Masked(NamedTuple):
         """A value for each row [C, M]."""
         return values
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The sum [C] of values [C, M] over the queries of each problem."""
-        if self.weights is not None:
-            values = values * self.weights
+        factor = product(self.weights, self.value if by_value else None)
+        if factor is not None:
+            values = values * factor
         return self.layout.total(torch.where(self.mask, values, 0.0))
 
 
 Queries = Listed | Masked
+
+
+def product(weights: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """ω, or ω v; None = 1 everywhere."""
+    if weights is None or value is None:
+        return weights if value is None else value
+    return weights * value
 
 
 class RankPlan(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
-from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
+from imbalanced_losses._ranking.canonical import InUnits, canonical, compute_dtype, in_units
 from imbalanced_losses._ranking.cuda.ranks import has_kernels
 from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import (
@@ -23,6 +23,7 @@ from imbalanced_losses._ranking.plan import (
     Processes,
     Queries,
     Rows,
+    product,
 )
 from imbalanced_losses._ranking.ranked_sum import Asked, Slopes, Worth, ranked_sum
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
@@ -38,8 +39,12 @@ class Problems:
         is_positive: [C, M] bool.
         weights: [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere. How many rows a row
             stands for, in units of the heaviest row of its problem.
+        value: [C, M] ≥ 0, what finding a positive is worth, in units of the most valuable one of
+            its problem, 0 of all other rows; None = 1 of every positive. It weights means over
+            positives, and never ranks; of negatives no value is looked at.
         temperature: τ > 0 in units of the scores, a float or [C].
-        valid: [C] bool, whether a problem has a positive and a negative.
+        valid: [C] bool, whether a problem has a positive that is worth something and a negative;
+            of graded problems, whether two rows differ in what they are worth.
     """
 
     def __init__(
@@ -50,6 +55,9 @@ class Problems:
         weights: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        value: Tensor | None = None,
+        is_graded: bool = False,
+        draws: Tensor | None = None,
         num_live: int | None = None,
         processes: Processes | None = None,
         backend: Backend = "auto",
@@ -57,7 +65,9 @@ class Problems:
         self.scores = scores
         self.is_positive = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
         self.layout = Layout(self.is_positive.shape, lengths)
-        self.given_weights = weights
+        self.given_weights, self.given_value = weights, value
+        self.is_graded = is_graded  # by value, which is then > 0 of positives
+        self.draws = draws  # [M], how many rows each was drawn for; None = 1 everywhere
         self.temperature = temperature
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
@@ -68,11 +78,14 @@ class Problems:
             "is_positive": is_positive,
             "weights": weights,
             "lengths": lengths,
+            "value": value,
+            "is_graded": is_graded,
+            "draws": draws,
             "num_live": num_live,
             "processes": processes,
             "backend": backend,
         }
-        self._weights: Tensor | Literal["not asked"] | None = "not asked"
+        self._in_units: InUnits | None = None
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
@@ -93,29 +106,58 @@ class Problems:
 
     @property
     def weights(self) -> Tensor | None:
-        if isinstance(self._weights, str):
-            self._weights = unit_weights(self)
-        return self._weights
+        return self._counted().weights
+
+    @property
+    def value(self) -> Tensor | None:
+        return self._counted().value
 
     @property
     def valid(self) -> Tensor:
         return self._positives_and_mass()[0]
 
-    def mass(self, rows: Rows) -> Tensor:
-        """The summed weights [C] of rows, over all processes; 1 where a problem is not valid."""
+    @property
+    def unit(self) -> Tensor:
+        """The heaviest weight [C] of each problem, in the caller's numbers: 1 without weights."""
+        unit = self._counted().unit
+        if unit is None:
+            unit = self.scores.new_ones((), dtype=compute_dtype(self.scores))
+        return unit.expand(self.layout.num_problems)
+
+    def mass(self, rows: Rows, *, by_value: bool = False) -> Tensor:
+        """The summed weights [C] of rows, over all processes; 1 where a problem is not valid.
+
+        With `by_value` of positives: each times its value.
+        """
         _checks.choice("rows", rows, ROWS)
         valid, mass = self._positives_and_mass()
         shape, dtype = self.is_positive.shape, compute_dtype(self.scores)
-        if rows == "positives":
+        if rows == "positives" and (by_value or self.value is None):
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
         own = self.weights
         if own is None:
             own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
-        if rows == "negatives":
-            own = torch.where(self.is_positive, 0, own)
+        if rows != "all":
+            own = torch.where(self.is_positive == (rows == "positives"), own, 0)
         return torch.where(valid, self.summed(self.layout.total(own.double())).to(dtype), 1)
+
+    def mean_weight(self, rows: Rows) -> Tensor:
+        """The mean weight [C] of rows that have one above 0, before any were drawn.
+
+        Over all processes; 1 where a problem is not valid, or has none.
+        """
+        _checks.choice("rows", rows, ROWS)
+        valid = self.valid
+        if self.weights is None:
+            return torch.ones_like(valid, dtype=compute_dtype(self.scores))
+        present = self._is_query(rows)
+        drawn = present if self.draws is None else present * self.draws
+        own = (self.weights * present).double(), drawn.double()
+        totals = torch.stack([self.layout.total(one) for one in own])
+        mass, number = self.summed(totals).unbind()
+        return torch.where(valid & (number > 0), mass / number, 1).to(self.weights.dtype)
 
     def ranked_sum(
         self,
@@ -124,6 +166,7 @@ class Problems:
         queries: Rows = "positives",
         among: tuple[Rows, ...] = ("all",),
         slopes: Slopes | None = None,
+        by_value: bool = False,
     ) -> Tensor:
         """Σ ω · worth(ranks) over the queries of each problem.
 
@@ -134,17 +177,19 @@ class Problems:
             among: the sets of rows that they are ranked among.
             slopes: `Ranks` -> ∂worth/∂rank for each set of `among`, in that order; None: taken by
                 autograd, which costs a fraction of a small step.
+            by_value: among positives each counts ω times its value. For queries="negatives", and
+                among sets without "all".
 
         Returns:
             [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
             temperature, to any order.
         """
-        return self._ranked(Asked(worth, queries, among, slopes))
+        return self._ranked(Asked(worth, queries, among, slopes, by_value=by_value))
 
     def ranked_mean(
         self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
     ) -> Tensor:
-        """`ranked_sum` of the positives over their mass, in fewer calls."""
+        """Σ ω v · worth(ranks) ÷ Σ ω v over the positives, each worth its value v."""
         return self._ranked(Asked(worth, "positives", among, slopes, is_mean=True))
 
     def spread(self) -> Tensor:
@@ -164,9 +209,14 @@ class Problems:
         return ranked_sum(self, asked)
 
     def mass_of_positives(self) -> int | Tensor:
-        """[C], or of one problem a number; 1 where not valid."""
+        """Σ ω v [C], or of one problem a number; 1 where not valid."""
         mass = self._positives_and_mass()[1]
         return mass if isinstance(mass, Tensor) else max(1, mass)
+
+    def _counted(self) -> InUnits:
+        if self._in_units is None:
+            self._in_units = in_units(self)
+        return self._in_units
 
     def summed(self, tensor: Tensor) -> Tensor:
         """A tensor summed over processes."""
@@ -190,6 +240,13 @@ class Problems:
             self._canonical = canonical(self, self.scores.detach(), tau)
         return self._canonical
 
+    def by_value(self, given: Canonical) -> Canonical:
+        """The same with positives that count ω v."""
+        if self.value is None:
+            return given
+        counted = torch.where(self.is_positive, self.value, 1)
+        return given._replace(weights=product(given.weights, counted))
+
     def _is_masked(self) -> bool:
         """Whether no value may be read, or need be."""
         if self.processes is not None:
@@ -207,7 +264,8 @@ class Problems:
 
     def _masked(self, rows: Rows) -> Masked:
         mask = self._is_query(rows) & self.layout.for_rows(self.valid)
-        return Masked(rows, mask, self.weights, self.layout)
+        value = self.value if rows == "positives" else None
+        return Masked(rows, mask, self.weights, value, self.layout)
 
     def _listed(self, rows: Rows) -> Listed:
         problem, row = self._is_query(rows).nonzero().unbind(1)
@@ -221,10 +279,12 @@ class Problems:
         if not is_valid:
             kept = valid[problem].nonzero().squeeze(1)
             problem, row = problem[kept], row[kept]
-        listed = Listed(rows, problem, row, None, self.layout.num_problems)
-        if self.weights is None:
-            return listed
-        return listed._replace(weights=listed.of_row(self.weights))
+        listed = Listed(rows, problem, row, None, None, self.layout.num_problems)
+        if self.weights is not None:
+            listed = listed._replace(weights=listed.of_row(self.weights))
+        if rows == "positives" and self.value is not None:
+            listed = listed._replace(value=listed.of_row(self.value))
+        return listed
 
     def _positives_and_mass(self) -> tuple[Tensor, int | Tensor]:
         """What is valid [C], and the mass of the positives: [C], 1 where not valid; or of one
@@ -240,35 +300,39 @@ class Problems:
 
     def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, int | Tensor]:
         """From the positives that are present."""
-        weights, num_problems = self.weights, self.layout.num_problems
-        num_rows = self.is_positive.shape[1]
-        dtype = compute_dtype(self.scores)
-        if weights is None and num_problems == 1 and self.processes is None:
+        factor, dtype = product(self.weights, self.value), compute_dtype(self.scores)
+        num_problems, num_rows = self.layout.num_problems, self.is_positive.shape[1]
+        if factor is None and num_problems == 1 and self.processes is None:
             num_positives = row.shape[0]
             is_valid = 0 < num_positives < num_rows
             valid = torch.full((1,), is_valid, device=row.device)
             return valid, num_positives if is_valid else 0
         counts = problem.bincount(minlength=num_problems)  # [C]
-        num_present = self._num_present()
         mass = counts.to(dtype)
-        if weights is not None:
-            own = Listed("positives", problem, row, None, num_problems).of_row(weights)
+        positives = Listed("positives", problem, row, None, None, num_problems)
+        if factor is not None:
+            own = positives.of_row(factor)
             mass = mass.new_zeros(num_problems).index_add(0, problem, own)
+        if self.is_graded and self.value is not None:
+            is_best = positives.of_row(self.value) == 1
+            counts = problem[is_best].bincount(minlength=num_problems)
+        num_present = self._num_present()
         if self.processes is not None:
             num_present = torch.as_tensor(num_present, device=counts.device).expand_as(counts)
             found = torch.stack((counts, num_present, mass)).double()
             counts, num_present, mass = self.processes.sum(found).unbind()
             mass = mass.to(dtype)
-        valid = (counts > 0) & (counts < num_present)
+        valid = (counts > 0) & (counts < num_present) & (mass > 0)
         return valid, torch.where(valid, mass, 1)
 
     def _facts_without_reading(self) -> tuple[Tensor, Tensor]:
-        is_query, weights = self._is_query("positives"), self.weights
-        counts, dtype = self.layout.total(is_query), compute_dtype(self.scores)
-        valid = (counts > 0) & (counts < self._num_present())
-        mass = counts
-        if weights is not None:
-            mass = self.layout.total(torch.where(is_query, weights, 0.0))
+        is_query = self._is_query("positives")
+        factor, dtype = product(self.weights, self.value), compute_dtype(self.scores)
+        counts, layout = self.layout.total(is_query), self.layout
+        mass = counts if factor is None else layout.total(torch.where(is_query, factor, 0.0))
+        if self.is_graded and self.value is not None:
+            counts = layout.total(is_query & (self.value == 1))
+        valid = (counts > 0) & (counts < self._num_present()) & (mass > 0)
         return valid, torch.where(valid, mass.to(dtype), 1)
 
     def _num_present(self) -> int | Tensor:

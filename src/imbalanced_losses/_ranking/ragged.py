@@ -49,7 +49,7 @@ class Part(NamedTuple):
     def listed(self, queries: Listed) -> Listed:
         """The queries among them."""
         weights = None if queries.weights is None else queries.weights[self.queries]
-        return Listed(queries.rows, self.problem, self.row, weights, len(self.problems))
+        return Listed(queries.rows, self.problem, self.row, weights, None, len(self.problems))
 
     def taken(self, values: Tensor, padding: float = 0) -> Tensor:
         """A value [1, S, ...] of each of their rows."""

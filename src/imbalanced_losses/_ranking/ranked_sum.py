@@ -13,7 +13,15 @@ from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import ROWS, Canonical, Listed, Queries, Rows, half_of
+from imbalanced_losses._ranking.plan import (
+    ROWS,
+    Canonical,
+    Listed,
+    Queries,
+    Rows,
+    half_of,
+    product,
+)
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -33,8 +41,8 @@ def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
     if is_traced(problems.scores):
         _only_alone(problems)
         queries = problems.queries(asked.queries)
-        ranks = traced_ranks(problems, asked.queries, asked.among)
-        total = queries.total(asked.worth_of(ranks, queries))
+        ranks = traced_ranks(problems, asked.queries, asked.among, asked.by_value)
+        total = queries.total(asked.worth_of(ranks, queries), by_value=asked.is_mean)
         return total / problems.mass_of_positives() if asked.is_mean else total
     if is_transformed():
         _only_alone(problems)
@@ -54,14 +62,21 @@ class Asked:
         among: tuple[Rows, ...],
         slopes: Slopes | None,
         is_mean: bool = False,
+        by_value: bool = False,
     ) -> None:
         _checks.choice("queries", queries, ROWS)
         if not isinstance(among, tuple):
             raise TypeError(f"among must be a tuple of names, got {among!r}")
         for rows in among:
             _checks.choice("among", rows, ROWS)
+        if by_value and (queries != "negatives" or "all" in among):
+            raise ValueError(
+                'by_value=True is for queries="negatives" and among without "all": only beside '
+                f"negatives does a positive count its value; got {queries!r} among {among}"
+            )
         self.worth, self.queries, self.among, self.slopes = worth, queries, among, slopes
-        self.is_mean = is_mean  # over the mass of the queries, which are the positives then
+        self.is_mean = is_mean  # by value, of the queries, which are the positives then
+        self.by_value = by_value  # of the positives that queries are ranked among
 
     def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = slice(None)) -> Ranks:
         return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
@@ -97,6 +112,7 @@ class _SlopesOf:
 
     def __init__(self, asked: Asked, queries: Queries) -> None:
         self.asked, self.queries = asked, queries
+        self.factor = product(queries.weights, queries.value if asked.is_mean else None)
 
     def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         asked, queries = self.asked, self.queries
@@ -107,10 +123,10 @@ class _SlopesOf:
         else:
             slopes = self._by_autograd(ranks, index)
         if isinstance(queries, Listed):
-            if queries.weights is None:
+            if self.factor is None:
                 return slopes
-            return tuple(slope * queries.weights[index] for slope in slopes)
-        factor = queries.mask if queries.weights is None else queries.weights
+            return tuple(slope * self.factor[index] for slope in slopes)
+        factor = queries.mask if self.factor is None else self.factor
         return tuple(torch.where(queries.mask, slope * factor, 0.0) for slope in slopes)
 
     def _by_autograd(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
@@ -139,6 +155,8 @@ class _RankedSum(torch.autograd.Function):
         ctx: Any, scores: Tensor, temperature: float | Tensor, problems: Problems, asked: Asked
     ) -> Tensor:
         given, queries = problems.canonical(), problems.queries(asked.queries)
+        if asked.by_value:
+            given = problems.by_value(given)
         everywhere = given.processes is not None and given.processes.is_differentiated
         moves_temperature = isinstance(temperature, Tensor) and (
             everywhere or ctx.needs_input_grad[1]
@@ -161,7 +179,7 @@ class _RankedSum(torch.autograd.Function):
             if by_temperature is not None:
                 tensors.append(by_temperature)
             ctx.save_for_backward(*tensors)
-        total = problems.summed(queries.total(asked.worth_of(ranks, queries)))
+        total = problems.summed(queries.total(asked.worth_of(ranks, queries), asked.is_mean))
         if asked.is_mean:
             total.div_(problems.mass_of_positives())
         return total.view(()) if scores.dim() == 1 else total
@@ -215,6 +233,8 @@ def _twice_differentiable_gradient(
 def _differentiable(problems: Problems, asked: Asked) -> Tensor:
     """`ranked_sum` by `sigmoid_sums`: slower, with derivatives of every order."""
     given = canonical(problems, problems.scores, problems.temperature)
+    if asked.by_value:
+        given = problems.by_value(given)
     queries = problems.listed(asked.queries)
     columns = [given.column(rows) for rows in asked.among]
     weights = torch.stack(
@@ -225,7 +245,7 @@ def _differentiable(problems: Problems, asked: Asked) -> Tensor:
         own + half_of(queries, rows, given)
         for own, rows in zip(sums.unbind(1), asked.among, strict=True)
     )
-    total = queries.total(asked.worth(asked.ranks(ranks, queries)))
+    total = queries.total(asked.worth(asked.ranks(ranks, queries)), asked.is_mean)
     return total / problems.mass_of_positives() if asked.is_mean else total
 
 
@@ -267,6 +287,7 @@ def _refuse_batches(problems: Problems) -> None:
         problems.scores,
         problems.is_positive,
         problems.given_weights,
+        problems.given_value,
         problems.temperature,
     ]
     for value in wrapped:
