@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._rows.pool import Columns
 from imbalanced_losses._rows.reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
@@ -147,9 +148,12 @@ class _OfClass(NamedTuple):
     num_rows: Tensor
 
 
-def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
+def _diagnosed(problems: Problems, in_batch: Columns, ages: Tensor) -> Diagnostics:
     """The diagnostics of a pool's problems, whose scores are detached."""
     scores, weights, positive = problems.scores, problems.weights, problems.is_positive
+    positives_in_batch = in_batch.is_positive
+    if in_batch.weights is not None:
+        positives_in_batch = positives_in_batch & (in_batch.weights > 0)
     unit, smooth_ap = problems.spread(), average_precision(problems)
     temperature = torch.as_tensor(problems.temperature, dtype=unit.dtype, device=unit.device)
     temperature = temperature.expand_as(unit)
@@ -170,10 +174,10 @@ def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -
         marked(unit),
         marked(pairs),
         marked(positives),
-        positives_in_batch,
+        positives_in_batch.sum(1),
         num_positives,
         num_rows,
-        queue_age,
+        int(ages.max()) if len(ages) else 0,
     )
 
 

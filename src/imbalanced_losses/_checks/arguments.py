@@ -7,8 +7,9 @@ A check returns nothing or the argument in its canonical form, and changes no st
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,14 @@ from torch.nn import Parameter
 
 from imbalanced_losses._checks import hints as _fixes
 from imbalanced_losses._checks.tracing import is_on_host, is_traced
+from imbalanced_losses._checks.typing import Gather, Labelled
 
-REDUCTIONS = ("mean", "sum", "none")
-TEMPERATURE_UNITS = ("score", "spread")
-GRAD_REDUCES = ("mean", "sum")
-GATHERS = ("rows", "sums")
+T = TypeVar("T")
+
+
+def maybe(check: Callable[..., T], name: str, value: Any, *more: Any) -> T | None:
+    """None, or what a check makes of the value."""
+    return None if value is None else check(name, value, *more)
 
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:
@@ -39,10 +43,31 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
-def choice(name: str, value: Any, options: tuple[str, ...]) -> Any:
+def choice(name: str, value: T, options: tuple[str, ...]) -> T:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
+
+
+def backend(value: Any, options: tuple[str, ...], gather: Gather) -> None:
+    """One of the options, and with sums over ranks one that sums."""
+    choice("backend", value, options)
+    if gather == "sums" and value == "dense":
+        raise ValueError(
+            'backend must be "auto" or "panel" with gather="sums": a process that lacks the '
+            'rows of the others has no pairs to sum over; got "dense"'
+        )
+
+
+def queue_follows_shift(value: Any, gather: Gather) -> bool:
+    """A bool, False with sums over ranks."""
+    if boolean("queue_follows_shift", value) and gather == "sums":
+        raise ValueError(
+            'queue_follows_shift must be False with gather="sums": the mean of all live rows '
+            'would have to be differentiated over ranks; use gather="rows" or a '
+            "global batch that needs no queue"
+        )
+    return bool(value)
 
 
 def number_above_zero(name: str, value: Any) -> float:
@@ -75,7 +100,23 @@ def ignore_index(value: Any, binary_labels: bool) -> int:
     return index
 
 
-def logits(given: Any, num_classes: int, targets: Any = None) -> Tensor:
+def rows(
+    loss: Labelled, logits: Any, targets: Any, sample_weight: Any = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of a call: logits float32 or float64, targets int64, weights like the logits."""
+    logits = _logits(logits, loss.num_classes, targets)
+    targets = _targets(targets, logits, loss.multilabel)
+    if sample_weight is not None:
+        sample_weight = _sample_weight(sample_weight, logits, loss.multilabel)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
+    if loss.check_values and not logits.is_meta:
+        num_labels = 2 if loss.multilabel or loss.num_classes == 1 else loss.num_classes
+        row_values(targets, sample_weight, weights, num_labels, loss.ignore_index)
+    return logits, targets.detach().to(torch.int64), weights
+
+
+def _logits(given: Any, num_classes: int, targets: Any = None) -> Tensor:
     """Floating [N, num_classes]; the targets that came with them are for the wording alone."""
     value = _tensor("logits", given)
     if not value.is_floating_point():
@@ -90,7 +131,7 @@ def logits(given: Any, num_classes: int, targets: Any = None) -> Tensor:
     return value
 
 
-def targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
+def _targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N], or [N, C] for multi-label; [N, 1] becomes [N] for one class."""
     value = _tensor("targets", given)
     if value.is_complex():
@@ -108,7 +149,7 @@ def targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     return _on_device("targets", value, "logits", logits)
 
 
-def sample_weight(given: Any, logits: Tensor, multilabel: bool = False) -> Tensor:
+def _sample_weight(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N]; with multilabel labels also [N, C], which it always becomes."""
     value = _tensor("sample_weight", given)
     if value.is_complex():
@@ -129,23 +170,18 @@ def _with_values(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
+def shares(name: str, value: Any, num_classes: int) -> tuple[float, ...]:
     """A share of positives for each class, in (0, 1)."""
+    expected = f"one share of positives a class, {num_classes} of them"
     if isinstance(value, Tensor):
-        value = _with_values("target_prior", _tensor("target_prior", value)).tolist()
+        value = _with_values(name, _tensor(name, value)).tolist()
     if not isinstance(value, (list, tuple)):
         if num_classes > 1:
-            raise TypeError(
-                f"target_prior must be one share of positives a class, {num_classes} of them, "
-                f"got {_kind(value)}"
-            )
+            raise TypeError(f"{name} must be {expected}, got {_kind(value)}")
         value = [value]
     if len(value) != num_classes:
-        raise ValueError(
-            f"target_prior must have one share of positives a class, {num_classes} of them, "
-            f"got {len(value)}"
-        )
-    return tuple(_share("target_prior", share) for share in value)
+        raise ValueError(f"{name} must have {expected}, got {len(value)}")
+    return tuple(_share(name, share) for share in value)
 
 
 def _share(name: str, value: Any) -> float:
@@ -231,15 +267,15 @@ def saved_count(name: str, number: float, maximum: int = 2**53) -> int:
     return int(number)
 
 
-def temperature_schedule(value: Any) -> tuple[float, float, int]:
+def temperature_schedule(name: str, value: Any) -> tuple[float, float, int]:
     """(start, end, steps) of an annealed temperature."""
     if not (isinstance(value, (tuple, list)) and len(value) == 3):
-        raise TypeError(f"temperature must be (start, end, steps) or None, got {value!r}")
+        raise TypeError(f"{name} must be (start, end, steps) or None, got {value!r}")
     start, end, steps = value
     return (
-        number_above_zero("temperature's start", start),
-        number_above_zero("temperature's end", end),
-        integer("temperature's steps", steps, minimum=1),
+        number_above_zero(f"{name}'s start", start),
+        number_above_zero(f"{name}'s end", end),
+        integer(f"{name}'s steps", steps, minimum=1),
     )
 
 
@@ -299,17 +335,15 @@ def one_number(name: str, value: Tensor) -> None:
         )
 
 
-def class_weight(given: Any, num_classes: int) -> Tensor:
+def class_weight(name: str, given: Any, num_classes: int) -> Tensor:
     """[C] floating, finite and > 0; of a list float32 on the CPU."""
     if isinstance(given, (list, tuple)):
         given = torch.tensor(given, dtype=torch.float32, device="cpu")
-    value = _with_values("class_weight", _floating("class_weight", given))
+    value = _with_values(name, _floating(name, given))
     if value.shape != (num_classes,):
-        raise ValueError(
-            f"class_weight must be [num_classes] = [{num_classes}], got {list(value.shape)}"
-        )
+        raise ValueError(f"{name} must be [num_classes] = [{num_classes}], got {list(value.shape)}")
     if not bool((value.isfinite() & (value > 0)).all()):
-        raise ValueError(f"class_weight must be finite and > 0, got {value.tolist()}")
+        raise ValueError(f"{name} must be finite and > 0, got {value.tolist()}")
     return value
 
 

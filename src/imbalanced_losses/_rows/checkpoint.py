@@ -213,3 +213,10 @@ def unchanged_on_error(
                 for tensor, where, value in values:
                     tensor[where] = value
         raise
+
+
+def change_tensors(owner: object, change: Callable[[Tensor], Tensor]) -> None:
+    """Put another tensor in the place of each that is an attribute."""
+    with torch.inference_mode(False):  # they outlive it
+        tensors = {k: change(v) for k, v in vars(owner).items() if isinstance(v, Tensor)}
+        vars(owner).update(tensors)

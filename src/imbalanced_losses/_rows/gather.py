@@ -9,14 +9,15 @@ The only file that knows torch.distributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.typing import Gather, GradReduce, Reduction, TemperatureUnit
 from imbalanced_losses._ranking import Processes
 from imbalanced_losses._rows.pool import Pool
 
@@ -27,12 +28,9 @@ else:
 
 __all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
-Gather = Literal["rows", "sums"]
-GradReduce = Literal["mean", "sum"]
-
 _DTYPES = (torch.float32, torch.float64)
 # Settings that are words, which travel as their place in this list.
-_WORDS = sorted({*_checks.GATHERS, *_checks.REDUCTIONS, *_checks.TEMPERATURE_UNITS})
+_WORDS = sorted({*get_args(Gather), *get_args(Reduction), *get_args(TemperatureUnit)})
 # What ranks may differ in.
 _OWN = ("failed", "rows", "weighted", "differentiated")
 
@@ -75,7 +73,7 @@ class Group:
 
 def gather(
     batch: Pool | Exception,
-    settings: dict[str, float | str],
+    settings: Mapping[str, Any],
     device: torch.device,
     group: Group,
     how: Gather,
@@ -202,7 +200,7 @@ def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
 
 
 def _exchanged_headers(
-    batch: Pool | Exception, settings: dict[str, float | str], device: torch.device, group: Group
+    batch: Pool | Exception, settings: Mapping[str, Any], device: torch.device, group: Group
 ) -> list[dict[str, float]]:
     """What each rank is about to send."""
     header: dict[str, float] = {
@@ -223,10 +221,19 @@ def _exchanged_headers(
         header["target columns"] = batch.targets.shape[1:].numel()
         header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
     for name, value in settings.items():
-        header[name] = _WORDS.index(value) if isinstance(value, str) else value
+        header[name] = _as_number(value)
     values = torch.tensor(list(header.values()), dtype=torch.float64, device=device)
     rows = [row.tolist() for row in _all_gather(values, group)]
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _as_number(setting: str | float | tuple[float, ...] | None) -> float:
+    """What tells settings apart: 0 for none, the place of a word, a checksum of several numbers."""
+    if isinstance(setting, str):
+        return _WORDS.index(setting)
+    if isinstance(setting, tuple):
+        return setting[0] if len(setting) == 1 else zlib.crc32(repr(setting).encode())
+    return setting or 0
 
 
 def _raise_first_error(own: Exception | None, group: Group) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
-from imbalanced_losses._rows.checkpoint import unchanged_on_error
+from imbalanced_losses._rows.checkpoint import Saved, change_tensors, unchanged_on_error
 from imbalanced_losses._rows.pool import Pool
 
 
@@ -53,7 +52,7 @@ class MemoryQueue:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of what another process sent: no memory is shared."""
         vars(self).update(state)
-        self._change(torch.clone)
+        change_tensors(self, torch.clone)
 
     def slots(self) -> Pool:
         """All slots [size], free ones included, as they stand."""
@@ -147,10 +146,15 @@ class MemoryQueue:
     def to(self, device: torch.device) -> None:
         """Take on a device, one with values: the queue stays where it is beside `meta`."""
         if device not in (self.logits.device, torch.device("meta")):
-            self._change(lambda tensor: tensor.to(device))
+            change_tensors(self, lambda tensor: tensor.to(device))
 
-    def restore(self, rows: Pool, cursor: int, is_weighted: bool) -> None:
-        """Take the slots [n] of a queue of any size as they stood; of more rows the newest."""
+    def saved(self, temperature: float) -> Saved:
+        """What goes into a checkpoint, with the temperature of the loss."""
+        return Saved(temperature, self.num_steps, int(self.cursor), self.is_weighted, self.slots())
+
+    def restore(self, saved: Saved) -> None:
+        """Take the state of a queue of any size as it stood; of more rows the newest."""
+        rows, cursor = saved.slots, saved.cursor
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
         place = source = rows.is_storable(self.ignore_index).nonzero().squeeze(1)
@@ -166,7 +170,8 @@ class MemoryQueue:
             field[place.to(field.device)] = kept.to(field)
         self.cursor.fill_(cursor)
         self.pushed_at.fill_(self.pushed_at[self.size])
-        self.is_weighted = is_weighted or bool((weights != 1).any())
+        self.is_weighted = saved.is_weighted or bool((weights != 1).any())
+        self.num_steps = saved.num_steps
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.logits, self.targets, self.weights
@@ -175,11 +180,6 @@ class MemoryQueue:
         with torch.inference_mode(False):  # the queue outlives it
             self.weights = self.weights.double()
             self.logits = self.logits.double()  # last: its dtype tells whether this has been done
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        with torch.inference_mode(False):  # the queue outlives it
-            tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-            vars(self).update({name: change(tensor) for name, tensor in tensors.items()})
 
     def unchanged_on_error(self, slots: Any = ...) -> AbstractContextManager[None]:
         """Put the queue back as it was if the block, which writes to some slots, raises."""

@@ -1,0 +1,42 @@
+"""What a ranking loss, and a call of one, takes by name: for type checkers and subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+from imbalanced_losses._checks.typing import Gather, GradReduce, Reduction, TemperatureUnit
+from imbalanced_losses._rows.gather import ProcessGroup
+
+# What has to be the same in every process that ranks rows together.
+COMPARED = (
+    *("gather", "grad_reduce", "reduction", "temperature_unit", "queue_follows_shift"),
+    *("ignore_index", "queue_size", "max_pool_size", "temperature", "target_prior", "training"),
+)
+
+
+class RankingOptions(TypedDict, total=False):
+    """The arguments of every ranking loss but `num_classes`, for a subclass's `**options`."""
+
+    queue_size: int
+    temperature: float
+    reduction: Reduction
+    ignore_index: int
+    update_queue_in_eval: bool
+    gather_distributed: bool | None
+    max_pool_size: int | None
+    multilabel: bool
+    temperature_unit: TemperatureUnit
+    queue_follows_shift: bool
+    process_group: ProcessGroup | None
+    grad_reduce: GradReduce
+    gather: Gather
+    target_prior: float | Sequence[float] | Tensor | None
+
+
+class RowValues(TypedDict, total=False):
+    """What may come with the rows of a call."""
+
+    sample_weight: Tensor | None
