@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -76,6 +77,14 @@ class RankingLoss(StatefulLoss):
     #: Selects the stream of draws of `max_pool_size`, together with the number of draws made.
     sampling_seed: int = 0
 
+    __signature__: ClassVar[inspect.Signature]
+    _num_grades: ClassVar[int] = 0  # of targets that are grades from 0 on, not labels
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Have `help` and `inspect.signature` show every option."""
+        super().__init_subclass__(**keywords)
+        cls.__signature__ = _complete_signature(cls)
+
     def __init__(
         self,
         num_classes: int,
@@ -102,7 +111,10 @@ class RankingLoss(StatefulLoss):
         self._temperature = _checks.number_above_zero("temperature", temperature)
         self.reduction: Reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         self.multilabel = _checks.boolean("multilabel", multilabel)
-        self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
+        is_class = not (self.multilabel or num_classes == 1 or self._num_grades > 0)
+        self.ignore_index = _checks.ignore_index(
+            ignore_index, 0 if is_class else self._num_labels()
+        )
         self.update_queue_in_eval = _checks.boolean("update_queue_in_eval", update_queue_in_eval)
         self.gather_distributed = gather_distributed
         if gather_distributed is not None:
@@ -132,7 +144,15 @@ class RankingLoss(StatefulLoss):
             self.queue_size, self.num_classes, self.ignore_index, self.multilabel
         )
         self._place_numbers()
-        self._settings = arguments_of(RankingLoss)
+        # Of a subclass also what it has set before: that is as fixed, and has to be the same in
+        # every process.
+        arguments = arguments_of(type(self))
+        self._own = [name for name in arguments if name in vars(self) and name not in _ARGUMENTS]
+        self._settings = {
+            name: default
+            for name, default in arguments.items()
+            if name in (*_ARGUMENTS, *self._own)
+        }
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -278,7 +298,7 @@ class RankingLoss(StatefulLoss):
         self._follow(batch.logits.device)
         pool = self._pool(batch)
         problems = self._problems(pool, None)
-        in_batch = batch.problems(self.ignore_index)
+        in_batch = batch.problems(self.ignore_index, self._num_grades > 0)
         is_positive = in_batch.is_positive
         if in_batch.weights is not None:
             is_positive = is_positive & (in_batch.weights > 0)
@@ -303,7 +323,9 @@ class RankingLoss(StatefulLoss):
 
     def _problems(self, pool: Pool, processes: Processes | None) -> Problems:
         """The rows as ranking problems, positives as common as in deployment if that is known."""
-        scores, is_positive, weights, num_live = pool.problems(self.ignore_index)
+        is_graded = self._num_grades > 0
+        columns = pool.problems(self.ignore_index, is_graded)
+        scores, is_positive, weights, value, num_live = columns
         if self._prior is not None:
             if weights is None:
                 weights = scores.new_ones(()).expand(scores.shape)
@@ -317,6 +339,9 @@ class RankingLoss(StatefulLoss):
             temperature,
             is_positive,
             weights,
+            value=value,
+            is_graded=is_graded,
+            draws=pool.draws,
             num_live=num_live,
             processes=processes,
             backend=self.backend,
@@ -351,7 +376,7 @@ class RankingLoss(StatefulLoss):
                 raise error
             return batch, None
         settings: dict[str, float | str] = {
-            **{name: getattr(self, name) or 0 for name in _COMPARED},
+            **{name: getattr(self, name) or 0 for name in (*_COMPARED, *self._own)},
             "target_prior": _as_number(self.target_prior),
             "steps made": self._queue.num_steps,
         }
@@ -380,9 +405,17 @@ class RankingLoss(StatefulLoss):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
         if self.check_values and not logits.is_meta:
-            num_labels = 2 if self.multilabel or self.num_classes == 1 else self.num_classes
-            _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
+            _checks.row_values(
+                *(targets, sample_weight, weights, self._num_labels(), self.ignore_index),
+                is_graded=self._num_grades > 0,
+            )
         return Pool(logits, targets.detach().to(torch.int64), weights)
+
+    def _num_labels(self) -> int:
+        """How many values targets have."""
+        if self._num_grades > 0:
+            return self._num_grades
+        return 2 if self.multilabel or self.num_classes == 1 else self.num_classes
 
     def _follow(self, device: torch.device) -> None:
         self._queue.to(device)
@@ -437,7 +470,8 @@ class RankingLoss(StatefulLoss):
             pool = pool.without_ignored(self.ignore_index)
         if self.max_pool_size is None or not self.training:
             return pool
-        return capped(pool, self.max_pool_size, self.sampling_seed, self._queue.num_steps)
+        number = self._queue.num_steps
+        return capped(pool, self.max_pool_size, self.sampling_seed, number, self._num_labels())
 
     def _remember(self, batch: Pool) -> None:
         """The one change of state of a forward pass."""
@@ -452,7 +486,7 @@ class RankingLoss(StatefulLoss):
         return pack_ranking(self._saved())
 
     def _take(self, state: Tensor) -> None:
-        saved = unpack_ranking(state, self._saved(), self.ignore_index)
+        saved = unpack_ranking(state, self._saved(), self.ignore_index, self._num_labels())
         self._queue.restore(saved.slots, saved.cursor, saved.is_weighted)
         self._queue.num_steps = saved.num_steps
         self.temperature = saved.temperature
@@ -465,6 +499,23 @@ class RankingLoss(StatefulLoss):
 
     def _in_current_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         return in_current_form(state_dict, prefix, self._saved())
+
+
+def _complete_signature(loss: type[RankingLoss]) -> inspect.Signature:
+    """Of a constructor, with the options that it hands over as `**options`."""
+    own = inspect.signature(loss.__init__)
+    _, *parameters = own.parameters.values()
+    if not parameters or "RankingOptions" not in str(parameters[-1].annotation):
+        return own.replace(parameters=parameters)
+    options = [
+        _ARGUMENTS[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name in RankingOptions.__annotations__
+        if name not in own.parameters
+    ]
+    return own.replace(parameters=[*parameters[:-1], *options])
+
+
+_ARGUMENTS = inspect.signature(RankingLoss).parameters
 
 
 def _as_number(prior: tuple[float, ...] | None) -> float:

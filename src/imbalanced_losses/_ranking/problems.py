@@ -94,7 +94,7 @@ class Problems:
         """The heaviest weight [C] of each problem, in the caller's numbers: 1 without weights."""
         if self._unit is None:
             return self.scores.new_ones(len(self.is_positive), dtype=compute_dtype(self.scores))
-        return self._unit.squeeze(1)
+        return self._unit.squeeze(1).to(compute_dtype(self.scores))
 
     def mass(self, rows: Rows, *, by_value: bool = False) -> Tensor:
         """The summed weights [C] of rows, over all processes; 1 where a problem is not valid.
