@@ -189,9 +189,7 @@ def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
 def between_0_and_1(name: str, value: Any) -> float:
     share = number_above_zero(name, value)
     if share >= 1:
-        raise ValueError(
-            f"{name} must be between 0 and 1, got {value!r}{_fixes.of_share(share)}"
-        )
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}{_fixes.of_share(share)}")
     return share
 
 

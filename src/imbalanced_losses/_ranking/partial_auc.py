@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking.budget import Budget
-from imbalanced_losses._ranking.plan import Rows
 from imbalanced_losses._ranking.problems import Problems
 from imbalanced_losses._ranking.ranks import Ranks
 
@@ -20,6 +19,8 @@ def highest_negatives(problems: Problems, max_fpr: float, softness: float) -> Bu
 
 def partial_auc(problems: Problems, max_fpr: float, min_fpr: float, softness: float) -> Tensor:
     """Σ_N ω h R⁺ ÷ (Ω⁺ · max(Σ_N ω h, k₁ − k₀)): [C] in [0, 1], 0 where a problem is not valid."""
+    if max_fpr == 1 and min_fpr == 0:
+        return _auc(problems)
     last = highest_negatives(problems, max_fpr, softness)
     mass = problems.mass("negatives")
     before = min_fpr * mass  # [C] k₀
@@ -33,14 +34,22 @@ def partial_auc(problems: Problems, max_fpr: float, min_fpr: float, softness: fl
             return 1 - first.holds(ranks)
         return last.holds(ranks) if min_fpr == 0 else last.holds(ranks) - first.holds(ranks)
 
-    def beaten(ranks: Ranks) -> Tensor:
-        above = ranks.among("positives")
-        return above if is_whole else above * counts(ranks)
+    found = problems.ranked_average(
+        lambda ranks: ranks.among("positives"),
+        counts,
+        number,
+        queries="negatives",
+        among=("positives", "negatives"),
+        by_value=True,
+    )
+    return found / problems.mass("positives", by_value=True)
 
-    is_whole = max_fpr == 1 and min_fpr == 0
-    among: tuple[Rows, ...] = ("positives",) if is_whole else ("positives", "negatives")
-    total = problems.ranked_sum(beaten, queries="negatives", among=among, by_value=True)
-    if not is_whole:
-        counted = problems.ranked_sum(counts, queries="negatives", among=("negatives",))
-        number = torch.maximum(counted, number)
-    return total / (problems.mass("positives", by_value=True) * number)
+
+def _auc(problems: Problems) -> Tensor:
+    """The same over all negatives: positives are fewer, so that they are asked what is above."""
+    mass = problems.mass("negatives")
+
+    def below(ranks: Ranks) -> Tensor:
+        return (1 - ranks.among("negatives") / ranks.of_problem(mass)).clamp(min=0)
+
+    return problems.ranked_mean(below, among=("negatives",))

@@ -22,7 +22,7 @@ from imbalanced_losses._ranking.plan import (
     Rows,
     product,
 )
-from imbalanced_losses._ranking.ranked_sum import Asked, Slopes, Worth, ranked_sum
+from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
 
 
 class Problems:
@@ -108,9 +108,13 @@ class Problems:
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
+        if self.weights is None:
+            number = self.is_positive.sum(1)
+            number = {"all": 0 * number + shape[1], "positives": number}.get(
+                rows, shape[1] - number
+            )
+            return torch.where(valid, self.summed(number.double()).to(dtype), 1)
         own = self.weights
-        if own is None:
-            own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
         if rows != "all":
             own = torch.where(self.is_positive == (rows == "positives"), own, 0)
         return torch.where(valid, self.summed(own.double().sum(1)).to(dtype), 1)
@@ -163,6 +167,23 @@ class Problems:
     ) -> Tensor:
         """Σ ω v · worth(ranks) ÷ Σ ω v over the positives, each worth its value v."""
         return self._ranked(Asked(worth, "positives", among, slopes, is_mean=True))
+
+    def ranked_average(
+        self,
+        worth: Worth,
+        share: Worth,
+        least: Tensor,
+        *,
+        queries: Rows = "positives",
+        among: tuple[Rows, ...] = ("all",),
+        by_value: bool = False,
+    ) -> Tensor:
+        """Σ ω s · worth(ranks) ÷ max(Σ ω s, least), s = share(ranks): by how much a query counts.
+
+        `least` [C] is a constant above 0.
+        """
+        counted = Share(share, least.detach())
+        return self._ranked(Asked(worth, queries, among, by_value=by_value, share=counted))
 
     # --- What is made of it beneath ----------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.plan import Rows
 from imbalanced_losses._ranking.problems import Problems
-from imbalanced_losses._ranking.ranked_sum import Asked
+from imbalanced_losses._ranking.ranked_sum import Asked, Share
 from imbalanced_losses._ranking.ranks import Ranks
 
 # The longest problem of a rectangle beside its shortest: at most so much of it is padding.
@@ -115,7 +115,7 @@ class _Part:
 
 def _seen_by(asked: Asked, part: _Part) -> Asked:
     """The same of a part: constants of all problems, or of all rows, are those of its own."""
-    worth, slopes = asked.worth, asked.slopes
+    worth, slopes, share = asked.worth, asked.slopes, asked.share
     return Asked(
         lambda ranks: worth(_RanksOfPart(ranks, part)),
         asked.queries,
@@ -123,6 +123,8 @@ def _seen_by(asked: Asked, part: _Part) -> Asked:
         slopes and (lambda ranks: slopes(_RanksOfPart(ranks, part))),
         asked.is_mean,
         asked.by_value,
+        share
+        and Share(lambda ranks: share.of(_RanksOfPart(ranks, part)), share.least[part.places]),
     )
 
 
