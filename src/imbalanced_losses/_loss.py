@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from imbalanced_losses._checks.typing import (
     typed_as,
 )
 from imbalanced_losses._module import arguments_of
-from imbalanced_losses._options import COMPARED, RankingOptions, RowValues
+from imbalanced_losses._options import COMPARED, RankingOptions, RowValues, complete_signature
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
 from imbalanced_losses._rows.gather import Group, ProcessGroup, gather
 from imbalanced_losses._rows.pool import Pool
@@ -48,6 +49,13 @@ class RankingLoss(RankingState):
     #: Selects the stream of draws of `max_pool_size`, together with the number of draws made.
     sampling_seed: int = 0
 
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Have `help` and `inspect.signature` show every option."""
+        super().__init_subclass__(**keywords)
+        cls.__signature__ = complete_signature(cls, _ARGUMENTS)
+
     def __init__(
         self,
         num_classes: int,
@@ -74,7 +82,9 @@ class RankingLoss(RankingState):
         _checks.number_above_zero("temperature", temperature)
         self.reduction = _checks.choice("reduction", reduction, get_args(Reduction))
         self.multilabel = _checks.boolean("multilabel", multilabel)
-        self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
+        self.ignore_index = _checks.ignore_index(
+            ignore_index, self._num_labels() if self._is_binary or self._num_grades else 0
+        )
         self.update_queue_in_eval = _checks.boolean("update_queue_in_eval", update_queue_in_eval)
         self.gather_distributed = _checks.maybe(
             _checks.boolean, "gather_distributed", gather_distributed
@@ -89,7 +99,11 @@ class RankingLoss(RankingState):
         self.queue_follows_shift = _checks.queue_follows_shift(queue_follows_shift, gather)
         self.target_prior = _checks.maybe(_checks.shares, "target_prior", target_prior, num_classes)
         self._begin(temperature, self.target_prior)
-        self._settings = arguments_of(RankingLoss)
+        # Of a subclass also what it has set before: that is as fixed, and has to be the same in
+        # every process.
+        arguments = arguments_of(type(self))
+        self._own = [name for name in arguments if name in vars(self) and name not in _ARGUMENTS]
+        self._settings = {name: arguments[name] for name in (*_ARGUMENTS, *self._own)}
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -214,7 +228,8 @@ class RankingLoss(RankingState):
             batch, _ = self._batch(logits, targets, sample_weight=sample_weight)
         batch = batch._replace(logits=batch.logits.detach())
         problems = self._problems(self._pool(batch), None)
-        return _diagnosed(problems, batch.problems(self.ignore_index), self._queue.ages())
+        in_batch = batch.problems(self.ignore_index, self._num_grades > 0)
+        return _diagnosed(problems, in_batch, self._queue.ages())
 
     def metric(self, problems: Problems) -> Tensor:
         """What the loss is one minus of: a function of `problems` and constants.
@@ -233,13 +248,18 @@ class RankingLoss(RankingState):
 
     def _problems(self, pool: Pool, processes: Processes | None) -> Problems:
         """The rows as ranking problems, positives as common as in deployment if that is known."""
-        scores, is_positive, weights, num_live = pool.problems(self.ignore_index)
+        is_graded = self._num_grades > 0
+        columns = pool.problems(self.ignore_index, is_graded)
+        scores, is_positive, weights, value, num_live = columns
         temperature = self._temperature_now if is_traced(scores) else self.temperature
         problems = Problems(
             scores,
             temperature,
             is_positive,
             weights,
+            value=value,
+            is_graded=is_graded,
+            draws=pool.draws,
             num_live=num_live,
             processes=processes,
             backend=self.backend,
@@ -272,7 +292,7 @@ class RankingLoss(RankingState):
             sent = error or sent
         except (TypeError, ValueError) as own_error:
             sent = own_error  # the other ranks wait to hear of it
-        settings = {name: getattr(self, name) for name in COMPARED}
+        settings = {name: getattr(self, name) for name in (*COMPARED, *self._own)}
         settings["steps made"] = self._queue.num_steps
         device = getattr(logits, "device", torch.device("cpu"))
         return gather(sent, settings, device, self._group, self.gather, self.grad_reduce)
@@ -287,7 +307,7 @@ class RankingLoss(RankingState):
         """The arguments of forward as rows."""
         _checks.boolean("return_per_class", return_per_class)
         _checks.backend(self.backend, BACKENDS, self.gather)
-        rows = Pool(*_checks.rows(self, logits, targets, **values))
+        rows = Pool(*_checks.rows(self, logits, targets, num_grades=self._num_grades, **values))
         self._follow(rows.logits.device)
         return rows
 
@@ -295,3 +315,6 @@ class RankingLoss(RankingState):
         """Whether this forward pass is a collective one; asked every time."""
         wanted = self.training if self.gather_distributed is None else self.gather_distributed
         return wanted and self._group.size() > 1
+
+
+_ARGUMENTS = inspect.signature(RankingLoss).parameters

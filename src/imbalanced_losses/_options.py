@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -40,3 +41,16 @@ class RowValues(TypedDict, total=False):
     """What may come with the rows of a call."""
 
     sample_weight: Tensor | None
+
+
+def complete_signature(loss: type, options: Mapping[str, inspect.Parameter]) -> inspect.Signature:
+    """Of a constructor, with the options that it hands over as `**options`."""
+    own = inspect.signature(loss.__init__)  # type: ignore[misc]
+    _, *parameters = own.parameters.values()
+    if parameters and "RankingOptions" in str(parameters[-1].annotation):
+        parameters[-1:] = [
+            options[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name in RankingOptions.__annotations__
+            if name not in own.parameters
+        ]
+    return own.replace(parameters=parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class RankingState(StatefulLoss):
     queue_follows_shift: bool
     sampling_seed: int
 
+    _num_grades: ClassVar[int] = 0  # of targets that are grades from 0 on, not labels
     _queue: MemoryQueue
     _anchor = "_temperature_now"
 
@@ -60,6 +61,15 @@ class RankingState(StatefulLoss):
         """Empty the queue: the next batch is ranked by itself."""
         self._queue.reset()
 
+    def _num_labels(self) -> int:
+        """How many values targets have."""
+        return self._num_grades or (2 if self._is_binary else self.num_classes)
+
+    @property
+    def _is_binary(self) -> bool:
+        """Whether targets are 0 and 1 rather than the number of a class."""
+        return self.multilabel or self.num_classes == 1
+
     def _updates_queue(self) -> bool:
         return self.training or self.update_queue_in_eval
 
@@ -81,7 +91,8 @@ class RankingState(StatefulLoss):
             pool = pool.without_ignored(self.ignore_index)
         if self.max_pool_size is None or not self.training:
             return pool
-        return capped(pool, self.max_pool_size, self.sampling_seed, self._queue.num_steps)
+        number = self._queue.num_steps
+        return capped(pool, self.max_pool_size, self.sampling_seed, number, self._num_labels())
 
     def _remember(self, batch: Pool) -> None:
         """The one change of state of a forward pass."""
@@ -96,7 +107,7 @@ class RankingState(StatefulLoss):
         return pack_ranking(self._saved())
 
     def _take(self, state: Tensor) -> None:
-        saved = unpack_ranking(state, self._saved(), self.ignore_index)
+        saved = unpack_ranking(state, self._saved(), self.ignore_index, self._num_labels())
         self._queue.restore(saved)
         self.temperature = saved.temperature
 

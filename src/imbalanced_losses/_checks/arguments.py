@@ -89,19 +89,57 @@ def _finite(name: str, value: Any, bound: str, least: float) -> float:
     return float(value)
 
 
-def ignore_index(value: Any, binary_labels: bool) -> int:
-    """An int that is not one of the labels 0 and 1 where those are all there is."""
+def budget(name: str, value: Any) -> int | float:
+    """A number of rows, an int, or a share of them, a float in (0, 1)."""
+    if isinstance(value, Integral):
+        return integer(name, value, minimum=1)
+    share = number_above_zero(name, value)
+    if share >= 1:
+        fix = f"; for a number of rows use {int(share)}" if share.is_integer() else ""
+        raise ValueError(
+            f"{name} must be an int >= 1 (rows) or a float between 0 and 1 (their share), "
+            f"got {value!r}{fix}"
+        )
+    return share
+
+
+def fpr_range(min_fpr: Any, max_fpr: Any) -> tuple[float, float]:
+    """0 ≤ min_fpr < max_fpr ≤ 1."""
+    low, high = number_at_least_zero("min_fpr", min_fpr), number_above_zero("max_fpr", max_fpr)
+    if high > 1:
+        fix = _fixes.of_share(high)
+        raise ValueError(f"max_fpr must be at most 1, got {max_fpr!r}{fix}")
+    if low >= high:
+        raise ValueError(f"min_fpr must be below max_fpr, got {min_fpr!r} and {max_fpr!r}")
+    return low, high
+
+
+def grades(num_classes: int, multilabel: bool, target_prior: Any) -> None:
+    """The arguments of a loss whose targets are grades."""
+    if num_classes > 1 and not multilabel:
+        raise ValueError(
+            f"num_classes must be 1 for grades [N], got {num_classes}; for grades [N, C] use "
+            "multilabel=True"
+        )
+    if target_prior is not None:
+        raise ValueError(f"target_prior must be None for grades, got {target_prior!r}")
+
+
+def ignore_index(value: Any, num_labels: int) -> int:
+    """An int that is none of the labels 0 and 1, or grades, where those are all there is."""
     index = integer("ignore_index", value)
-    if binary_labels and index in (0, 1):
+    if 0 <= index < num_labels == 2:
         raise ValueError(
             f"ignore_index must not be a label: with num_classes=1 or multilabel=True targets are "
             f"0 and 1, and ignoring one of them leaves nothing to rank; got {index}"
         )
+    if 0 <= index < num_labels:
+        raise ValueError(f"ignore_index must not be a grade, 0 to {num_labels - 1}, got {index}")
     return index
 
 
 def rows(
-    loss: Labelled, logits: Any, targets: Any, sample_weight: Any = None
+    loss: Labelled, logits: Any, targets: Any, sample_weight: Any = None, *, num_grades: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows of a call: logits float32 or float64, targets int64, weights like the logits."""
     logits = _logits(logits, loss.num_classes, targets)
@@ -112,7 +150,8 @@ def rows(
     weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
     if loss.check_values and not logits.is_meta:
         num_labels = 2 if loss.multilabel or loss.num_classes == 1 else loss.num_classes
-        row_values(targets, sample_weight, weights, num_labels, loss.ignore_index)
+        labels = num_grades or num_labels, loss.ignore_index, num_grades > 0
+        row_values(targets, sample_weight, weights, *labels)
     return logits, targets.detach().to(torch.int64), weights
 
 
@@ -181,10 +220,10 @@ def shares(name: str, value: Any, num_classes: int) -> tuple[float, ...]:
         value = [value]
     if len(value) != num_classes:
         raise ValueError(f"{name} must have {expected}, got {len(value)}")
-    return tuple(_share(name, share) for share in value)
+    return tuple(between_0_and_1(name, share) for share in value)
 
 
-def _share(name: str, value: Any) -> float:
+def between_0_and_1(name: str, value: Any) -> float:
     share = number_above_zero(name, value)
     if share >= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}{_fixes.of_share(share)}")
@@ -203,7 +242,7 @@ def prior_weights(
         shapes = is_positive.shape[:-1], torch.Size(())
         target_prior = _fits("target_prior", target_prior, beside, *shapes)
     else:
-        _share("target_prior", target_prior)
+        between_0_and_1("target_prior", target_prior)
     if sample_weight is not None:
         shapes = is_positive.shape, is_positive.shape[-1:]
         sample_weight = _floating("sample_weight", sample_weight)
@@ -217,6 +256,7 @@ def row_values(
     weights: Tensor | None,
     num_labels: int,
     ignore_index: int,
+    is_graded: bool = False,
 ) -> None:
     """Targets are labels or ignore_index, weights finite and ≥ 0: one read of the device.
 
@@ -239,6 +279,7 @@ def row_values(
         good_targets &= wide >= 0  # from 2⁶³ on they have wrapped
     all_good = good_targets.all()
     labels = "0 or 1" if num_labels == 2 else f"integers in 0..{num_labels - 1}"
+    labels = f"grades, {labels}" if is_graded else labels
     if sample_weight is not None and weights is not None:
         signed = sample_weight if sample_weight.dtype.is_signed else weights
         good_weights = (signed >= 0) & weights.isfinite()
@@ -251,7 +292,7 @@ def row_values(
         return
     if not bool(good_targets.all()):
         first = targets[~good_targets][0].item()
-        fix = _fixes.of_labels(targets, num_labels, ignore_index)
+        fix = "" if is_graded else _fixes.of_labels(targets, num_labels, ignore_index)
         raise ValueError(
             f"targets must be {labels}, or ignore_index={ignore_index}, got {first}{fix}"
         )
@@ -355,28 +396,37 @@ def scores(given: Any) -> Tensor:
     return value
 
 
-def weights_of_scores(given: Any, scores: Tensor) -> Tensor | None:
+def weights_of_scores(given: Any, scores: Tensor, name: str = "sample_weight") -> Tensor | None:
     """Real [M] or the shape of the scores, floating from here on; or None."""
     if given is None:
         return None
-    value = _fits("sample_weight", given, ("scores", scores), scores.shape[-1:], scores.shape)
+    value = _fits(name, given, ("scores", scores), scores.shape[-1:], scores.shape)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return value if value.is_floating_point() else value.to(dtype)
 
 
-def smooth_ap(
-    scores_given: Any, is_positive: Any, temperature: Any, sample_weight: Any
-) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None]:
-    """The arguments of `functional.smooth_ap`."""
+def ranked(
+    scores_given: Any,
+    labels: Any,
+    temperature: Any,
+    sample_weight: Any,
+    value: Any,
+    is_graded: bool = False,
+) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None, Tensor | None]:
+    """The arguments that the metrics of `functional` share."""
     rows = scores(scores_given)
     beside = ("scores", rows)
-    is_positive = _fits("is_positive", _bool(is_positive), beside, rows.shape)
+    if is_graded:
+        labels = _fits("grades", _tensor("grades", labels), beside, rows.shape)
+    else:
+        labels = _fits("is_positive", _bool(labels), beside, rows.shape)
     if isinstance(temperature, Tensor):
         temperature = _floating("temperature", temperature)
         _fits("temperature", temperature, beside, rows.shape[:-1], torch.Size(()))
     else:
         number_above_zero("temperature", temperature)
-    return rows, is_positive, temperature, weights_of_scores(sample_weight, rows)
+    weights = weights_of_scores(sample_weight, rows)
+    return rows, labels, temperature, weights, weights_of_scores(value, rows, "value")
 
 
 def _fits(name: str, given: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> Tensor:

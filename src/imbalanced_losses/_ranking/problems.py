@@ -25,7 +25,7 @@ from imbalanced_losses._ranking.plan import (
     Rows,
     product,
 )
-from imbalanced_losses._ranking.ranked_sum import Asked, Slopes, Worth, ranked_sum
+from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 
 
@@ -119,9 +119,8 @@ class Problems:
     @property
     def unit(self) -> Tensor:
         """The heaviest weight [C] of each problem, in the caller's numbers: 1 without weights."""
-        unit = self._counted().unit
-        if unit is None:
-            unit = self.scores.new_ones((), dtype=compute_dtype(self.scores))
+        unit, dtype = self._counted().unit, compute_dtype(self.scores)
+        unit = self.scores.new_ones((), dtype=dtype) if unit is None else unit.to(dtype)
         return unit.expand(self.layout.num_problems)
 
     def mass(self, rows: Rows, *, by_value: bool = False) -> Tensor:
@@ -131,14 +130,17 @@ class Problems:
         """
         _checks.choice("rows", rows, ROWS)
         valid, mass = self._positives_and_mass()
-        shape, dtype = self.is_positive.shape, compute_dtype(self.scores)
+        dtype = compute_dtype(self.scores)
         if rows == "positives" and (by_value or self.value is None):
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
+        if self.weights is None:
+            number, present = self.layout.total(self.is_positive), self._num_present()
+            if rows != "positives":
+                number = present - (0 if rows == "all" else 1) * number
+            return torch.where(valid, self.summed(number.double()).to(dtype), 1)
         own = self.weights
-        if own is None:
-            own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
         if rows != "all":
             own = torch.where(self.is_positive == (rows == "positives"), own, 0)
         return torch.where(valid, self.summed(self.layout.total(own.double())).to(dtype), 1)
@@ -202,6 +204,23 @@ class Problems:
         own = self.scores.new_ones(()) if self.given_weights is None else self.given_weights
         weights = weights_at_prior(self.is_positive, prior, own, self.layout, self.processes)
         return self.replaced(weights=weights)
+
+    def ranked_average(
+        self,
+        worth: Worth,
+        share: Worth,
+        least: Tensor,
+        *,
+        queries: Rows = "positives",
+        among: tuple[Rows, ...] = ("all",),
+        by_value: bool = False,
+    ) -> Tensor:
+        """Σ ω s · worth(ranks) ÷ max(Σ ω s, least), s = share(ranks): by how much a query counts.
+
+        `least` [C] is a constant above 0.
+        """
+        counted = Share(share, least.detach())
+        return self._ranked(Asked(worth, queries, among, by_value=by_value, share=counted))
 
     # --- What is made of it beneath ----------------------------------------------------------
 

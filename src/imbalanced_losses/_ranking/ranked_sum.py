@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,19 +37,25 @@ _ONLY_ALONE = (
 
 
 def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
-    """See `Problems.ranked_sum` and `Problems.ranked_mean`."""
+    """See `Problems.ranked_sum`, `ranked_mean` and `ranked_average`."""
     if is_traced(problems.scores):
         _only_alone(problems)
         queries = problems.queries(asked.queries)
         ranks = traced_ranks(problems, asked.queries, asked.among, asked.by_value)
-        total = queries.total(asked.worth_of(ranks, queries), by_value=asked.is_mean)
-        return total / problems.mass_of_positives() if asked.is_mean else total
+        return asked.found(problems, asked.clamped(ranks, queries), queries)
     if is_transformed():
         _only_alone(problems)
         _refuse_batches(problems)
         return _differentiable(problems, asked)
     found: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
     return found
+
+
+class Share(NamedTuple):
+    """By how much each query of an average counts, and the least [C] that it is divided by."""
+
+    of: Worth
+    least: Tensor
 
 
 class Asked:
@@ -60,9 +66,10 @@ class Asked:
         worth: Worth,
         queries: Rows,
         among: tuple[Rows, ...],
-        slopes: Slopes | None,
+        slopes: Slopes | None = None,
         is_mean: bool = False,
         by_value: bool = False,
+        share: Share | None = None,
     ) -> None:
         _checks.choice("queries", queries, ROWS)
         if not isinstance(among, tuple):
@@ -77,13 +84,39 @@ class Asked:
         self.worth, self.queries, self.among, self.slopes = worth, queries, among, slopes
         self.is_mean = is_mean  # by value, of the queries, which are the positives then
         self.by_value = by_value  # of the positives that queries are ranked among
+        self.share = share  # of the queries in an average
 
     def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = slice(None)) -> Ranks:
         return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
 
+    def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
+        """What was asked for [C], over all processes."""
+        if self.share is not None:
+            return self.averaged(self.share, problems, ranks, queries)[0]
+        total = problems.summed(queries.total(self.worth_of(ranks, queries), self.is_mean))
+        return total / problems.mass_of_positives() if self.is_mean else total
+
+    def averaged(
+        self, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
+    ) -> tuple[Tensor, Asked]:
+        """An average [C], and a sum that has its slopes."""
+        counted = share.of(self.ranks(ranks, queries))
+        totals = [
+            problems.summed(queries.total(own))
+            for own in (counted * self.worth_of(ranks, queries), counted)
+        ]
+        divisor = torch.maximum(totals[1], share.least)
+        average = totals[0] / divisor
+        # What a share adds is what it is worth beyond the average, unless the divisor stays.
+        usual = torch.where(totals[1] > share.least, average, 0).detach()
+
+        def worth(ranks: Ranks) -> Tensor:
+            beyond = (self.worth(ranks) - ranks.of_problem(usual)) / ranks.of_problem(divisor)
+            return share.of(ranks) * beyond
+
+        return average, Asked(worth, self.queries, self.among)
+
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
-        if queries.weights is not None:
-            ranks = self.possible(ranks)
         worth = self.worth(self.ranks(ranks, queries))
         if worth.shape != ranks[0].shape:
             raise ValueError(
@@ -91,6 +124,9 @@ class Asked:
                 f"{list(worth.shape)}"
             )
         return worth
+
+    def clamped(self, ranks: tuple[Tensor, ...], queries: Queries) -> tuple[Tensor, ...]:
+        return ranks if queries.weights is None else self.possible(ranks)
 
     def possible(self, ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Clamped to 0 ≤ R ≤ R among all > 0.
@@ -116,8 +152,7 @@ class _SlopesOf:
 
     def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         asked, queries = self.asked, self.queries
-        if queries.weights is not None:
-            ranks = asked.possible(ranks)
+        ranks = asked.clamped(ranks, queries)
         if asked.slopes is not None:
             slopes = asked.slopes(asked.ranks(ranks, queries, index))
         else:
@@ -164,10 +199,14 @@ class _RankedSum(torch.autograd.Function):
         if moves_temperature:  # what τ changes is told from the slopes of all rows
             given = given._replace(num_live=given.scores.shape[1])
         plan = rank_plan(given, queries, asked.among, problems.backend)
-        if not (everywhere or any(ctx.needs_input_grad)):
+        found, summed = None, asked
+        if asked.share is not None:
+            ranks = asked.clamped(plan.ranks(), queries)
+            found, summed = asked.averaged(asked.share, problems, ranks, queries)
+        elif not (everywhere or any(ctx.needs_input_grad)):
             ranks = plan.ranks()
-        else:
-            ranks, slopes = plan.ranks_and_gradient(_SlopesOf(asked, queries))
+        if everywhere or any(ctx.needs_input_grad):
+            ranks, slopes = plan.ranks_and_gradient(_SlopesOf(summed, queries))
             per = problems.mass_of_positives() if asked.is_mean else 1
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
             ctx.again, ctx.asked = problems.again(), asked
@@ -179,10 +218,9 @@ class _RankedSum(torch.autograd.Function):
             if by_temperature is not None:
                 tensors.append(by_temperature)
             ctx.save_for_backward(*tensors)
-        total = problems.summed(queries.total(asked.worth_of(ranks, queries), asked.is_mean))
-        if asked.is_mean:
-            total.div_(problems.mass_of_positives())
-        return total.view(()) if scores.dim() == 1 else total
+        if found is None:
+            found = asked.found(problems, asked.clamped(ranks, queries), queries)
+        return found.view(()) if scores.dim() == 1 else found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -245,8 +283,7 @@ def _differentiable(problems: Problems, asked: Asked) -> Tensor:
         own + half_of(queries, rows, given)
         for own, rows in zip(sums.unbind(1), asked.among, strict=True)
     )
-    total = queries.total(asked.worth(asked.ranks(ranks, queries)), asked.is_mean)
-    return total / problems.mass_of_positives() if asked.is_mean else total
+    return asked.found(problems, ranks, queries)
 
 
 def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:

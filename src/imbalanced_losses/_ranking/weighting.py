@@ -1,4 +1,4 @@
-"""What depends on the weights of all rows alone: the spread of scores, the weights at a prior."""
+"""What rows are worth: the spread of scores, the weights at a prior, the gain of a grade."""
 
 from __future__ import annotations
 
@@ -62,6 +62,13 @@ def weights_at_prior(
     factor = layout.for_rows(torch.where(is_defined, factor, 1.0))
     scale = torch.where(is_positive, (1 / factor).clamp(max=1), factor.clamp(max=1))
     return (wide * scale).to(weights.dtype)
+
+
+def gain_of(grades: Tensor, value: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What finding each row is worth: 2^grade − 1, or the value of those with a grade above 0."""
+    if value is not None:
+        return torch.where(grades > 0, value, 0)
+    return ((1 << grades.to(torch.int64).clamp(0, 31)) - 1).to(dtype)
 
 
 def _totals(layout: Layout, processes: Processes | None) -> Callable[[Tensor], Tensor]:

@@ -93,7 +93,7 @@ def pack_ranking(saved: Saved) -> Tensor:
     return pack((*form, *saved[:-1]), slots.packed())
 
 
-def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
+def unpack_ranking(state: Any, now: Saved, ignore_index: int, num_labels: int) -> Saved:
     """The state that was packed, if a loss whose state is `now` can take it.
 
     Raises:
@@ -112,7 +112,6 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
     number_above_zero("temperature", temperature)
     saved_count("num_steps", num_steps)
     saved_count("cursor", cursor, max(0, slots.logits.shape[0] - 1))
-    num_labels = 2 if is_multilabel or num_classes == 1 else num_classes
     targets = slots.targets[slots.is_storable(ignore_index)]
     is_bad = ((targets < 0) | (targets >= num_labels)) & (targets != ignore_index)
     if bool(is_bad.any()):

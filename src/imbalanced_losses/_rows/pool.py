@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.weighting import gain_of
 
 
 class Columns(NamedTuple):
@@ -16,6 +17,7 @@ class Columns(NamedTuple):
     scores: Tensor  # [C, M] float32 or float64
     is_positive: Tensor  # [C, M] bool
     weights: Tensor | None  # [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere
+    value: Tensor | None  # [C, M] ≥ 0, what finding a positive is worth; None = 1 everywhere
     num_live: int  # the rows from here on are constants, without a gradient
 
 
@@ -26,6 +28,7 @@ class Pool(NamedTuple):
     targets: Tensor  # [M] int64, or [M, C] for multi-label
     weights: Tensor | None  # as targets, ≥ 0, in the dtype of the logits; None = 1 everywhere
     num_constant: int = 0  # the last of the rows, which have no gradient
+    draws: Tensor | None = None  # [M], how many rows each was drawn for; None = 1 everywhere
 
     def select(self, index: Tensor) -> Pool:
         """The rows at index [k] int64, ascending where some are constants."""
@@ -103,11 +106,17 @@ class Pool(NamedTuple):
         own = weights[0].to(dtype) if weights else None
         return Pool(logits.to(dtype), targets.to(torch.int64), own)
 
-    def problems(self, ignore_index: int) -> Columns:
-        """One problem a class: one-vs-rest, or each label by itself for multi-label targets."""
-        num_classes = self.logits.shape[1]
+    def problems(self, ignore_index: int, is_graded: bool = False) -> Columns:
+        """One problem a class: one-vs-rest, or each label by itself for multi-label targets.
+
+        Targets that are grades are worth what `gain_of` says.
+        """
+        num_classes, value = self.logits.shape[1], None
         labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
-        if num_classes == 1 or self.targets.dim() == 2:
+        if is_graded:
+            value = gain_of(labels.masked_fill(labels == ignore_index, 0), None, self.logits.dtype)
+            is_positive = value > 0
+        elif num_classes == 1 or self.targets.dim() == 2:
             is_positive = labels == 1
         else:
             classes = torch.arange(num_classes, device=labels.device)
@@ -120,7 +129,7 @@ class Pool(NamedTuple):
         elif not (is_on_host(counts) and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
         num_live = self.targets.shape[0] - self.num_constant
-        return Columns(self.logits.T, is_positive, weights, num_live)
+        return Columns(self.logits.T, is_positive, weights, value, num_live)
 
 
 def _columns(field: Tensor) -> Tensor:

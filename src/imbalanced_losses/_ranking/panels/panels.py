@@ -218,8 +218,19 @@ class Panels:
 
     def evaluated(self, field: Tensor, cloud: _Cloud, dtype: torch.dtype) -> Tensor:
         """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, *cloud] of a dtype."""
+        out = field.new_empty((len(field), *cloud.scores.shape), dtype=dtype)
+        for columns, values in self.values(field, cloud):
+            target = _columns(out, columns)
+            target.copy_(values.view(target.shape))
+        return out
+
+    def values(self, field: Tensor, cloud: _Cloud) -> Iterator[tuple[slice, Tensor]]:
+        """The same a block at a time: columns of the cloud, and [K, rows of the block] float64.
+
+        In memory that the next block takes.
+        """
         num_fields, degree, _ = field.shape
-        out = field.new_empty((num_fields, *cloud.scores.shape), dtype=dtype)
+        poison = self.line.poison
         flat = field.reshape(num_fields * degree, -1)
         for columns, (slot, place) in cloud.blocks():
             shape = (len(flat), len(slot))
@@ -229,12 +240,11 @@ class Panels:
             *rest, values = coefficients.unbind(1)
             for coefficient in reversed(rest):
                 values = coefficient.addcmul_(values, place)
-            target = _columns(out, columns)
-            target.copy_(values.view(target.shape))
-        poison = self.line.poison
-        if poison is not None:
-            out += poison[:, None] if cloud.problem is None else poison[cloud.problem]
-        return out
+            if poison is not None and cloud.problem is not None:
+                values = values + poison[cloud.problem[columns]]
+            elif poison is not None:
+                values = (values.unflatten(1, (len(poison), -1)) + poison[:, None]).flatten(1)
+            yield columns, values
 
 
 def _columns(tensor: Tensor, columns: slice) -> Tensor:
@@ -335,8 +345,18 @@ class PanelRanks:
             processes=given.processes,
         )
         self._own = None if queries.weights is None else queries.weights[None]  # [1, Q]
+        self._ranks: tuple[Tensor, ...] | None = None
+        # Beside negatives positives are few: as a list of their own.
+        self._positives: Listed | None = None
+        if queries.rows == "negatives":
+            self._positives = _positives_of(given, self.panels.line.is_asked)
 
     def ranks(self) -> tuple[Tensor, ...]:
+        if self._ranks is None:
+            self._ranks = self._ranked()
+        return self._ranks
+
+    def _ranked(self) -> tuple[Tensor, ...]:
         panels, given, queries = self.panels, self.given, self.queries
         moments = torch.cat([self._moments_of(rows) for rows in self.among])  # [K, p, S]
         self._moments = moments if given.processes is None else given.processes.sum(moments)
@@ -352,13 +372,17 @@ class PanelRanks:
         panels = self.panels
         if rows == self.queries.rows:
             return panels.moments(panels.queries, self._own)
+        if rows == "positives" and self._positives is not None:
+            own = self._positives
+            weights = None if own.weights is None else own.weights[None]
+            return panels.moments(self._cloud_of(own), weights)
         column = self.given.column(rows)
         return panels.moments(panels.sources, None if column is None else column[None])
 
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
         ranks = self.ranks()
         slopes = slopes_of(ranks, slice(None))
-        return ranks, self._gradient(torch.stack(slopes).double())
+        return ranks, self._gradient(torch.stack(slopes))
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
         """[K, Q], the slopes by the ranks, -> [C, M]."""
@@ -385,6 +409,8 @@ class PanelRanks:
         others = [k for k, rows in enumerate(self.among) if rows == "all" or members[k] is False]
         if self.queries.rows == "all" or not others:
             out = scores.new_zeros(len(scores), given.num_live)
+        elif self._positives is not None:
+            out = self._slopes_of_positives(for_sources[others].sum(0, keepdim=True))
         else:
             field = for_sources[others].sum(0, keepdim=True)
             out = panels.evaluated(field, sources, scores.dtype)[0]  # [C, num_live]
@@ -394,19 +420,50 @@ class PanelRanks:
             if given.layout.num_problems > 1:  # one without queries has a gradient of exactly zero
                 out *= given.layout.for_rows(panels.line.is_asked.to(out.dtype))
         # A query is a source of the sets that it is in. These cancel: summed in float64.
-        fields = torch.cat((for_queries, for_sources))
-        as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(num_sums)
-        for k, (member, rows) in enumerate(zip(members, self.among, strict=True)):
-            if member is None:
-                chosen = self.queries.of_row(is_positive, live)
-                as_source[k] *= chosen if rows == "positives" else ~chosen
-            elif not member:
-                as_source[k] = 0
-        if own is not None:
-            as_source *= own
-        change = as_source.sum(0) - (as_query * cotangent).sum(0)
+        own_sets = [k for k, member in enumerate(members) if member is not False]
+        fields = torch.cat((for_queries, for_sources[own_sets]))
+        places = self.queries.places(scores.shape)[live]
+        change = scores.new_empty(len(places))
+        for columns, values in panels.values(fields, queries):
+            as_query, as_source = values.split((num_sums, len(own_sets)))
+            for number, k in enumerate(own_sets):
+                if members[k] is None:
+                    chosen = is_positive.view(-1)[places[columns]]
+                    as_source[number] *= chosen if self.among[k] == "positives" else ~chosen
+            source = as_source.sum(0)
+            if own is not None:
+                source *= own[0, columns]
+            change[columns] = source - as_query.mul_(cotangent[:, columns]).sum(0)
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))
-        places = self.queries.places(out.shape)[live]
-        out.view(-1).index_copy_(0, places, change.to(out.dtype))
+        out.view(-1).index_copy_(0, places, change)
         return out
+
+    def _slopes_of_positives(self, field: Tensor) -> Tensor:
+        """[C, num_live], what a field [1, p, S] gives to positives as sources."""
+        given, own = self.given, self._positives
+        assert own is not None
+        values = self.panels.evaluated(field, self._cloud_of(own), given.scores.dtype)[0]
+        if own.weights is not None:
+            values *= own.weights
+        out = torch.zeros_like(given.scores, memory_format=torch.contiguous_format)
+        out.view(-1).index_copy_(0, own.places(out.shape), values)
+        return out[:, : given.num_live]
+
+    def _cloud_of(self, rows: Listed) -> _Cloud:
+        return _Cloud(rows.of_row(self.given.scores), rows.problem, self.panels.line)
+
+
+def _positives_of(given: Canonical, is_asked: Tensor) -> Listed:
+    """The positives of problems that have queries."""
+    chosen = given.is_positive if given.weights is None else given.is_positive & (given.weights > 0)
+    layout = given.layout
+    if layout.num_problems > 1:
+        chosen = chosen & (layout.for_rows(is_asked) > 0)
+    problem, row = chosen.nonzero().unbind(1)
+    if layout.problem is not None:
+        problem = layout.problem[row]
+    listed = Listed("positives", problem, row, None, None, layout.num_problems)
+    if given.weights is None:
+        return listed
+    return listed._replace(weights=listed.of_row(given.weights))
