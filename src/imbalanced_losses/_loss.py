@@ -22,6 +22,7 @@ from imbalanced_losses._module import arguments_of
 from imbalanced_losses._options import COMPARED, RankingOptions, RowValues, complete_signature
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
 from imbalanced_losses._rows.gather import Group, ProcessGroup, gather
+from imbalanced_losses._rows.groups import Groups
 from imbalanced_losses._rows.pool import Pool
 from imbalanced_losses._rows.reduce import PerClass, mark_invalid, reduce_valid
 from imbalanced_losses._state import RankingState
@@ -144,6 +145,8 @@ class RankingLoss(RankingState):
         return_per_class: bool = False,
         *,
         sample_weight: Tensor | None = None,
+        group: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss of a batch, ranked together with the rows in the queue.
 
@@ -159,6 +162,16 @@ class RankingLoss(RankingState):
                 for, in the sense of scikit-learn's `average_precision_score`. 0
                 is the same as leaving the row out. With multilabel=True also
                 [N, C], a weight for each label. Without gradient.
+            group: [N], integers of any dtype and value, such as the number of
+                a query, a customer or a day. Rows are then ranked only against
+                rows of the same group, queued ones included, and the loss of a
+                class is the mean over the groups of the batch in which it has
+                a positive and a negative, each counting the same. In every
+                call, or in none until reset_queue().
+            value: [N], finite and ≥ 0: what finding each positive is worth,
+                such as money. It weights the mean over positives and leaves
+                ranks alone; of negatives it is not looked at. With
+                multilabel=True also [N, C]. None: 1.
 
         Returns:
             loss: [] float32 (float64 for float64 logits), [C] for
@@ -176,11 +189,13 @@ class RankingLoss(RankingState):
         """
         if self._updates_queue():
             self._require_step()
-        batch, processes = self._batch(
-            logits, targets, return_per_class, sample_weight=sample_weight
-        )
+        values: RowValues = {"sample_weight": sample_weight, "group": group, "value": value}
+        batch, processes = self._batch(logits, targets, return_per_class, **values)
         pool = self._pool(batch)
-        losses, valid = self._per_class(self._problems(pool, processes))
+        groups = None if pool.group is None else Groups.of(pool.group)
+        losses, valid = self._per_class(self._problems(pool, processes, groups))
+        if groups is not None and batch.group is not None:
+            losses, valid = groups.mean(losses, valid, batch.group)
         self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
         return (loss, mark_invalid(losses, valid), valid) if return_per_class else loss
@@ -191,9 +206,7 @@ class RankingLoss(RankingState):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @torch.no_grad()
-    def diagnose(
-        self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
-    ) -> Diagnostics:
+    def diagnose(self, logits: Tensor, targets: Tensor, **values: Unpack[RowValues]) -> Diagnostics:
         """What a batch, ranked with the rows in the queue, gives to learn from.
 
         Call it now and then, before the step of that batch (afterwards its rows
@@ -204,7 +217,8 @@ class RankingLoss(RankingState):
         them must call it; with gather="sums" it is about the rows of this rank.
 
         Args:
-            logits, targets, sample_weight: as for forward.
+            logits, targets: as for forward.
+            values: sample_weight, group and value, as for forward.
 
         Returns:
             `Diagnostics`, fields [C]; `print` it for a table and advice.
@@ -223,11 +237,13 @@ class RankingLoss(RankingState):
             'fewer than 1 % of the pairs carry gradient'
         """
         if self.gather == "sums":
-            batch = self._checked(logits, targets, sample_weight=sample_weight)
+            batch = self._checked(logits, targets, **values)
         else:
-            batch, _ = self._batch(logits, targets, sample_weight=sample_weight)
+            batch, _ = self._batch(logits, targets, **values)
         batch = batch._replace(logits=batch.logits.detach())
-        problems = self._problems(self._pool(batch), None)
+        pool = self._pool(batch)
+        groups = None if pool.group is None else Groups.of(pool.group)
+        problems = self._problems(pool, None, groups)
         in_batch = batch.problems(self.ignore_index, self._num_grades > 0)
         return _diagnosed(problems, in_batch, self._queue.ages())
 
@@ -246,11 +262,18 @@ class RankingLoss(RankingState):
         """The loss [C] of each ranking problem, and where it means something [C]."""
         return PerClass(1 - self.metric(problems), problems.valid)
 
-    def _problems(self, pool: Pool, processes: Processes | None) -> Problems:
+    def _problems(
+        self, pool: Pool, processes: Processes | None, groups: Groups | None = None
+    ) -> Problems:
         """The rows as ranking problems, positives as common as in deployment if that is known."""
-        is_graded = self._num_grades > 0
+        is_graded, prior = self._num_grades > 0, self._prior
         columns = pool.problems(self.ignore_index, is_graded)
-        scores, is_positive, weights, value, num_live = columns
+        lengths = None
+        if groups is not None:
+            columns = columns.within(groups)
+            lengths = groups.lengths.repeat(self.num_classes)
+            prior = None if prior is None else prior.repeat_interleave(len(groups.lengths))
+        scores, is_positive, weights, value, draws, num_live = columns
         temperature = self._temperature_now if is_traced(scores) else self.temperature
         problems = Problems(
             scores,
@@ -259,13 +282,14 @@ class RankingLoss(RankingState):
             weights,
             value=value,
             is_graded=is_graded,
-            draws=pool.draws,
+            draws=draws,
+            lengths=lengths,
             num_live=num_live,
             processes=processes,
             backend=self.backend,
         )
-        if self._prior is not None:
-            problems = problems.with_prior(self._prior.to(scores.device))
+        if prior is not None:
+            problems = problems.with_prior(prior.to(scores.device))
         if self.temperature_unit == "spread":
             problems = problems.replaced(temperature=temperature * problems.spread())
         return problems
@@ -307,7 +331,11 @@ class RankingLoss(RankingState):
         """The arguments of forward as rows."""
         _checks.boolean("return_per_class", return_per_class)
         _checks.backend(self.backend, BACKENDS, self.gather)
-        rows = Pool(*_checks.rows(self, logits, targets, num_grades=self._num_grades, **values))
+        fields = values.get("sample_weight"), values.get("group"), values.get("value")
+        rows = Pool(*_checks.rows(self, logits, targets, *fields, num_grades=self._num_grades))
+        if rows.group is not None and self.gather == "sums":
+            raise ValueError('group must be None with gather="sums": use gather="rows"')
+        self._queue.require_same_grouping(rows.group is not None)
         self._follow(rows.logits.device)
         return rows
 

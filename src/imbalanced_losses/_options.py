@@ -41,6 +41,8 @@ class RowValues(TypedDict, total=False):
     """What may come with the rows of a call."""
 
     sample_weight: Tensor | None
+    group: Tensor | None
+    value: Tensor | None
 
 
 def complete_signature(loss: type, options: Mapping[str, inspect.Parameter]) -> inspect.Signature:

@@ -82,7 +82,7 @@ class RankingState(StatefulLoss):
         if self.queue_size > 0:
             rows = self._queue.rows_beside(batch)
             if self.queue_follows_shift:
-                shift = batch.zero_with_gradient_of_mean(self.ignore_index)
+                shift = batch.zero_with_gradient_of_mean(self.ignore_index, rows.group)
                 rows = rows._replace(logits=rows.logits + shift)
             pool = batch.extend(rows)
         # Off the CPU dropping rows would wait for the device, and a compiler could not follow;

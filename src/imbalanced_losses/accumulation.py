@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._checks import arguments as _checks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from imbalanced_losses._options import RowValues
 
 __all__ = ["backward_in_micro_batches"]
 
@@ -21,8 +26,8 @@ def backward_in_micro_batches(
     targets: Tensor,
     *,
     module: nn.Module | None = None,
-    sample_weight: Tensor | None = None,
     scale: Callable[[Tensor], Tensor] | None = None,
+    **values: Unpack[RowValues],
 ) -> Tensor:
     """`loss_fn(model(rows), targets).backward()` in the memory of a micro-batch.
 
@@ -48,14 +53,14 @@ def backward_in_micro_batches(
         model: inputs of a micro-batch -> logits [n, C]; a module, or a function
             that calls one.
         loss_fn: (logits [N, C], targets) -> [], such as `SmoothAPLoss` or
-            `MixedLoss`; also gets sample_weight where there is one.
+            `MixedLoss`; also gets the values that come with rows.
         inputs: one for each micro-batch, at least one. Their rows follow each
             other as in targets.
         targets: of all rows, as for the loss.
         module: what a function calls: its running statistics and its `no_sync`
             are looked after. Not needed where model is a module itself.
-        sample_weight: as for the loss.
         scale: what multiplies the loss before its gradient is taken.
+        values: sample_weight, group and value of all rows, as for the loss.
 
     Returns:
         [], the loss of the whole batch, detached and not scaled. Gradients have
@@ -93,8 +98,8 @@ def backward_in_micro_batches(
     after = _RandomState.now()
 
     logits = torch.cat([one.logits for one in seen]).requires_grad_()
-    weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-    loss = loss_fn(logits, targets, **weights)
+    given = {name: value for name, value in values.items() if value is not None}
+    loss = loss_fn(logits, targets, **given)
     _checks.one_number("loss_fn", loss)
     (gradient,) = torch.autograd.grad(loss if scale is None else scale(loss), logits)
 

@@ -111,7 +111,7 @@ class CrossEntropy(LossModule):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit.
         """
-        logits, targets, weights = _checks.rows(self, logits, targets, sample_weight)
+        logits, targets, weights, *_ = _checks.rows(self, logits, targets, sample_weight)
         if weights is None:
             weights = logits.new_ones(targets.shape)
         self._follow(logits.device)

@@ -128,7 +128,13 @@ class MixedLoss(ScheduledLoss):
         self._settings = arguments_of(MixedLoss)
 
     def forward(
-        self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        group: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> Tensor:
         """The mix of both losses of a batch.
 
@@ -136,6 +142,7 @@ class MixedLoss(ScheduledLoss):
             logits: [N, C], as for both losses.
             targets: [N] or [N, C], as for both losses.
             sample_weight: as for both losses.
+            group, value: as for the main loss, which alone gets them.
 
         Returns:
             [] in the dtype of the losses.
@@ -149,11 +156,16 @@ class MixedLoss(ScheduledLoss):
         weight = self.main_weight
         if self.training and weight > 0:
             self._ranking._require_step()  # which a compiled loss can't tell by itself
-        values: RowValues = {} if sample_weight is None else {"sample_weight": sample_weight}
+        shared: RowValues = {} if sample_weight is None else {"sample_weight": sample_weight}
+        values: RowValues = {**shared}
+        if group is not None:
+            values["group"] = group
+        if value is not None:
+            values["value"] = value
         auxiliary: Tensor | float = 0.0
         if weight < 1:
             try:
-                found = self.auxiliary_loss(logits, targets, **values)
+                found = self.auxiliary_loss(logits, targets, **shared)
                 auxiliary = (1 - weight) * _checks.plain(found)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one

@@ -139,20 +139,39 @@ def ignore_index(value: Any, num_labels: int) -> int:
 
 
 def rows(
-    loss: Labelled, logits: Any, targets: Any, sample_weight: Any = None, *, num_grades: int = 0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of a call: logits float32 or float64, targets int64, weights like the logits."""
+    loss: Labelled,
+    logits: Any,
+    targets: Any,
+    sample_weight: Any = None,
+    group_ids: Any = None,
+    value: Any = None,
+    *,
+    num_grades: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The rows of a call: logits float32 or float64, targets int64, weights and value like the
+    logits, group int64.
+    """
     logits = _logits(logits, loss.num_classes, targets)
     targets = _targets(targets, logits, loss.multilabel)
     if sample_weight is not None:
-        sample_weight = _sample_weight(sample_weight, logits, loss.multilabel)
+        sample_weight = _of_rows("sample_weight", sample_weight, logits, loss.multilabel)
+    if value is not None:
+        value = _of_rows("value", value, logits, loss.multilabel)
+    ids = None if group_ids is None else group(group_ids, ("logits", logits), logits.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
     if loss.check_values and not logits.is_meta:
         num_labels = 2 if loss.multilabel or loss.num_classes == 1 else loss.num_classes
         labels = num_grades or num_labels, loss.ignore_index, num_grades > 0
         row_values(targets, sample_weight, weights, *labels)
-    return logits, targets.detach().to(torch.int64), weights
+    targets = targets.detach().to(torch.int64)
+    if value is not None:
+        value = value.detach().to(logits.dtype)
+        if loss.check_values and not logits.is_meta:
+            is_class = not (loss.multilabel or loss.num_classes == 1)
+            is_asked = targets != loss.ignore_index
+            _values_of_positives(value, is_asked if is_class else is_asked & (targets > 0))
+    return logits, targets, weights, value, ids
 
 
 def _logits(given: Any, num_classes: int, targets: Any = None) -> Tensor:
@@ -188,19 +207,43 @@ def _targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     return _on_device("targets", value, "logits", logits)
 
 
-def _sample_weight(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
+def _of_rows(name: str, given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N]; with multilabel labels also [N, C], which it always becomes."""
-    value = _tensor("sample_weight", given)
+    value = _tensor(name, given)
     if value.is_complex():
-        raise TypeError(f"sample_weight must be real, got {value.dtype}")
+        raise TypeError(f"{name} must be real, got {value.dtype}")
     if value.shape != logits.shape[:1] and not (multilabel and value.shape == logits.shape):
         expected = f"[{logits.shape[0]}]{f' or {list(logits.shape)}' if multilabel else ''}"
+        one = "weight" if name == "sample_weight" else "value"
         raise ValueError(
-            f"sample_weight must be {expected}, one weight a row of logits, "
-            f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits, multilabel)}"
+            f"{name} must be {expected}, one {one} a row of logits, "
+            f"got {list(value.shape)}{_fixes.of_rows(name, value, logits, multilabel)}"
         )
-    _on_device("sample_weight", value, "logits", logits)
+    _on_device(name, value, "logits", logits)
     return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
+
+
+def group(given: Any, beside: tuple[str, Tensor], num_rows: int) -> Tensor:
+    """Ids [M] of any integer dtype as int64, which unsigned ones from 2⁶³ on wrap into."""
+    value = _tensor("group", given)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"group must be integers, one id a row, got {value.dtype}")
+    if value.shape != (num_rows,):
+        fix = "; use group.reshape(-1)" if value.numel() == num_rows > 0 else ""
+        raise ValueError(
+            f"group must be [{num_rows}], one id a row of {beside[0]}, got {list(value.shape)}{fix}"
+        )
+    return _on_device("group", value, *beside).detach().to(torch.int64)
+
+
+def _values_of_positives(value: Tensor, is_positive: Tensor) -> None:
+    """Finite and ≥ 0; of other rows it is not looked at."""
+    is_good = (value >= 0) & value.isfinite() | ~is_positive
+    if is_traced(value):
+        torch._assert_async(is_good.all(), "value of a positive must be finite and >= 0")
+    elif not bool(is_good.all()):
+        first = value[~is_good][0].item()
+        raise ValueError(f"value of a positive must be finite and >= 0, got {first}")
 
 
 def _with_values(name: str, value: Tensor) -> Tensor:

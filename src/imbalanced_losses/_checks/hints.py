@@ -96,14 +96,15 @@ def of_targets(value: Tensor, logits: Tensor, multilabel: bool) -> str:
     return ""
 
 
-def of_sample_weight(value: Tensor, logits: Tensor, multilabel: bool) -> str:
-    """For weights that are not [N], nor [N, C]."""
+def of_rows(name: str, value: Tensor, logits: Tensor, multilabel: bool) -> str:
+    """For weights or values that are not [N], nor [N, C]."""
     num_rows, num_classes = logits.shape
     if value.shape == (num_classes,) and num_classes > 1:
         fix = "expand(len(logits), -1)" if multilabel else "[targets]"
-        return f"; for weights of classes use sample_weight{'.' * multilabel}{fix}"
+        what = "weights" if name == "sample_weight" else "values"
+        return f"; for {what} of classes use {name}{'.' * multilabel}{fix}"
     if value.numel() == num_rows > 0:
-        return "; use sample_weight.reshape(-1)"
+        return f"; use {name}.reshape(-1)"
     return ""
 
 

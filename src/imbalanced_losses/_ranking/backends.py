@@ -82,13 +82,11 @@ def sigmoid_sums(
 def sums_of_queries(given: Canonical, queries: Listed, weights: Tensor, backend: Backend) -> Tensor:
     """`sigmoid_sums` [Q, K] of queries that are rows of the problems, with weights [C, M, K]."""
     if given.layout.lengths is not None:
-        found = [
-            (
-                part,
-                sums_of_queries(part.of(given), part.listed(queries), part.taken(weights), backend),
-            )
-            for part in parts_of(given.layout, queries)
-        ]
+        found = []
+        for part in parts_of(given.layout, queries):
+            own = part.of(given)._replace(scores=part.repeated(given.scores))
+            taken = own, part.listed(queries), part.taken(weights)  # 0 where it is padding
+            found.append((part, sums_of_queries(*taken, backend)))
         order = torch.cat([part.queries for part, _ in found])
         return torch.cat([sums for _, sums in found])[order.argsort()]
     own, problem = queries.of_row(given.scores), queries.problem

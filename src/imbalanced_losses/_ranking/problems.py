@@ -67,7 +67,7 @@ class Problems:
         self.layout = Layout(self.is_positive.shape, lengths)
         self.given_weights, self.given_value = weights, value
         self.is_graded = is_graded  # by value, which is then > 0 of positives
-        self.draws = draws  # [M], how many rows each was drawn for; None = 1 everywhere
+        self.draws = draws  # [C or 1, M], how many rows each was drawn for; None = 1 everywhere
         self.temperature = temperature
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes

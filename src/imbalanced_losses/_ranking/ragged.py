@@ -51,6 +51,11 @@ class Part(NamedTuple):
         weights = None if queries.weights is None else queries.weights[self.queries]
         return Listed(queries.rows, self.problem, self.row, weights, None, len(self.problems))
 
+    def repeated(self, values: Tensor) -> Tensor:
+        """A value [1, S] of each of their rows, that of the first row again for padding."""
+        is_padding = self.rows == values.shape[1]
+        return values[0][torch.where(is_padding, self.rows[:, :1], self.rows)]
+
     def taken(self, values: Tensor, padding: float = 0) -> Tensor:
         """A value [1, S, ...] of each of their rows."""
         last = values.new_full((1, *values.shape[2:]), padding)

@@ -257,14 +257,16 @@ def _twice_differentiable_gradient(
     ctx: Any, scores: Tensor, rest: list[Tensor], grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient in scores and temperature as a function that autograd can go through."""
-    tau = {"temperature": rest[0]} if rest else {}
-    problems = ctx.again(scores=scores, **tau)
+    # Views, so that what the temperature owes to the scores is not told twice.
+    wanted = [tensor.view_as(tensor) for tensor in (scores, *rest[:1])]
+    tau = {"temperature": wanted[1]} if rest else {}
+    problems = ctx.again(scores=wanted[0], **tau)
     total = _differentiable(problems, ctx.asked).view(grad.shape)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
-        (by_scores,) = torch.autograd.grad(total, scores, grad, create_graph=True)
+        (by_scores,) = torch.autograd.grad(total, wanted[0], grad, create_graph=True)
     if rest and ctx.needs_input_grad[1]:
-        (by_temperature,) = torch.autograd.grad(total, rest[0], grad, create_graph=True)
+        (by_temperature,) = torch.autograd.grad(total, wanted[1], grad, create_graph=True)
     return by_scores, by_temperature
 
 

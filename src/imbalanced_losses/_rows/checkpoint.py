@@ -41,6 +41,8 @@ class Saved(NamedTuple):
     num_steps: int
     cursor: int
     is_weighted: bool
+    is_valued: bool
+    is_grouped: bool
     slots: Pool  # [size] as they stand; weight 0 and ignore_index at those that are free
 
 
@@ -87,7 +89,7 @@ def _checksum(words: Tensor) -> Tensor:
 
 def pack_ranking(saved: Saved) -> Tensor:
     """The state of a ranking loss as bytes, as many for every state of it."""
-    slots = saved.slots
+    slots = saved.slots.filled_like()
     is_wide = slots.logits.dtype == torch.float64
     form = (slots.logits.shape[1], slots.targets.dim() - 1, is_wide)
     return pack((*form, *saved[:-1]), slots.packed())
@@ -99,7 +101,8 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int, num_labels: int) -
     Raises:
         AveragedState, TypeError, ValueError: it can't.
     """
-    (*form, is_wide, temperature, num_steps, cursor, is_weighted), values = unpack(state, 7)
+    numbers, values = unpack(state, 9)
+    form, (is_wide, temperature, num_steps, cursor, *flags) = numbers[:2], numbers[2:]
     num_classes, is_multilabel = now.slots.logits.shape[1], now.slots.targets.dim() - 1
     if form != [num_classes, is_multilabel]:
         raise ValueError(
@@ -119,7 +122,9 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int, num_labels: int) -
             f"targets must be in 0..{num_labels - 1}, or ignore_index={ignore_index} "
             f"(num_classes and ignore_index of this loss), got {int(targets[is_bad][0])}"
         )
-    return Saved(temperature, int(num_steps), int(cursor), bool(is_weighted), slots)
+    is_weighted, is_valued, is_grouped = map(bool, flags)
+    counts = int(num_steps), int(cursor)
+    return Saved(temperature, *counts, is_weighted, is_valued, is_grouped, slots)
 
 
 def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict[str, Any]:
@@ -147,7 +152,8 @@ def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict
         weights = weights[:, None].expand(targets.shape)
     if targets.is_floating_point() and bool((targets != targets.trunc()).any()):
         raise ValueError(f"{prefix}_queue.targets must be integers, as they were saved")
-    numbers = {"temperature": now.temperature, "num_steps": now.num_steps, "is_weighted": False}
+    numbers = {"temperature": now.temperature, "num_steps": now.num_steps}
+    numbers |= {"is_weighted": False, "is_valued": False, "is_grouped": False}
     numbers |= {name: _number(name, found[name]) for name in (*numbers, "cursor") if name in found}
     saved = Saved(**numbers, slots=Pool(logits, targets, weights))  # type: ignore[arg-type]
     return _with_state(state_dict, prefix, keys, pack_ranking(saved))

@@ -32,7 +32,7 @@ _DTYPES = (torch.float32, torch.float64)
 # Settings that are words, which travel as their place in this list.
 _WORDS = sorted({*get_args(Gather), *get_args(Reduction), *get_args(TemperatureUnit)})
 # What ranks may differ in.
-_OWN = ("failed", "rows", "weighted", "differentiated")
+_OWN = ("failed", "rows", "weighted", "valued", "differentiated")
 
 
 class Group:
@@ -116,12 +116,13 @@ def gather(
                 f"ranks disagree on {name}: rank 0, 1, … have {shown}; it has to be the same on all"
             )
 
-    is_weighted = any(header["weighted"] for header in headers)
     is_differentiated = any(header["differentiated"] for header in headers)
     factor = group.size() if grad_reduce == "mean" else 1
+    filled = batch.filled_like()
     own = batch._replace(
         logits=_ScaleGradient.apply(batch.logits, factor),
-        weights=batch.row_weights() if is_weighted else None,
+        weights=filled.weights if any(header["weighted"] for header in headers) else None,
+        value=filled.value if any(header["valued"] for header in headers) else None,
     )
     if how == "sums":
         return own, Shards(group, is_differentiated)
@@ -191,12 +192,8 @@ def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     ]
     rank = dist.get_rank(group.handle)
     parts[rank] = parts[rank]._replace(logits=own.logits)
-    logits = torch.cat([part.logits for part in parts])
-    targets = torch.cat([part.targets for part in parts])
-    weights = None
-    if own.weights is not None:
-        weights = torch.cat([part.row_weights() for part in parts])
-    return Pool(logits, targets, weights)
+    fields = zip(*(part[:5] for part in parts), strict=True)
+    return Pool.of(None if field[0] is None else torch.cat(field) for field in fields)
 
 
 def _exchanged_headers(
@@ -207,6 +204,8 @@ def _exchanged_headers(
         "failed": 1,
         "rows": 0,
         "weighted": 0,
+        "valued": 0,
+        "group": 0,
         "differentiated": 0,
         "classes": 0,
         "target columns": 0,
@@ -216,6 +215,8 @@ def _exchanged_headers(
         header["failed"] = 0
         header["rows"] = len(batch.logits)
         header["weighted"] = int(batch.weights is not None)
+        header["valued"] = int(batch.value is not None)
+        header["group"] = int(batch.group is not None)
         header["differentiated"] = int(torch.is_grad_enabled() and batch.logits.requires_grad)
         header["classes"] = batch.logits.shape[1]
         header["target columns"] = batch.targets.shape[1:].numel()
