@@ -14,11 +14,13 @@ import imbalanced_losses
 from imbalanced_losses import (
     CrossEntropy,
     Diagnostics,
+    GroupBatchSampler,
     MixedLoss,
     SmoothAPLoss,
     accumulation,
     distributed,
     functional,
+    sampling,
 )
 
 CLASSES = {
@@ -26,6 +28,7 @@ CLASSES = {
     "MixedLoss": MixedLoss,
     "CrossEntropy": CrossEntropy,
     "Diagnostics": Diagnostics,
+    "GroupBatchSampler": GroupBatchSampler,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
@@ -150,7 +153,7 @@ def test_it_fits_80_columns(thing: Any) -> None:
 
 
 def test_the_package_describes_itself() -> None:
-    for module in (imbalanced_losses, functional, accumulation, distributed):
+    for module in (imbalanced_losses, functional, accumulation, distributed, sampling):
         assert module.__doc__
 
 

@@ -9,10 +9,12 @@ from imbalanced_losses.ndcg_loss import NDCGLoss
 from imbalanced_losses.partial_auc_loss import PartialAUCLoss
 from imbalanced_losses.recall_at_fpr_loss import RecallAtFPRLoss
 from imbalanced_losses.recall_at_k_loss import RecallAtKLoss
+from imbalanced_losses.sampling import GroupBatchSampler
 
 __all__ = [
     "CrossEntropy",
     "Diagnostics",
+    "GroupBatchSampler",
     "MixedLoss",
     "NDCGLoss",
     "PartialAUCLoss",

@@ -84,8 +84,8 @@ def sums_of_queries(given: Canonical, queries: Listed, weights: Tensor, backend:
     if given.layout.lengths is not None:
         found = []
         for part in parts_of(given.layout, queries):
-            own = part.of(given)._replace(scores=part.repeated(given.scores))
-            taken = own, part.listed(queries), part.taken(weights)  # 0 where it is padding
+            alone = part.of(given)._replace(scores=part.repeated(given.scores))
+            taken = alone, part.listed(queries), part.taken(weights)  # 0 where it is padding
             found.append((part, sums_of_queries(*taken, backend)))
         order = torch.cat([part.queries for part, _ in found])
         return torch.cat([sums for _, sums in found])[order.argsort()]

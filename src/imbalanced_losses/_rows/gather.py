@@ -61,6 +61,10 @@ class Group:
             return 1
         return dist.get_world_size(self.handle)
 
+    def rank(self) -> int:
+        """This rank's place among them; 0 without torch.distributed."""
+        return 0 if self.size() == 1 else dist.get_rank(self.handle)
+
     def summed(self, numbers: list[int], device: torch.device | str | None) -> list[int]:
         """The sum over ranks of each number; None: on a device that the group can send from."""
         if device is None:
