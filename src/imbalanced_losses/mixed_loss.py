@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.tensors import plain
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import arguments_of
@@ -154,7 +155,7 @@ class MixedLoss(ScheduledLoss):
         if weight < 1:
             try:
                 found = self.auxiliary_loss(logits, targets, **values)
-                auxiliary = (1 - weight) * _checks.plain(found)
+                auxiliary = (1 - weight) * plain(found)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one
                     self._ranking._batch(logits, targets, error=error, **values)
