@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,27 +84,26 @@ def backward_in_micro_batches(
     """
     _checks.micro_batches(inputs)
     called = _checks.called_module(model, module)
-    seen: list[_Seen] = []
+    random, seen = [], []  # the generators before each micro-batch, and its logits
     with torch.no_grad(), _buffers_kept(called):
         for rows in inputs:
-            random = _RandomState.now()
-            seen.append(_Seen(model(rows), random))
+            random.append(_random_state())
+            seen.append(model(rows))
     torch.clear_autocast_cache()  # weights cast without gradient are not for the second pass
-    after = _RandomState.now()
+    after = _random_state()
 
-    logits = torch.cat([one.logits for one in seen]).requires_grad_()
+    logits = torch.cat(seen).requires_grad_()
     weights = {} if sample_weight is None else {"sample_weight": sample_weight}
     loss = loss_fn(logits, targets, **weights)
     _checks.one_number("loss_fn", loss)
     (gradient,) = torch.autograd.grad(loss if scale is None else scale(loss), logits)
 
-    parts = gradient.split([len(one.logits) for one in seen])
+    parts = gradient.split([len(one) for one in seen])
+    unsynchronised = getattr(called, "no_sync", nullcontext)
     try:
-        for k, (rows, one, part) in enumerate(zip(inputs, seen, parts, strict=True)):
-            one.random.restore()
-            with (
-                nullcontext() if k == len(inputs) - 1 else getattr(called, "no_sync", nullcontext)()
-            ):
+        for k, (rows, state, part) in enumerate(zip(inputs, random, parts, strict=True)):
+            _restore(state)
+            with nullcontext() if k == len(inputs) - 1 else unsynchronised():
                 again = model(rows)
                 if again.shape != part.shape:
                     raise RuntimeError(
@@ -113,32 +112,21 @@ def backward_in_micro_batches(
                     )
                 again.backward(part.to(again.dtype))
     finally:
-        after.restore()
+        _restore(after)
     return loss.detach()
 
 
-class _RandomState(NamedTuple):
-    """The random generators of the CPU and of the current CUDA device."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-
-    @classmethod
-    def now(cls) -> _RandomState:
-        is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_used else None)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+def _random_state() -> list[Tensor]:
+    """Of the generators of the CPU and, where it is in use, of the current CUDA device."""
+    is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if is_used else [])]
 
 
-class _Seen(NamedTuple):
-    """A micro-batch in the first pass."""
-
-    logits: Tensor
-    random: _RandomState  # before it
+def _restore(random_state: list[Tensor]) -> None:
+    of_cpu, *of_cuda = random_state
+    torch.set_rng_state(of_cpu)
+    for state in of_cuda:
+        torch.cuda.set_rng_state(state)
 
 
 @contextmanager

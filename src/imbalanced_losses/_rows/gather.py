@@ -10,7 +10,7 @@ The only file that knows torch.distributed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -28,11 +28,11 @@ else:
 
 __all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
-_DTYPES = (torch.float32, torch.float64)
 # Settings that are words, which travel as their place in this list.
 _WORDS = sorted({*get_args(Gather), *get_args(Reduction), *get_args(TemperatureUnit)})
 # What ranks may differ in.
 _OWN = ("failed", "rows", "weighted", "differentiated")
+_HEADER = (*_OWN, "classes", "target columns", "dtype")  # then the settings
 
 
 class Group:
@@ -148,10 +148,7 @@ class Shards:
     def concatenated(self, rows: Tensor) -> Tensor:
         length = torch.tensor([len(rows)], device=rows.device)
         lengths = [int(one) for one in _all_gather(length, self.group)]
-        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = zip(_all_gather(padded, self.group), lengths, strict=True)
-        return torch.cat([part[:length] for part, length in parts])
+        return torch.cat(_all_rows(rows, lengths, self.group))
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -183,45 +180,38 @@ class _ScaleGradient(torch.autograd.Function):
 
 def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     """The rows of all ranks in rank order; the gradient reaches this one's."""
-    rows = own.packed()
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(lengths) - rows.shape[0]))
     parts = [
-        own.unpacked(part[:length], own.logits.dtype)
-        for part, length in zip(_all_gather(rows, group), lengths, strict=True)
+        own.unpacked(rows, own.logits.dtype) for rows in _all_rows(own.packed(), lengths, group)
     ]
     rank = dist.get_rank(group.handle)
     parts[rank] = parts[rank]._replace(logits=own.logits)
     logits = torch.cat([part.logits for part in parts])
     targets = torch.cat([part.targets for part in parts])
-    weights = None
-    if own.weights is not None:
-        weights = torch.cat([part.row_weights() for part in parts])
-    return Pool(logits, targets, weights)
+    if own.weights is None:
+        return Pool(logits, targets, None)
+    return Pool(logits, targets, torch.cat([part.row_weights() for part in parts]))
+
+
+def _all_rows(rows: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
+    """The rows [n, …] of each rank, sent as many as the longest has."""
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = zip(_all_gather(padded, group), lengths, strict=True)
+    return [part[:length] for part, length in parts]
 
 
 def _exchanged_headers(
     batch: Pool | Exception, settings: Mapping[str, Any], device: torch.device, group: Group
 ) -> list[dict[str, float]]:
     """What each rank is about to send."""
-    header: dict[str, float] = {
-        "failed": 1,
-        "rows": 0,
-        "weighted": 0,
-        "differentiated": 0,
-        "classes": 0,
-        "target columns": 0,
-        "dtype": 0,
-    }
+    own: Sequence[float] = (1, *(0 for _ in _HEADER[1:]))
     if isinstance(batch, Pool):
-        header["failed"] = 0
-        header["rows"] = len(batch.logits)
-        header["weighted"] = int(batch.weights is not None)
-        header["differentiated"] = int(torch.is_grad_enabled() and batch.logits.requires_grad)
-        header["classes"] = batch.logits.shape[1]
-        header["target columns"] = batch.targets.shape[1:].numel()
-        header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
-    for name, value in settings.items():
-        header[name] = _as_number(value)
+        logits, targets, weights, _ = batch
+        is_differentiated = torch.is_grad_enabled() and logits.requires_grad
+        own = (0, len(logits), weights is not None, is_differentiated, logits.shape[1])
+        own += (targets.shape[1:].numel(), torch.finfo(logits.dtype).bits)
+    header = dict(zip(_HEADER, own, strict=True))
+    header |= {name: _as_number(setting) for name, setting in settings.items()}
     values = torch.tensor(list(header.values()), dtype=torch.float64, device=device)
     rows = [row.tolist() for row in _all_gather(values, group)]
     return [dict(zip(header, row, strict=True)) for row in rows]
