@@ -26,23 +26,20 @@ def backward_in_micro_batches(
 ) -> Tensor:
     """`loss_fn(model(rows), targets).backward()` in the memory of a micro-batch.
 
-    A ranking loss does not split: the sum of the losses of micro-batches ranks
-    each of them by itself, and its gradient is not that of the batch. This
-    makes a first pass without gradient for the logits of all rows, takes the
-    loss and its gradient there, and sends that gradient through a second pass,
-    micro-batch by micro-batch. The network runs forward twice, the loss once.
+    A ranking loss does not split: losses of micro-batches rank each of them by
+    itself. A first pass without gradient gives the logits of all rows, and a
+    second sends the gradient of their loss through the network, micro-batch by
+    micro-batch. The network runs forward twice, the loss once.
 
     The second pass draws the random numbers of the first (dropout), and running
-    statistics in buffers (batch normalisation) move in the second only. What
-    differs from one pass with all rows: batch normalisation takes the
-    statistics of a micro-batch, as with any accumulation, and where a network
-    draws random numbers they fall otherwise.
+    statistics in buffers move in the second only. Batch normalisation takes the
+    statistics of a micro-batch, as with any accumulation, and random numbers
+    fall otherwise than in one pass with all rows.
 
     A module with `no_sync`, such as DistributedDataParallel, synchronises
     gradients in the last micro-batch alone; every rank needs as many
-    micro-batches. Under autocast, call it within the context (equal then to the
-    rounding of the low precision); with a GradScaler, pass `scale=scaler.scale`
-    and step as usual.
+    micro-batches. Under autocast, call it within the context; with a
+    GradScaler, pass `scale=scaler.scale` and step as usual.
 
     Args:
         model: inputs of a micro-batch -> logits [n, C]; a module, or a function

@@ -27,11 +27,9 @@ class MixedLoss(ScheduledLoss):
     A constant mix is the first choice: cross-entropy gives every row a gradient
     and the logits a scale, the ranking loss aims at Average Precision.
     Optionally training begins with the auxiliary loss alone (w = 0), then
-    blends linearly to `main_weight`, and the temperature of the main loss is
-    annealed from the moment when it takes part.
-
-    The schedule counts training-mode calls, so there is nothing to call but the
-    loss itself, and is part of the checkpoint: a resumed run goes on exactly.
+    blends linearly to `main_weight`, and the main loss's temperature is
+    annealed. The schedule counts training-mode calls and is part of the
+    checkpoint: a resumed run goes on exactly.
 
     Args:
         auxiliary_loss: (logits, targets) -> [], such as `CrossEntropy`; also

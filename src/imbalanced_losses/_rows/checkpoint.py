@@ -15,18 +15,10 @@ from imbalanced_losses._rows.pool import Pool
 _FORMAT = 1.0
 # Keys up to version 0.9, those that begin with _q up to 0.6, and what each holds.
 _OLDER = {
-    "_queue.logits": "logits",
-    "_queue.targets": "targets",
-    "_queue.weights": "weights",
-    "_queue.cursor": "cursor",
-    "_queue.is_weighted": "is_weighted",
-    "temperature": "temperature",
-    "num_steps": "num_steps",
-    "_queue._q_logits": "logits",
-    "_queue._q_targets": "targets",
-    "_queue._q_weight": "weights",
-    "_queue._q_ptr": "cursor",
-    "_queue._q_iid": "",  # of no use
+    **{f"_queue.{x}": x for x in ("logits", "targets", "weights", "cursor", "is_weighted")},
+    **{x: x for x in ("temperature", "num_steps")},
+    **{"_queue._q_logits": "logits", "_queue._q_targets": "targets", "_queue._q_weight": "weights"},
+    **{"_queue._q_ptr": "cursor", "_queue._q_iid": ""},  # the last is of no use
 }
 
 
@@ -94,11 +86,7 @@ def pack_ranking(saved: Saved) -> Tensor:
 
 
 def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
-    """The state that was packed, if a loss whose state is `now` can take it.
-
-    Raises:
-        AveragedState, TypeError, ValueError: it can't.
-    """
+    """The state that was packed, if a loss whose state is `now` can take it; raises as `unpack`."""
     (*form, is_wide, temperature, num_steps, cursor, is_weighted), values = unpack(state, 7)
     num_classes, is_multilabel = now.slots.logits.shape[1], now.slots.targets.dim() - 1
     if form != [num_classes, is_multilabel]:
@@ -126,10 +114,8 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
 def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict[str, Any]:
     """A copy in which a ranking loss saved by a version up to 0.9 has the form of this one.
 
-    Where the queue lacks a part the keys stay as they are, for `strict` to judge.
-
-    Args:
-        now: the state of the loss, for what a version did not save.
+    What a version did not save is as `now`, in the loss. Where the queue lacks a part the keys
+    stay as they are, for `strict` to judge.
 
     Raises:
         TypeError, ValueError: values that no version has saved.

@@ -81,22 +81,15 @@ def gather(
 ) -> tuple[Pool, Processes | None]:
     """The rows that this rank is to rank, and what it exchanges with others to do so.
 
-    "rows": those of all ranks, in rank order, the same on every rank, and nothing to exchange.
-    "sums": its own, and the sums of all ranks.
-
-    Gradient flows to the rank's own rows. Trainers that average gradients over ranks get it
-    multiplied by the number of ranks: the average of world_size × (own part) is the sum of the
-    parts, which is the gradient of one process with all rows. The value of the loss is not scaled.
-
-    Collectives: a header of fixed size, and for "rows" one payload, padded to the longest rank.
+    Gradient flows to the rank's own rows. A trainer that averages gradients over ranks gets it
+    multiplied by their number: the average of world_size × (own part) is the sum of the parts,
+    which is the gradient of one process with all rows. The value of the loss is not scaled.
 
     Args:
         batch: this rank's rows, or the error that kept it from having any.
         settings: what has to be the same on every rank, by name.
         device: of the collectives.
-        group: the ranks.
-        how: what ranks send each other.
-        grad_reduce: what the trainer does with the gradients of the ranks.
+        group, how, grad_reduce: as the loss was given them.
 
     Raises:
         TypeError, ValueError: on every rank, the error of the first rank that has one.
