@@ -15,10 +15,18 @@ from imbalanced_losses._rows.pool import Pool
 _FORMAT = 1.0
 # Keys up to version 0.9, those that begin with _q up to 0.6, and what each holds.
 _OLDER = {
-    **{f"_queue.{x}": x for x in ("logits", "targets", "weights", "cursor", "is_weighted")},
-    **{x: x for x in ("temperature", "num_steps")},
-    **{"_queue._q_logits": "logits", "_queue._q_targets": "targets", "_queue._q_weight": "weights"},
-    **{"_queue._q_ptr": "cursor", "_queue._q_iid": ""},  # the last is of no use
+    "_queue.logits": "logits",
+    "_queue.targets": "targets",
+    "_queue.weights": "weights",
+    "_queue.cursor": "cursor",
+    "_queue.is_weighted": "is_weighted",
+    "temperature": "temperature",
+    "num_steps": "num_steps",
+    "_queue._q_logits": "logits",
+    "_queue._q_targets": "targets",
+    "_queue._q_weight": "weights",
+    "_queue._q_ptr": "cursor",
+    "_queue._q_iid": "",  # of no use
 }
 
 
