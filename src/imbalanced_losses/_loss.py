@@ -176,11 +176,10 @@ class RankingLoss(RankingState):
         Returns:
             loss: [] float32 (float64 for float64 logits), [C] for
                 reduction="none". Exactly 0, attached to the graph, when no
-                class is valid.
+                class is valid. Alone, without return_per_class=True.
             per_class: [C], NaN at classes without a positive or without a
-                negative in the pool. Only with return_per_class=True.
-            valid: [C] bool, False at those classes. Only with
-                return_per_class=True.
+                negative in the pool.
+            valid: [C] bool, False at those classes.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.

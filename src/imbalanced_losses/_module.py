@@ -19,9 +19,9 @@ from imbalanced_losses._rows.queue import MemoryQueue
 class LossModule(nn.Module):
     """A module that no tool which handles weights can spoil.
 
-    What averages, broadcasts, casts, shares or initialises weights walks over parameters and
-    buffers. A loss has neither: its tensors are plain attributes, which follow the module's device
-    alone, and its state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
+    What averages, casts, shares or initialises weights walks over parameters and buffers. A loss
+    has neither: its tensors are plain attributes, which follow the module's device alone, and its
+    state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
     """
 
     _settings: Mapping[str, Any] = {}  # once constructed: its arguments and their defaults
@@ -131,9 +131,8 @@ class StatefulLoss(LossModule):
         """Take a state as `load_state_dict` does.
 
         Args:
-            state: of `get_extra_state`. What is no tensor is left alone:
-                `torch.distributed.checkpoint` has such a mark for a missing
-                state.
+            state: of `get_extra_state`; what is no tensor, as DCP's mark for a
+                missing state, is left alone.
         """
         if not isinstance(state, Tensor):
             return

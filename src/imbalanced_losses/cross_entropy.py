@@ -56,16 +56,13 @@ class CrossEntropy(LossModule):
         tensor(0.1733)
 
     Note:
-        In distributed training it is the mean over the rank's rows, and
-        trainers average that over ranks: the mean over all rows where ranks
-        hold as many.
+        In distributed training it is the mean over the rank's rows, and the
+        trainer's average the mean over all rows where ranks hold as many.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
     arXiv 1708.02002, eq. 4, for gamma.
     """
 
-    #: Compare the values of targets and sample_weight with what is allowed; reads one bool back
-    #: from the device in each forward pass.
     check_values: bool = True
     _anchor = "class_weight"
 
@@ -96,12 +93,11 @@ class CrossEntropy(LossModule):
         """The mean cross-entropy of a batch.
 
         Args:
-            logits: [N, C] floating; float16 and bfloat16 are computed in
-                float32.
+            logits: [N, C] floating; below float32 computed in float32.
             targets: [N] integers in {0..C-1}, {0, 1} for one class, or
                 ignore_index; [N, C] with multilabel=True.
-            sample_weight: [N], finite and ≥ 0: how many rows each row stands
-                for. With multilabel=True also [N, C].
+            sample_weight: [N] ≥ 0: how many rows each row stands for. With
+                multilabel=True also [N, C].
 
         Returns:
             [] ≥ 0, float32 (float64 for float64 logits); 0, attached to the

@@ -138,16 +138,6 @@ def _classes(where: Tensor) -> str:
     return f"class {shown}" if len(numbers) == 1 else f"{len(numbers)} classes ({shown})"
 
 
-class _OfClass(NamedTuple):
-    """One class, [] each."""
-
-    ap: Tensor
-    active_pairs: Tensor
-    active_positives: Tensor
-    num_positives: Tensor
-    num_rows: Tensor
-
-
 def _diagnosed(problems: Problems, in_batch: Columns, ages: Tensor) -> Diagnostics:
     """The diagnostics of a pool's problems, whose scores are detached."""
     scores, weights, positive = problems.scores, problems.weights, problems.is_positive
@@ -183,8 +173,12 @@ def _diagnosed(problems: Problems, in_batch: Columns, ages: Tensor) -> Diagnosti
 
 def _of_class(
     scores: Tensor, is_positive: Tensor, weights: Tensor, temperature: Tensor
-) -> _OfClass:
-    """Of scores [M] of one class, exact and in O(M log M)."""
+) -> tuple[Tensor, ...]:
+    """Of scores [M] of one class, exact and in O(M log M).
+
+    Returns:
+        [] each: AP, shares of active pairs and positives, numbers of positives and of rows.
+    """
     present = weights > 0
     scores, is_positive = scores[present], is_positive[present]
     weights = weights[present].double()
@@ -194,9 +188,7 @@ def _of_class(
     queries, own = scores[is_positive], weights[is_positive]
     # Rows at least as high as each positive: a tie counts, as in scikit-learn.
     first = torch.searchsorted(scores, queries).clamp(max=len(scores) - 1)  # NaN is beyond all
-    above = [
-        _sum_from(weights * chosen)[first] for chosen in (torch.ones_like(weights), is_positive)
-    ]
+    above = _sum_from(torch.stack((weights, weights * is_positive)))[:, first]
     ap = (own * above[1] / above[0]).sum() / own.sum()
 
     negatives = scores[~is_positive]
@@ -204,7 +196,7 @@ def _of_class(
     low = torch.searchsorted(negatives, queries - reach)
     high = torch.searchsorted(negatives, queries + reach, right=True)
     near = (high - low).double()  # negatives within reach of each positive
-    return _OfClass(
+    return (
         ap,
         near.mean() / max(1, len(negatives)),
         (near > 0).double().mean(),
@@ -214,5 +206,5 @@ def _of_class(
 
 
 def _sum_from(weights: Tensor) -> Tensor:
-    """[M]: the sum of each row's weight and those after it."""
-    return weights.flip(0).cumsum(0).flip(0)
+    """[…, M]: the sum of each row's weight and those after it."""
+    return weights.flip(-1).cumsum(-1).flip(-1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.tensors import plain
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import arguments_of
@@ -26,11 +27,9 @@ class MixedLoss(ScheduledLoss):
     A constant mix is the first choice: cross-entropy gives every row a gradient
     and the logits a scale, the ranking loss aims at Average Precision.
     Optionally training begins with the auxiliary loss alone (w = 0), then
-    blends linearly to `main_weight`, and the temperature of the main loss is
-    annealed from the moment when it takes part.
-
-    The schedule counts training-mode calls, so there is nothing to call but the
-    loss itself, and is part of the checkpoint: a resumed run goes on exactly.
+    blends linearly to `main_weight`, and the main loss's temperature is
+    annealed. The schedule counts training-mode calls and is part of the
+    checkpoint: a resumed run goes on exactly.
 
     Args:
         auxiliary_loss: (logits, targets) -> [], such as `CrossEntropy`; also
@@ -166,7 +165,7 @@ class MixedLoss(ScheduledLoss):
         if weight < 1:
             try:
                 found = self.auxiliary_loss(logits, targets, **shared)
-                auxiliary = (1 - weight) * _checks.plain(found)
+                auxiliary = (1 - weight) * plain(found)
             except Exception as error:
                 if weight > 0:  # ranks that rank together wait for this one
                     self._ranking._batch(logits, targets, error=error, **values)

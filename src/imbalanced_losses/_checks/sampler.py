@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imbalanced_losses._checks import arguments as _arguments
+from imbalanced_losses._checks.arguments import integer
+from imbalanced_losses._checks.tensors import fits, of_bools, tensor, with_values
 
 
 def groups(ids_given: Any, is_positive: Any) -> tuple[Tensor, Tensor]:
     """What a sampler of groups is made of: [N] int64 and [N] bool, on the CPU."""
-    ids = _arguments._with_values("group", _arguments._tensor("group", ids_given))
+    ids = with_values("group", tensor("group", ids_given))
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"group must be integers, got {ids.dtype}")
     if ids.dim() != 1 or len(ids) == 0:
         raise ValueError(f"group must be [N] with N > 0, got {list(ids.shape)}")
     if is_positive is None:
         return ids.cpu().long(), torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-    positive = _arguments._fits(
-        "is_positive", _arguments._bool(is_positive), ("group", ids), ids.shape
-    )
+    positive = fits("is_positive", of_bools(is_positive), ("group", ids), ids.shape)
     return ids.cpu().long(), positive.cpu()
 
 
@@ -34,9 +33,7 @@ def place(num_replicas: Any, rank: Any) -> tuple[int, int] | None:
         raise ValueError(
             f"num_replicas and rank must be given together, got {num_replicas!r} and {rank!r}"
         )
-    if _arguments.integer("rank", rank, minimum=0) >= _arguments.integer(
-        "num_replicas", num_replicas, minimum=1
-    ):
+    if integer("rank", rank, minimum=0) >= integer("num_replicas", num_replicas, minimum=1):
         raise ValueError(f"rank must be in 0..{num_replicas - 1} (num_replicas), got {rank}")
     return int(num_replicas), int(rank)
 
@@ -53,7 +50,7 @@ def num_batches(num_groups: int, in_step: int, drop_last: bool) -> int:
 
 def num_consumed(value: Any, num_batches: int) -> int:
     """A number of batches of one epoch."""
-    if _arguments.integer("num_consumed", value, minimum=0) > num_batches:
+    if integer("num_consumed", value, minimum=0) > num_batches:
         raise ValueError(
             f"num_consumed must be in 0..{num_batches}, batches of one epoch, got {value}"
         )

@@ -96,11 +96,7 @@ def pack_ranking(saved: Saved) -> Tensor:
 
 
 def unpack_ranking(state: Any, now: Saved, ignore_index: int, num_labels: int) -> Saved:
-    """The state that was packed, if a loss whose state is `now` can take it.
-
-    Raises:
-        AveragedState, TypeError, ValueError: it can't.
-    """
+    """The state that was packed, if a loss whose state is `now` can take it; raises as `unpack`."""
     numbers, values = unpack(state, 9)
     form, (is_wide, temperature, num_steps, cursor, *flags) = numbers[:2], numbers[2:]
     num_classes, is_multilabel = now.slots.logits.shape[1], now.slots.targets.dim() - 1
@@ -130,10 +126,8 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int, num_labels: int) -
 def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict[str, Any]:
     """A copy in which a ranking loss saved by a version up to 0.9 has the form of this one.
 
-    Where the queue lacks a part the keys stay as they are, for `strict` to judge.
-
-    Args:
-        now: the state of the loss, for what a version did not save.
+    What a version did not save is as `now`, in the loss. Where the queue lacks a part the keys
+    stay as they are, for `strict` to judge.
 
     Raises:
         TypeError, ValueError: values that no version has saved.

@@ -10,7 +10,7 @@ The only file that knows torch.distributed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -28,11 +28,11 @@ else:
 
 __all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
-_DTYPES = (torch.float32, torch.float64)
 # Settings that are words, which travel as their place in this list.
 _WORDS = sorted({*get_args(Gather), *get_args(Reduction), *get_args(TemperatureUnit)})
 # What ranks may differ in.
 _OWN = ("failed", "rows", "weighted", "valued", "differentiated")
+_HEADER = (*_OWN, "group", "classes", "target columns", "dtype")  # then the settings
 
 
 class Group:
@@ -85,22 +85,15 @@ def gather(
 ) -> tuple[Pool, Processes | None]:
     """The rows that this rank is to rank, and what it exchanges with others to do so.
 
-    "rows": those of all ranks, in rank order, the same on every rank, and nothing to exchange.
-    "sums": its own, and the sums of all ranks.
-
-    Gradient flows to the rank's own rows. Trainers that average gradients over ranks get it
-    multiplied by the number of ranks: the average of world_size × (own part) is the sum of the
-    parts, which is the gradient of one process with all rows. The value of the loss is not scaled.
-
-    Collectives: a header of fixed size, and for "rows" one payload, padded to the longest rank.
+    Gradient flows to the rank's own rows. A trainer that averages gradients over ranks gets it
+    multiplied by their number: the average of world_size × (own part) is the sum of the parts,
+    which is the gradient of one process with all rows. The value of the loss is not scaled.
 
     Args:
         batch: this rank's rows, or the error that kept it from having any.
         settings: what has to be the same on every rank, by name.
         device: of the collectives.
-        group: the ranks.
-        how: what ranks send each other.
-        grad_reduce: what the trainer does with the gradients of the ranks.
+        group, how, grad_reduce: as the loss was given them.
 
     Raises:
         TypeError, ValueError: on every rank, the error of the first rank that has one.
@@ -153,10 +146,7 @@ class Shards:
     def concatenated(self, rows: Tensor) -> Tensor:
         length = torch.tensor([len(rows)], device=rows.device)
         lengths = [int(one) for one in _all_gather(length, self.group)]
-        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = zip(_all_gather(padded, self.group), lengths, strict=True)
-        return torch.cat([part[:length] for part, length in parts])
+        return torch.cat(_all_rows(rows, lengths, self.group))
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -188,11 +178,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     """The rows of all ranks in rank order; the gradient reaches this one's."""
-    rows = own.packed()
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(lengths) - rows.shape[0]))
     parts = [
-        own.unpacked(part[:length], own.logits.dtype)
-        for part, length in zip(_all_gather(rows, group), lengths, strict=True)
+        own.unpacked(rows, own.logits.dtype) for rows in _all_rows(own.packed(), lengths, group)
     ]
     rank = dist.get_rank(group.handle)
     parts[rank] = parts[rank]._replace(logits=own.logits)
@@ -200,33 +187,27 @@ def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     return Pool.of(None if field[0] is None else torch.cat(field) for field in fields)
 
 
+def _all_rows(rows: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
+    """The rows [n, …] of each rank, sent as many as the longest has."""
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = zip(_all_gather(padded, group), lengths, strict=True)
+    return [part[:length] for part, length in parts]
+
+
 def _exchanged_headers(
     batch: Pool | Exception, settings: Mapping[str, Any], device: torch.device, group: Group
 ) -> list[dict[str, float]]:
     """What each rank is about to send."""
-    header: dict[str, float] = {
-        "failed": 1,
-        "rows": 0,
-        "weighted": 0,
-        "valued": 0,
-        "group": 0,
-        "differentiated": 0,
-        "classes": 0,
-        "target columns": 0,
-        "dtype": 0,
-    }
+    own: Sequence[float] = (1, *(0 for _ in _HEADER[1:]))
     if isinstance(batch, Pool):
-        header["failed"] = 0
-        header["rows"] = len(batch.logits)
-        header["weighted"] = int(batch.weights is not None)
-        header["valued"] = int(batch.value is not None)
-        header["group"] = int(batch.group is not None)
-        header["differentiated"] = int(torch.is_grad_enabled() and batch.logits.requires_grad)
-        header["classes"] = batch.logits.shape[1]
-        header["target columns"] = batch.targets.shape[1:].numel()
-        header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
-    for name, value in settings.items():
-        header[name] = _as_number(value)
+        logits, targets, weights, value, ids, *_ = batch
+        is_differentiated = torch.is_grad_enabled() and logits.requires_grad
+        own = (0, len(logits), weights is not None, value is not None, is_differentiated)
+        own += (ids is not None, logits.shape[1])
+        own += (targets.shape[1:].numel(), torch.finfo(logits.dtype).bits)
+    header = dict(zip(_HEADER, own, strict=True))
+    header |= {name: _as_number(setting) for name, setting in settings.items()}
     values = torch.tensor(list(header.values()), dtype=torch.float64, device=device)
     rows = [row.tolist() for row in _all_gather(values, group)]
     return [dict(zip(header, row, strict=True)) for row in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ class Pool(NamedTuple):
     logits: Tensor  # [M, C] float32 or float64
     targets: Tensor  # [M] int64, or [M, C] for multi-label
     weights: Tensor | None = None  # as targets, ≥ 0, like the logits; None = 1 everywhere
-    value: Tensor | None = None  # as targets, like the logits, NaN = the default; None = all NaN
+    value: Tensor | None = None  # as targets, like the logits, below 0 = the default; None = all
     group: Tensor | None = None  # [M] int64, rows are ranked within groups; None = one group
     num_constant: int = 0  # the last of the rows, which have no gradient
     draws: Tensor | None = None  # [M], how many rows each was drawn for; None = 1 everywhere
@@ -80,7 +79,7 @@ class Pool(NamedTuple):
         if weights is None and (rows is None or rows.weights is not None):
             weights = self.logits.new_ones(self.targets.shape)
         if value is None and (rows is None or rows.value is not None):
-            value = self.logits.new_full(self.targets.shape, math.nan)
+            value = self.logits.new_full(self.targets.shape, -1.0)
         if group is None and rows is None:
             group = self.targets.new_zeros(self.targets.shape[0])
         return self._replace(weights=weights, value=value, group=group)
@@ -175,7 +174,7 @@ class Pool(NamedTuple):
         if self.value is not None:
             own = self.value if self.value.dim() == 1 else self.value.T
             default = self.logits.new_ones(()) if value is None else value
-            value = torch.where(is_positive & ~own.isnan(), own, default)
+            value = torch.where(is_positive & (own >= 0), own, default)
         counts = labels != ignore_index
         weights = None
         if self.weights is not None:

@@ -30,7 +30,7 @@ class MemoryQueue:
     logits: Tensor  # [size + 1, C]; the row at `size` is where rows go that take no slot
     targets: Tensor  # [size + 1] or [size + 1, C]
     weights: Tensor  # as targets
-    value: Tensor  # as targets, NaN = the default
+    value: Tensor  # as targets, below 0 = the default
     group: Tensor  # [size + 1] int64
     cursor: Tensor  # [] int64, the slot that the next row takes
     pushed_at: Tensor  # [size + 1] int64, the push that wrote each slot; the last: how many
@@ -49,7 +49,7 @@ class MemoryQueue:
             self.logits = torch.zeros(size + 1, num_classes, dtype=torch.float32, device=device)
             self.targets = torch.full(shape, ignore_index, dtype=torch.int64, device=device)
             self.weights = torch.zeros(shape, dtype=torch.float32, device=device)
-            self.value = torch.full(shape, math.nan, dtype=torch.float32, device=device)
+            self.value = torch.full(shape, -1.0, dtype=torch.float32, device=device)
             self.group = torch.zeros(size + 1, dtype=torch.int64, device=device)
             self.cursor = torch.zeros((), dtype=torch.int64, device=device)
             self.pushed_at = torch.zeros(size + 1, dtype=torch.int64, device=device)
@@ -163,7 +163,7 @@ class MemoryQueue:
             self.logits.zero_()
             self.targets.fill_(self.ignore_index)
             self.weights.zero_()
-            self.value.fill_(math.nan)
+            self.value.fill_(-1)
             self.group.zero_()
             self.cursor.zero_()
             self.is_used = False
