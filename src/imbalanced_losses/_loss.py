@@ -16,6 +16,7 @@ from imbalanced_losses._checks.tracing import is_in_backward, is_on_host, is_tra
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
+from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 from imbalanced_losses._rows.checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGroup, gather
@@ -304,7 +305,8 @@ class RankingLoss(StatefulLoss):
             is_positive = is_positive & (in_batch.weights > 0)
         ages = self._queue.ages()
         age = int(ages.max()) if len(ages) else 0
-        return _diagnosed(problems, is_positive.sum(1), age)
+        metric = 1 - self._per_class(problems).losses
+        return _diagnosed(problems, metric, self._budget(problems), is_positive.sum(1), age)
 
     def metric(self, problems: Problems) -> Tensor:
         """What the loss is one minus of: a function of `problems` and constants.
@@ -316,6 +318,10 @@ class RankingLoss(StatefulLoss):
             [C], any finite value where a problem is not valid.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement metric")
+
+    def _budget(self, problems: Problems) -> Budget | None:
+        """What of the pool is looked at, for `diagnose`; None = all."""
+        return None
 
     def _per_class(self, problems: Problems) -> PerClass:
         """The loss [C] of each ranking problem, and where it means something [C]."""

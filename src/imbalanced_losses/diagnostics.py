@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._ranking.weighting import spread
 from imbalanced_losses._rows.reduce import mark_invalid
 
@@ -31,7 +32,11 @@ class Diagnostics(NamedTuple):
         ap: [C] in [0, 1], exact Average Precision of the pool, ties as in
             scikit-learn. NaN where a score is; and for a class without a
             positive or without a negative, here and in all other floats.
-        smooth_ap: [C] in [0, 1], what the loss makes of it.
+        smooth_ap: [C] in [0, 1], what `SmoothAPLoss` makes of it.
+        metric: [C], one minus the loss: what it makes of its own metric.
+        near_budget: [C] in [0, 1], share of the positives whose step at the
+            budget (k, or a false positive rate) has a slope: at most 6 widths
+            from it. NaN for a loss without a budget.
         temperature: [C] > 0, effective τ in units of the scores.
         spread: [C] > 0, standard deviation of the scores in the pool.
         active_pairs: [C] in [0, 1], share of the pairs of a positive and a
@@ -47,6 +52,8 @@ class Diagnostics(NamedTuple):
 
     ap: Tensor
     smooth_ap: Tensor
+    metric: Tensor
+    near_budget: Tensor
     temperature: Tensor
     spread: Tensor
     active_pairs: Tensor
@@ -65,10 +72,11 @@ class Diagnostics(NamedTuple):
         """What stands out, most serious first; empty where nothing does."""
         num_classes = len(self.ap)
         invalid = (self.positives_in_pool == 0) | (self.positives_in_pool == self.pool_size)
+        invalid &= self.metric.isnan()
         sharp = self.spread / self.temperature
         found = [
             (
-                self.ap.isnan() & ~invalid,
+                self.metric.isnan() & ~invalid,
                 "a score is NaN, and so is the loss: look at the inputs of the batch and at the "
                 "last update of the model. The queue has not kept the row",
             ),
@@ -76,6 +84,11 @@ class Diagnostics(NamedTuple):
                 invalid,
                 "no positive, or no negative, in the pool: the class has no loss. Larger batches, "
                 "a sampler that draws positives, or a queue",
+            ),
+            (
+                (self.near_budget == 0) & (self.metric < 0.99),
+                "no positive is near the budget, where alone its rank counts: raise softness, or "
+                "begin with SmoothAPLoss",
             ),
             (
                 (self.active_pairs < 0.01) & (self.ap < 0.99) & (sharp > 50),
@@ -119,6 +132,8 @@ class Diagnostics(NamedTuple):
 
     def __str__(self) -> str:
         names = [name for name in self._fields if name != "queue_age"]
+        if bool(self.near_budget.isnan().all()):
+            names.remove("near_budget")
         shown = [min(5, len(self.ap)), len(self.ap)]  # as many as 80 columns hold
         lines = []
         for name in names:
@@ -148,7 +163,13 @@ class _OfClass(NamedTuple):
     num_rows: Tensor
 
 
-def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
+def _diagnosed(
+    problems: Problems,
+    metric: Tensor,
+    budget: Budget | None,
+    positives_in_batch: Tensor,
+    queue_age: int,
+) -> Diagnostics:
     """The diagnostics of a pool's problems, whose scores are detached."""
     scores, weights, positive = problems.scores, problems.weights, problems.is_positive
     unit, smooth_ap = spread(scores, weights), average_precision(problems)
@@ -161,12 +182,21 @@ def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -
     ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*classes, strict=True))
     valid = (num_positives > 0) & (num_positives < num_rows)
 
+    near_budget, has_budget = torch.zeros_like(metric), torch.full_like(valid, budget is not None)
+    if budget is not None:
+        near_budget = problems.ranked_mean(
+            lambda ranks: (budget.steps(ranks).abs() <= REACH).to(scores.dtype),
+            among=(budget.rows,),
+        )
+
     def marked(value: Tensor, where: Tensor = valid) -> Tensor:
         return mark_invalid(value.to(scores.dtype), where)
 
     return Diagnostics(
         marked(ap, valid & ~smooth_ap.isnan()),
         marked(smooth_ap),
+        marked(metric, problems.valid),
+        marked(near_budget, has_budget & problems.valid),
         marked(temperature),
         marked(unit),
         marked(pairs),

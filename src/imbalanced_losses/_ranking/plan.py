@@ -69,6 +69,15 @@ class Canonical(NamedTuple):
         return column if self.weights is None else column.mul_(self.weights)
 
 
+def places_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Problem and row [Q] of what is True in a mask [C, M]."""
+    if mask.shape[0] > 1:
+        problem, row = mask.nonzero().unbind(1)
+        return problem, row
+    row = mask[0].nonzero().squeeze(1)
+    return row.new_zeros(1).expand(row.shape), row
+
+
 class Listed(NamedTuple):
     """The rows of a set by their places, which takes reading how many there are."""
 
@@ -85,6 +94,8 @@ class Listed(NamedTuple):
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value [C, M] for some queries."""
+        if self.num_problems == 1:
+            return values[0, self.row[index]]
         return values[self.problem[index], self.row[index]]
 
     def total(self, values: Tensor, by_value: bool = False) -> Tensor:

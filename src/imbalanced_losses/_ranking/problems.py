@@ -20,6 +20,7 @@ from imbalanced_losses._ranking.plan import (
     Processes,
     Queries,
     Rows,
+    places_of,
     product,
 )
 from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
@@ -242,7 +243,7 @@ class Problems:
         return Masked(rows, self._is_query(rows) & self.valid[:, None], self.weights, value)
 
     def _listed(self, rows: Rows) -> Listed:
-        problem, row = self._is_query(rows).nonzero().unbind(1)
+        problem, row = places_of(self._is_query(rows))
         if rows == "positives" and self._facts is None:
             self._facts = self._facts_of(problem, row)
         valid, mass = self._positives_and_mass()

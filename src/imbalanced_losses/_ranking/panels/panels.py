@@ -57,6 +57,7 @@ from imbalanced_losses._ranking.plan import (
     SlopesOf,
     half_of,
     is_in,
+    places_of,
 )
 from imbalanced_losses._ranking.scratch import Place, scratch
 
@@ -151,7 +152,9 @@ class Panels:
         if processes is not None:
             precisions = precisions[-1:]  # the fewest moments to exchange
         if is_asked is None:
-            is_asked = problem.new_zeros(len(sources)).index_fill_(0, problem, 1)
+            is_asked = problem.new_zeros(len(sources)).index_fill_(0, problem[-1:], 1)
+            if len(sources) > 1:
+                is_asked.index_fill_(0, problem, 1)
         self.precision, self.line = lay_line(
             sources,
             queries[strangers],
@@ -448,6 +451,6 @@ def _positives_of(given: Canonical, is_asked: Tensor) -> Listed:
     chosen = given.is_positive if given.weights is None else given.is_positive & (given.weights > 0)
     if len(chosen) > 1:
         chosen = chosen & (is_asked > 0)[:, None]
-    problem, row = chosen.nonzero().unbind(1)
+    problem, row = places_of(chosen)
     weights = None if given.weights is None else given.weights[problem, row]
     return Listed("positives", problem, row, weights, None, len(chosen))
