@@ -166,8 +166,8 @@ WAYS = {
     "dense, one problem": ("dense", (1, 19), False),
     "panels": ("panel", (4, 19), False),
     "panels, one problem": ("panel", (1, 19), False),
-    "kernels, dense": ("dense", (2, 19), True),
-    "kernels, panels": ("panel", (2, 19), True),
+    "kernels, dense": ("dense", (2, 11), True),
+    "kernels, panels": ("panel", (2, 11), True),
 }
 EACH_MEMBER = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
 EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -184,10 +184,9 @@ def test_value_and_gradient(
     """The value is that of loops; a gradient in float32 and in kernels that of pairs in float64."""
     backend, shape, has_kernels = way
     for weighted, valued, dtype in (
-        (False, False, torch.float64),
         (True, True, torch.float64),
-        (True, True, torch.float32),
-        (False, True, torch.float32),
+        (False, False, torch.float32),
+        *[(False, False, torch.float64), (True, True, torch.float32)] * (not has_kernels),
     ):
         of = case(shape, weighted=weighted, valued=valued)
         plain = of._replace(scores=of.scores.clone().requires_grad_())
@@ -595,7 +594,7 @@ def test_advice_of_a_budget_that_no_positive_is_near() -> None:
         easy = type(loss_fn)(1, 0.02, softness=0.01).diagnose(logits, last.flip(0))
         assert not any("budget" in text for text in easy.advice())
     plain = SmoothAPLoss(1).diagnose(logits, last)
-    assert plain.near_budget.isnan().all()
+    assert plain.near_budget is None
     assert "near_budget" not in str(plain)
     graded = NDCGLoss(queue_size=0).diagnose(torch.randn(9, 1), 1 + torch.arange(9) % 3)
     assert graded.metric.item() > 0.1

@@ -34,9 +34,6 @@ class Diagnostics(NamedTuple):
             positive or without a negative, here and in all other floats.
         smooth_ap: [C] in [0, 1], what `SmoothAPLoss` makes of it.
         metric: [C], one minus the loss: what it makes of its own metric.
-        near_budget: [C] in [0, 1], share of the positives whose step at the
-            budget (k, or a false positive rate) has a slope: at most 6 widths
-            from it. NaN for a loss without a budget.
         temperature: [C] > 0, effective τ in units of the scores.
         spread: [C] > 0, standard deviation of the scores in the pool.
         active_pairs: [C] in [0, 1], share of the pairs of a positive and a
@@ -48,12 +45,14 @@ class Diagnostics(NamedTuple):
         pool_size: [C] int64, rows ranked.
         queue_age: steps since the oldest row in the queue came; 0 without a
             queue. Rows of a checkpoint count from its loading.
+        near_budget: [C] in [0, 1], share of the positives whose step at the
+            budget (k, or a false positive rate) has a slope: at most 6 widths
+            from it. None for a loss without a budget.
     """
 
     ap: Tensor
     smooth_ap: Tensor
     metric: Tensor
-    near_budget: Tensor
     temperature: Tensor
     spread: Tensor
     active_pairs: Tensor
@@ -62,6 +61,7 @@ class Diagnostics(NamedTuple):
     positives_in_pool: Tensor
     pool_size: Tensor
     queue_age: int
+    near_budget: Tensor | None = None
 
     @property
     def gap(self) -> Tensor:
@@ -73,7 +73,7 @@ class Diagnostics(NamedTuple):
         num_classes = len(self.ap)
         invalid = (self.positives_in_pool == 0) | (self.positives_in_pool == self.pool_size)
         invalid &= self.metric.isnan()
-        sharp = self.spread / self.temperature
+        sharp, near = self.spread / self.temperature, self.near_budget
         found = [
             (
                 self.metric.isnan() & ~invalid,
@@ -86,7 +86,7 @@ class Diagnostics(NamedTuple):
                 "a sampler that draws positives, or a queue",
             ),
             (
-                (self.near_budget == 0) & (self.metric < 0.99),
+                invalid & False if near is None else (near == 0) & (self.metric < 0.99),
                 "no positive is near the budget, where alone its rank counts: raise softness, or "
                 "begin with SmoothAPLoss",
             ),
@@ -131,9 +131,8 @@ class Diagnostics(NamedTuple):
         ]
 
     def __str__(self) -> str:
-        names = [name for name in self._fields if name != "queue_age"]
-        if bool(self.near_budget.isnan().all()):
-            names.remove("near_budget")
+        hidden = {"queue_age"} if self.near_budget is not None else {"queue_age", "near_budget"}
+        names = [name for name in self._fields if name not in hidden]
         shown = [min(5, len(self.ap)), len(self.ap)]  # as many as 80 columns hold
         lines = []
         for name in names:
@@ -182,13 +181,6 @@ def _diagnosed(
     ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*classes, strict=True))
     valid = (num_positives > 0) & (num_positives < num_rows)
 
-    near_budget, has_budget = torch.zeros_like(metric), torch.full_like(valid, budget is not None)
-    if budget is not None:
-        near_budget = problems.ranked_mean(
-            lambda ranks: (budget.steps(ranks).abs() <= REACH).to(scores.dtype),
-            among=(budget.rows,),
-        )
-
     def marked(value: Tensor, where: Tensor = valid) -> Tensor:
         return mark_invalid(value.to(scores.dtype), where)
 
@@ -196,7 +188,6 @@ def _diagnosed(
         marked(ap, valid & ~smooth_ap.isnan()),
         marked(smooth_ap),
         marked(metric, problems.valid),
-        marked(near_budget, has_budget & problems.valid),
         marked(temperature),
         marked(unit),
         marked(pairs),
@@ -205,6 +196,15 @@ def _diagnosed(
         num_positives,
         num_rows,
         queue_age,
+        None if budget is None else marked(_near(problems, budget), problems.valid),
+    )
+
+
+def _near(problems: Problems, budget: Budget) -> Tensor:
+    """The share of positives within `REACH` widths of a budget's step."""
+    return problems.ranked_mean(
+        lambda ranks: (budget.steps(ranks).abs() <= REACH).to(problems.scores.dtype),
+        among=(budget.rows,),
     )
 
 
