@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class Problems:
         self.weights, self._unit, self.value = in_units(self)
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
+        self._number_of: dict[Rows, Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
 
     def constants(self) -> dict[str, Any]:
@@ -104,21 +105,26 @@ class Problems:
         """
         _checks.choice("rows", rows, ROWS)
         valid, mass = self._positives_and_mass()
-        shape, dtype = self.is_positive.shape, compute_dtype(self.scores)
+        dtype = compute_dtype(self.scores)
         if rows == "positives" and (by_value or self.value is None):
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
         if self.weights is None:
-            number = self.is_positive.sum(1)
-            number = {"all": 0 * number + shape[1], "positives": number}.get(
-                rows, shape[1] - number
-            )
-            return torch.where(valid, self.summed(number.double()).to(dtype), 1)
+            return torch.where(valid, self.summed(self._numbers()[rows].double()).to(dtype), 1)
         own = self.weights
         if rows != "all":
             own = torch.where(self.is_positive == (rows == "positives"), own, 0)
         return torch.where(valid, self.summed(own.double().sum(1)).to(dtype), 1)
+
+    def _numbers(self) -> dict[Rows, Tensor]:
+        """How many rows of each set this process has [C]."""
+        if self._number_of is None:
+            positives = self.is_positive.count_nonzero(1)
+            all_rows = torch.full_like(positives, self.is_positive.shape[1])
+            sets = {"all": all_rows, "positives": positives, "negatives": all_rows - positives}
+            self._number_of = cast("dict[Rows, Tensor]", sets)
+        return self._number_of
 
     def mean_weight(self, rows: Rows) -> Tensor:
         """The mean weight [C] of rows that have one above 0, before any were drawn.

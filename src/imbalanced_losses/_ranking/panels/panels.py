@@ -323,6 +323,16 @@ class PanelPlan:
         return self.sums(order, weights), self.transposed_sums(order, cotangent)
 
 
+class _Moved(NamedTuple):
+    """Queries [n] that have a gradient."""
+
+    cloud: _Cloud
+    problem: Tensor
+    row: Tensor
+    weights: Tensor | None
+    cotangent: Tensor  # [K, n], the slopes by their ranks
+
+
 class PanelRanks:
     """Soft ranks in linear time: see `plan.RankPlan` for the contract."""
 
@@ -380,9 +390,9 @@ class PanelRanks:
     def _gradient(self, cotangent: Tensor) -> Tensor:
         """[K, Q], the slopes by the ranks, -> [C, M]."""
         given, panels, own = self.given, self.panels, self._own
-        scores, weights, is_positive = given.scores, given.weights, given.is_positive
+        scores, weights = given.scores, given.weights
         sources, queries = panels.sources, panels.queries
-        problem, row, num_sums = self.queries.problem, self.queries.row, len(cotangent)
+        problem, row = self.queries.problem, self.queries.row
         for_queries = panels.field(self._moments, 1)  # [K, p, S]
         slopes = panels.moments(queries, cotangent)
         if given.processes is not None:
@@ -410,25 +420,38 @@ class PanelRanks:
                 out *= weights
             if len(out) > 1:  # a problem without queries has a gradient of exactly zero
                 out *= panels.line.is_asked[:, None].to(out.dtype)
-        # A query is a source of the sets that it is in. These cancel: summed in float64.
-        own_sets = [k for k, member in enumerate(members) if member is not False]
-        fields = torch.cat((for_queries, for_sources[own_sets]))
-        change = scores.new_empty(len(row))
-        for columns, values in panels.values(fields, queries):
-            as_query, as_source = values.split((num_sums, len(own_sets)))
-            for number, k in enumerate(own_sets):
-                if members[k] is None:
-                    chosen = is_positive[problem[columns], row[columns]]
-                    as_source[number] *= chosen if self.among[k] == "positives" else ~chosen
-            source = as_source.sum(0)
-            if own is not None:
-                source *= own[0, columns]
-            change[columns] = source - as_query.mul_(cotangent[:, columns]).sum(0)
+        moved = _Moved(queries, problem, row, None if own is None else own[0], cotangent)
+        change = self._change_of_queries(moved, for_queries, for_sources)
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))
         place = row + problem * out.shape[1]
         out.view(-1).index_copy_(0, place, change)
         return out
+
+    def _change_of_queries(self, moved: _Moved, for_queries: Tensor, for_sources: Tensor) -> Tensor:
+        """[n]. A query is a source of the sets that it is in, and moves its own ranks.
+
+        These cancel: summed in float64.
+        """
+        members = [is_in(self.queries.rows, rows) for rows in self.among]
+        own_sets = [k for k, member in enumerate(members) if member is not False]
+        fields = torch.cat((for_queries, for_sources[own_sets]))
+        change = self.given.scores.new_empty(len(moved.row))
+        for columns, values in self.panels.values(fields, moved.cloud):
+            as_query, as_source = values.split((len(for_queries), len(own_sets)))
+            for number, k in enumerate(own_sets):
+                if members[k] is None:
+                    places = moved.problem[columns], moved.row[columns]
+                    as_source[number] *= self.given.is_positive[places] == (
+                        self.among[k] == "positives"
+                    )
+            total = as_source[0] if len(own_sets) == 1 else as_source.sum(0)
+            if moved.weights is not None:
+                total *= moved.weights[columns]
+            for slope, one in zip(as_query, moved.cotangent, strict=True):
+                total.addcmul_(slope, one[columns], value=-1)
+            change[columns] = total
+        return change
 
     def _slopes_of_positives(self, field: Tensor) -> Tensor:
         """[C, num_live], what a field [1, p, S] gives to positives as sources."""
