@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, overload
 
 import torch
@@ -21,6 +22,7 @@ from imbalanced_losses._checks.typing import (
 from imbalanced_losses._module import arguments_of
 from imbalanced_losses._options import COMPARED, RankingOptions, RowValues, complete_signature
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
+from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._rows.gather import Group, ProcessGroup, gather
 from imbalanced_losses._rows.groups import Groups
 from imbalanced_losses._rows.pool import Pool
@@ -244,7 +246,11 @@ class RankingLoss(RankingState):
         groups = None if pool.group is None else Groups.of(pool.group)
         problems = self._problems(pool, None, groups)
         in_batch = batch.problems(self.ignore_index, self._num_grades > 0)
-        return _diagnosed(problems, in_batch, self._queue.ages())
+        metric, budget = 1 - self._per_class(problems).losses, self._budget(problems)
+        means = None
+        if groups is not None and batch.group is not None:
+            means = partial(groups.mean, live=batch.group)
+        return _diagnosed(problems, metric, budget, in_batch, self._queue.ages(), means)
 
     def metric(self, problems: Problems) -> Tensor:
         """What the loss is one minus of: a function of `problems` and constants.
@@ -256,6 +262,10 @@ class RankingLoss(RankingState):
             [C], any finite value where a problem is not valid.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement metric")
+
+    def _budget(self, problems: Problems) -> Budget | None:
+        """What of the pool is looked at, for `diagnose`; None = all."""
+        return None
 
     def _per_class(self, problems: Problems) -> PerClass:
         """The loss [C] of each ranking problem, and where it means something [C]."""

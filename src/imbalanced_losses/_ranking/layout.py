@@ -23,6 +23,16 @@ class Layout:
             number = torch.arange(self.num_problems, device=lengths.device)
             self.problem = number.repeat_interleave(lengths, output_size=shape[1])
 
+    def places_of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Problem and column [Q] of the rows that are True."""
+        if mask.shape[0] > 1:
+            problem, row = mask.nonzero().unbind(1)
+            return problem, row
+        row = mask[0].nonzero().squeeze(1)
+        if self.problem is not None:
+            return self.problem.index_select(0, row), row
+        return row.new_zeros(1).expand(row.shape), row
+
     def for_rows(self, values: Tensor) -> Tensor:
         """A value [C] for each row, [C, 1] or [1, S]."""
         if self.problem is None:

@@ -75,6 +75,11 @@ class Canonical(NamedTuple):
         return column if self.weights is None else column.mul_(self.weights)
 
 
+def at(values: Tensor, problem: Tensor, row: Tensor) -> Tensor:
+    """Values [C, M] at places [Q]."""
+    return values[0, row] if values.shape[0] == 1 else values[problem, row]
+
+
 class Listed(NamedTuple):
     """The rows of a set by their places, which takes reading how many there are."""
 
@@ -91,8 +96,7 @@ class Listed(NamedTuple):
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value [C, M] for some queries."""
-        line = 0 if values.shape[0] == 1 else self.problem[index]
-        return values[line, self.row[index]]
+        return at(values, self.problem[index], self.row[index])
 
     def places(self, shape: tuple[int, ...]) -> Tensor:
         """Where the queries are among all rows, flattened [Q]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,6 +88,7 @@ class Problems:
         self._in_units: InUnits | None = None
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
+        self._number_of: dict[Rows, Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
 
     def replaced(self, **changes: Any) -> Problems:
@@ -136,14 +137,20 @@ class Problems:
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
         if self.weights is None:
-            number, present = self.layout.total(self.is_positive), self._num_present()
-            if rows != "positives":
-                number = present - (0 if rows == "all" else 1) * number
-            return torch.where(valid, self.summed(number.double()).to(dtype), 1)
+            return torch.where(valid, self.summed(self._numbers()[rows].double()).to(dtype), 1)
         own = self.weights
         if rows != "all":
             own = torch.where(self.is_positive == (rows == "positives"), own, 0)
         return torch.where(valid, self.summed(self.layout.total(own.double())).to(dtype), 1)
+
+    def _numbers(self) -> dict[Rows, Tensor]:
+        """How many rows of each set this process has [C]."""
+        if self._number_of is None:
+            positives = self.layout.total(self.is_positive)
+            all_rows = torch.zeros_like(positives) + self._num_present()
+            sets = {"all": all_rows, "positives": positives, "negatives": all_rows - positives}
+            self._number_of = cast("dict[Rows, Tensor]", sets)
+        return self._number_of
 
     def mean_weight(self, rows: Rows) -> Tensor:
         """The mean weight [C] of rows that have one above 0, before any were drawn.
@@ -287,9 +294,7 @@ class Problems:
         return Masked(rows, mask, self.weights, value, self.layout)
 
     def _listed(self, rows: Rows) -> Listed:
-        problem, row = self._is_query(rows).nonzero().unbind(1)
-        if self.layout.problem is not None:
-            problem = self.layout.problem[row]
+        problem, row = self.layout.places_of(self._is_query(rows))
         if rows == "positives" and self._facts is None:
             self._facts = self._facts_of(problem, row)
         valid, mass = self._positives_and_mass()

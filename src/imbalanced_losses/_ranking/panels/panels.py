@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ from imbalanced_losses._ranking.plan import (
     Processes,
     Rows,
     SlopesOf,
+    at,
     half_of,
     is_in,
 )
@@ -157,7 +158,9 @@ class Panels:
         if processes is not None:
             precisions = precisions[-1:]  # the fewest moments to exchange
         if is_asked is None:
-            is_asked = problem.new_zeros(num_problems).index_fill_(0, problem, 1)
+            is_asked = problem.new_zeros(num_problems).index_fill_(0, problem[-1:], 1)
+            if num_problems > 1:
+                is_asked.index_fill_(0, problem, 1)
         source_problem = None if layout is None else layout.problem
         if source_problem is not None:  # side by side, as queries are
             sources, rectangle = sources[0], sources.new_empty(num_problems, 0)
@@ -329,6 +332,16 @@ class PanelPlan:
         return self.sums(order, weights), self.transposed_sums(order, cotangent)
 
 
+class _Moved(NamedTuple):
+    """Queries [n] that have a gradient."""
+
+    cloud: _Cloud
+    problem: Tensor
+    row: Tensor
+    weights: Tensor | None
+    cotangent: Tensor  # [K, n], the slopes by their ranks
+
+
 class PanelRanks:
     """Soft ranks in linear time: see `plan.RankPlan` for the contract."""
 
@@ -387,10 +400,9 @@ class PanelRanks:
     def _gradient(self, cotangent: Tensor) -> Tensor:
         """[K, Q], the slopes by the ranks, -> [C, M]."""
         given, panels, own = self.given, self.panels, self._own
-        scores, weights, is_positive = given.scores, given.weights, given.is_positive
+        scores, weights = given.scores, given.weights
         sources, queries = panels.sources, panels.queries
-        num_sums = len(cotangent)
-        live: Any = slice(None)
+        problem, row = self.queries.problem, self.queries.row
         for_queries = panels.field(self._moments, 1)  # [K, p, S]
         slopes = panels.moments(queries, cotangent)
         if given.processes is not None:
@@ -401,7 +413,8 @@ class PanelRanks:
             live = (self.queries.row < given.num_live).nonzero().squeeze(1)
             cotangent = cotangent[:, live]
             sources = _Cloud(scores[:, : given.num_live], None, panels.line)
-            queries = _Cloud(queries.scores[live], self.queries.problem[live], panels.line)
+            problem, row = problem[live], row[live]
+            queries = _Cloud(queries.scores[live], problem, panels.line)
             weights = None if weights is None else weights[:, : given.num_live]
             own = None if own is None else own[:, live]
         members = [is_in(self.queries.rows, rows) for rows in self.among]
@@ -419,25 +432,36 @@ class PanelRanks:
                 out *= weights
             if given.layout.num_problems > 1:  # one without queries has a gradient of exactly zero
                 out *= given.layout.for_rows(panels.line.is_asked.to(out.dtype))
-        # A query is a source of the sets that it is in. These cancel: summed in float64.
-        own_sets = [k for k, member in enumerate(members) if member is not False]
-        fields = torch.cat((for_queries, for_sources[own_sets]))
-        places = self.queries.places(scores.shape)[live]
-        change = scores.new_empty(len(places))
-        for columns, values in panels.values(fields, queries):
-            as_query, as_source = values.split((num_sums, len(own_sets)))
-            for number, k in enumerate(own_sets):
-                if members[k] is None:
-                    chosen = is_positive.view(-1)[places[columns]]
-                    as_source[number] *= chosen if self.among[k] == "positives" else ~chosen
-            source = as_source.sum(0)
-            if own is not None:
-                source *= own[0, columns]
-            change[columns] = source - as_query.mul_(cotangent[:, columns]).sum(0)
+        moved = _Moved(queries, problem, row, None if own is None else own[0], cotangent)
+        change = self._change_of_queries(moved, for_queries, for_sources)
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))
+        places = row if len(out) == 1 else row + problem * out.shape[1]
         out.view(-1).index_copy_(0, places, change)
         return out
+
+    def _change_of_queries(self, moved: _Moved, for_queries: Tensor, for_sources: Tensor) -> Tensor:
+        """[n]. A query is a source of the sets that it is in, and moves its own ranks.
+
+        These cancel: summed in float64.
+        """
+        members = [is_in(self.queries.rows, rows) for rows in self.among]
+        own_sets = [k for k, member in enumerate(members) if member is not False]
+        fields = torch.cat((for_queries, for_sources[own_sets]))
+        change = self.given.scores.new_empty(len(moved.row))
+        for columns, values in self.panels.values(fields, moved.cloud):
+            as_query, as_source = values.split((len(for_queries), len(own_sets)))
+            for number, k in enumerate(own_sets):
+                if members[k] is None:
+                    of_row = at(self.given.is_positive, moved.problem[columns], moved.row[columns])
+                    as_source[number] *= of_row == (self.among[k] == "positives")
+            total = as_source[0] if len(own_sets) == 1 else as_source.sum(0)
+            if moved.weights is not None:
+                total *= moved.weights[columns]
+            for slope, one in zip(as_query, moved.cotangent, strict=True):
+                total.addcmul_(slope, one[columns], value=-1)
+            change[columns] = total
+        return change
 
     def _slopes_of_positives(self, field: Tensor) -> Tensor:
         """[C, num_live], what a field [1, p, S] gives to positives as sources."""
@@ -460,9 +484,7 @@ def _positives_of(given: Canonical, is_asked: Tensor) -> Listed:
     layout = given.layout
     if layout.num_problems > 1:
         chosen = chosen & (layout.for_rows(is_asked) > 0)
-    problem, row = chosen.nonzero().unbind(1)
-    if layout.problem is not None:
-        problem = layout.problem[row]
+    problem, row = layout.places_of(chosen)
     listed = Listed("positives", problem, row, None, None, layout.num_problems)
     if given.weights is None:
         return listed
