@@ -18,10 +18,10 @@ class Groups(NamedTuple):
     ids: Tensor  # [G], ascending; of a group without rows 0
 
     @classmethod
-    def of(cls, group: Tensor) -> Groups:
-        """Of ids [M]."""
+    def of(cls, group: Tensor, read: bool = False) -> Groups:
+        """Of ids [M]; their number is read from a device only if asked to."""
         ids, order = group.sort(stable=True)
-        if is_on_host(group):
+        if read or is_on_host(group):
             ids, lengths = ids.unique_consecutive(return_counts=True)
             return cls(order, lengths, ids)
         is_first = torch.ones_like(ids, dtype=torch.bool)
