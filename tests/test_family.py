@@ -73,7 +73,7 @@ MEMBERS = {
         counts_negatives=True,
     ),
     "recall at one row": Member(
-        RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k, {"k": 0.01}
+        RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k, {"k": 0.01, "softness": 1.0}
     ),
     "recall at FPR": Member(
         RecallAtFPRLoss, functional.recall_at_fpr, oracle.recall_at_fpr, {"max_fpr": 0.3}
@@ -189,6 +189,7 @@ def test_value_and_gradient(
         *[(False, False, torch.float64), (True, True, torch.float32)] * (not has_kernels),
     ):
         of = case(shape, weighted=weighted, valued=valued)
+        of = of._replace(tau=5 * of.tau) if has_kernels else of  # few panels: they are interpreted
         plain = of._replace(scores=of.scores.clone().requires_grad_())
         (slopes,) = torch.autograd.grad(member.of(plain, backend="dense").sum(), plain.scores)
         device = request.getfixturevalue("device") if has_kernels else "cpu"
