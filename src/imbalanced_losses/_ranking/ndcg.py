@@ -61,6 +61,7 @@ def _rows_with_gain(problems: Problems) -> tuple[Tensor, Tensor]:
     problem, (gain, weights) = rows[:, 0].long(), rows[:, 1:].unbind(1)
     counts = problem.bincount(minlength=queries.num_problems)  # [C]
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[problem]
-    found = rows.new_zeros(2, queries.num_problems, int(counts.max()))
+    longest = int(counts.max()) if len(counts) > 0 else 0
+    found = rows.new_zeros(2, queries.num_problems, longest)
     found[0, problem, place], found[1, problem, place] = gain, weights
     return found[0], found[1]

@@ -71,7 +71,7 @@ class Canonical(NamedTuple):
 
 def places_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Problem and row [Q] of what is True in a mask [C, M]."""
-    if mask.shape[0] > 1:
+    if mask.shape[0] != 1:
         problem, row = mask.nonzero().unbind(1)
         return problem, row
     row = mask[0].nonzero().squeeze(1)
