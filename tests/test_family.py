@@ -600,3 +600,10 @@ def test_advice_of_a_budget_that_no_positive_is_near() -> None:
     graded = NDCGLoss(queue_size=0).diagnose(torch.randn(9, 1), 1 + torch.arange(9) % 3)
     assert graded.metric.item() > 0.1
     assert not any("NaN" in text or "no loss" in text for text in graded.advice())
+
+
+@EACH_MEMBER
+def test_no_problem_and_no_row(member: Member) -> None:
+    for shape in ((0, 5), (2, 0)):
+        of = Case(torch.randn(shape), torch.zeros(shape).long(), torch.ones(shape[0]))
+        assert member.of(of).equal(torch.zeros(shape[0]))
