@@ -79,7 +79,9 @@ class CrossEntropy(LossModule):
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
         self.multilabel = _checks.boolean("multilabel", multilabel)
-        self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
+        self.ignore_index = _checks.ignore_index(
+            ignore_index, 2 if self.multilabel or num_classes == 1 else 0
+        )
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
         # On the device of the module or a batch.
         self.class_weight = _checks.maybe(

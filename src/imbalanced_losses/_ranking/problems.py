@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -85,6 +85,7 @@ class Problems:
             "processes": processes,
             "backend": backend,
         }
+        self._in_units: InUnits | None = None
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._number_of: dict[Rows, Tensor] | None = None
@@ -104,13 +105,13 @@ class Problems:
 
     # --- What a metric asks ------------------------------------------------------------------
 
-    @cached_property
+    @property
     def weights(self) -> Tensor | None:
-        return self._counted.weights
+        return self._counted().weights
 
-    @cached_property
+    @property
     def value(self) -> Tensor | None:
-        return self._counted.value
+        return self._counted().value
 
     @property
     def valid(self) -> Tensor:
@@ -119,7 +120,7 @@ class Problems:
     @property
     def unit(self) -> Tensor:
         """The heaviest weight [C] of each problem, in the caller's numbers: 1 without weights."""
-        unit, dtype = self._counted.unit, compute_dtype(self.scores)
+        unit, dtype = self._counted().unit, compute_dtype(self.scores)
         unit = self.scores.new_ones((), dtype=dtype) if unit is None else unit.to(dtype)
         return unit.expand(self.layout.num_problems)
 
@@ -238,9 +239,10 @@ class Problems:
         mass = self._positives_and_mass()[1]
         return mass if isinstance(mass, Tensor) else max(1, mass)
 
-    @cached_property
     def _counted(self) -> InUnits:
-        return in_units(self)
+        if self._in_units is None:
+            self._in_units = in_units(self)
+        return self._in_units
 
     def summed(self, tensor: Tensor) -> Tensor:
         """A tensor summed over processes."""

@@ -83,7 +83,8 @@ class MemoryQueue:
 
     def require_same_grouping(self, is_grouped: bool) -> None:
         """Raise where rows with groups would be ranked with rows without."""
-        if self.size > 0 and self.is_used and self.is_grouped != is_grouped:
+        # Last what changes with the first rows: compilers guard what they have read.
+        if self.size > 0 and self.is_grouped != is_grouped and self.is_used:
             held, given = ("with", "without") if self.is_grouped else ("without", "with")
             raise ValueError(
                 f"group must be given in every call or in none: the queue holds rows {held} group, "
@@ -116,7 +117,7 @@ class MemoryQueue:
             self.num_steps += is_step
             self.is_weighted, self.is_valued = is_weighted, is_valued
             self.is_grouped = is_grouped
-            self.is_used = self.is_used or not on_host or int(count) > 0
+            self.is_used = not on_host or self.is_used or int(count) > 0
             number = self.pushed_at[self.size] + 1
             self.pushed_at[slots] = number
             self.pushed_at[self.size] = number
