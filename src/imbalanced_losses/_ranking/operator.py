@@ -98,8 +98,8 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
             lambda ranks, index: at_queries[:, index].unbind()
         )
     else:
-        masked = torch.where(queries.mask, grad, 0.0)
-        _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: masked.unbind())
+        asked.plan.weighs = False
+        _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: grad.unbind())
     by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[4])
     if by_temperature is None:
         by_temperature = by_scores.new_empty(0, dtype=torch.float64)

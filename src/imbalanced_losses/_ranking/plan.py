@@ -117,7 +117,21 @@ class Masked(NamedTuple):
         return torch.where(self.mask, values, 0.0).sum(1)
 
 
-Queries = Listed | Masked
+class Queries(Protocol):
+    """The rows of a set in valid problems: `Listed`, `Masked`, or known to kernels alone."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    @property
+    def weights(self) -> Tensor | None:
+        """What ranks, slopes and totals are still to be weighted by; as the values of queries."""
+
+    def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor: ...
+
+    def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor: ...
+
+    def total(self, values: Tensor) -> Tensor: ...
 
 
 class RankPlan(Protocol):

@@ -11,7 +11,7 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
-from imbalanced_losses._ranking.cuda.ranks import has_kernels
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries, prepared
 from imbalanced_losses._ranking.plan import (
     ROWS,
     Canonical,
@@ -54,7 +54,8 @@ class Problems:
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
         self.backend: Backend = backend
-        self.weights = unit_weights(self)
+        self._prepared = prepared(self)
+        self.weights = unit_weights(self) if self._prepared is None else self._prepared.given.weights
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
@@ -85,6 +86,8 @@ class Problems:
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
+        if self._prepared is not None:
+            return self._prepared.mass(rows)
         own = self.weights
         if own is None:
             own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
@@ -139,7 +142,12 @@ class Problems:
     def queries(self, rows: Rows) -> Queries:
         """The rows of a set in valid problems, in the form that the plan for these scores takes."""
         if rows not in self._queries:
-            self._queries[rows] = self._masked(rows) if self._is_masked() else self._listed(rows)
+            if self._prepared is not None:
+                self._queries[rows] = PreparedQueries(rows, self._prepared)
+            elif is_traced(self.scores):
+                self._queries[rows] = self._masked(rows)
+            else:
+                self._queries[rows] = self._listed(rows)
         return self._queries[rows]
 
     def listed(self, rows: Rows) -> Listed:
@@ -148,17 +156,13 @@ class Problems:
         return found if isinstance(found, Listed) else self._listed(rows)
 
     def canonical(self) -> Canonical:
+        if self._prepared is not None:
+            return self._prepared.given
         if self._canonical is None:
             tau = self.temperature
             tau = tau.detach() if isinstance(tau, Tensor) else tau
             self._canonical = canonical(self, self.scores.detach(), tau)
         return self._canonical
-
-    def _is_masked(self) -> bool:
-        """Whether no value may be read, or need be."""
-        if self.processes is not None:
-            return False
-        return is_traced(self.scores) or has_kernels(self.canonical().scores)
 
     def _is_query(self, rows: Rows) -> Tensor:
         is_positive, weights = self.is_positive, self.weights
@@ -188,7 +192,9 @@ class Problems:
         problem a number, 0 where it is not.
         """
         if self._facts is None:
-            if self._is_masked():
+            if self._prepared is not None:
+                self._facts = self._prepared.valid, self._prepared.mass("positives")
+            elif is_traced(self.scores):
                 self._facts = self._facts_without_reading()
             else:
                 self.queries("positives")

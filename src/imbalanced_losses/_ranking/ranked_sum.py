@@ -13,7 +13,7 @@ from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sigmoid_sums
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import ROWS, Canonical, Listed, Queries, Rows, half_of
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Listed, Masked, Queries, Rows, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -106,12 +106,9 @@ class _SlopesOf:
             slopes = asked.slopes(asked.ranks(ranks, queries, index))
         else:
             slopes = self._by_autograd(ranks, index)
-        if isinstance(queries, Listed):
-            if queries.weights is None:
-                return slopes
-            return tuple(slope * queries.weights[index] for slope in slopes)
-        factor = queries.mask if queries.weights is None else queries.weights
-        return tuple(torch.where(queries.mask, slope * factor, 0.0) for slope in slopes)
+        if queries.weights is None:
+            return slopes
+        return tuple(slope * queries.weights[index] for slope in slopes)
 
     def _by_autograd(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():

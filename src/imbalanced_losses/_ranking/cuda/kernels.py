@@ -5,6 +5,9 @@ nothing is added atomically. Tiles are summed in the dtype of the scores, what t
 
 Letters as in the engine: C problems, M rows; x = (source − query) / τ. Blocks of queries and of
 sources make a tile [BQ, BM] of pairs, which lives in registers: no pair is ever stored.
+
+Rows are handed on as `sides` [C, M]: the weight of a positive, minus the weight of a negative, 0 of
+a row that is left out; and as `order` [C, M]: the positives, then the negatives, then the others.
 """
 
 from __future__ import annotations
@@ -14,142 +17,410 @@ import triton.language as tl
 
 
 @triton.jit
-def rank_sums(
-    scores,  # [C, M]
-    weights,  # [C, M], or anything where not WEIGHTED
+def _row_facts(is_positive, weights, row, inside, positive_stride, weight_stride, WEIGHTED):
+    """Whether a row is positive, and its weight, 0 where it is left out."""
+    positive = tl.load(is_positive + row * positive_stride, mask=inside, other=0) != 0
+    if WEIGHTED:
+        weight = tl.load(weights + row * weight_stride, mask=inside, other=0.0)
+        if weight.dtype != tl.float64:
+            weight = weight.to(tl.float32)
+        weight = tl.where(weight > 0, weight, 0.0)
+    else:
+        weight = tl.where(inside, 1.0, 0.0)
+    return positive & (weight > 0), weight
+
+
+@triton.jit
+def block_facts(
     is_positive,  # [C, M] uint8
-    rows,  # [C, stride] int32: the rows that are queries, then anything
-    counts,  # [C] int32: how many they are
-    rates,  # [C]: 1 / τ
-    sums,  # [4 or 2, splits, C, M] float64, zeros
+    weights,  # [C, M], or anything where not WEIGHTED
+    facts,  # [3, C, blocks] float64
+    positive_strides,
+    positive_stride,
+    weight_strides,
+    weight_stride,
     num_rows,
-    row_stride,
-    splits,
-    stretch,  # sources of a split, a multiple of CHUNK
     WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a block of rows: the largest weight, how many are positive, and how many there are."""
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_positive += problem * positive_strides
+    weights += problem * weight_strides
+    positive, weight = _row_facts(
+        is_positive, weights, row, row < num_rows, positive_stride, weight_stride, WEIGHTED
+    )
+    size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    target = facts + problem * tl.num_programs(0) + tl.program_id(0)
+    tl.store(target, tl.max(weight, 0).to(tl.float64))
+    tl.store(target + size, tl.sum(positive.to(tl.int32), 0).to(tl.float64))
+    tl.store(target + 2 * size, tl.sum((weight > 0).to(tl.int32), 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["fixed_bits"])
+def prepare(
+    scores,  # [C, M] of any floating dtype
+    is_positive,  # [C, M] uint8
+    weights,  # [C, M] ≥ 0, or anything where not WEIGHTED
+    temperature,  # [C], or anything where FIXED
+    facts,  # [3, C, blocks] float64 by `block_facts`, or anything where there is one block
+    ready,  # [C, M]: the scores, finite or NaN; 0 where left out
+    sides,  # [C, M]
+    unit_weights,  # [C, M] in [0, 1], where WEIGHTED
+    order,  # [C, M] int32
+    numbers,  # [2, C] int32: how many are positive, and how many there are; 0 where not valid
+    valid,  # [C] uint8
+    masses,  # [3, C, blocks]: of all, positives, negatives; where not valid they add up to 1
+    rates,  # [C]: 1 / τ
+    fixed_bits,  # int64: those of τ as a float64, where FIXED
+    score_strides,
+    score_stride,
+    positive_strides,
+    positive_stride,
+    weight_strides,
+    weight_stride,
+    temperature_stride,
+    num_rows,
+    WEIGHTED: tl.constexpr,
+    FIXED: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # a power of two, at least as many as there are
+):
+    """Everything about rows and problems that does not depend on ranks."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    own = tl.arange(0, BLOCK)
+    row = block.to(tl.int64) * BLOCK + own
+    inside = row < num_rows
+    is_positive += problem * positive_strides
+    weights += problem * weight_strides
+    positive, weight = _row_facts(
+        is_positive, weights, row, inside, positive_stride, weight_stride, WEIGHTED
+    )
+    present = weight > 0
+    if BLOCKS == 1:
+        largest = tl.max(weight, 0)
+        num_positives = tl.sum(positive.to(tl.int32), 0)
+        num_present = tl.sum(present.to(tl.int32), 0)
+        positives_before = 0
+        present_before = 0
+    else:
+        number = tl.arange(0, BLOCKS)
+        target = facts + problem * num_blocks + number
+        size = num_problems.to(tl.int64) * num_blocks
+        is_block, is_before = number < num_blocks, number < block
+        largest = tl.max(tl.load(target, mask=is_block, other=0.0), 0).to(weight.dtype)
+        found = tl.load(target + size, mask=is_block, other=0.0).to(tl.int32)
+        num_positives = tl.sum(found, 0)
+        positives_before = tl.sum(tl.where(is_before, found, 0), 0)
+        found = tl.load(target + 2 * size, mask=is_block, other=0.0).to(tl.int32)
+        num_present = tl.sum(found, 0)
+        present_before = tl.sum(tl.where(is_before, found, 0), 0)
+
+    target = problem * num_rows + row
+    score = tl.load(scores + problem * score_strides + row * score_stride, mask=inside, other=0.0)
+    score = tl.where(present, score, 0.0).to(ready.dtype.element_ty)
+    score = tl.where(score > LARGEST, LARGEST, score)  # two infinities tie, and a NaN stays
+    score = tl.where(score < -LARGEST, -LARGEST, score)
+    tl.store(ready + target, score, mask=inside)
+    unit = weight
+    if WEIGHTED:
+        # One too small beside the largest for its rank to have a reciprocal counts a little.
+        unit = (weight / tl.where(largest > 0, largest, 1.0)).to(score.dtype)
+        unit = tl.where(present, tl.where(unit < SMALLEST, SMALLEST, unit), 0.0)
+        tl.store(unit_weights + target, unit, mask=inside)
+    tl.store(sides + target, tl.where(positive, unit, -unit), mask=inside)
+
+    one_of = positive.to(tl.int32) + (present & ~positive).to(tl.int32) * 65536
+    up_to = tl.cumsum(one_of, 0)  # of both, in one number
+    positives_up_to, negatives_up_to = up_to % 65536, up_to // 65536
+    place = row - present_before - positives_up_to - negatives_up_to + num_present
+    negatives_before = present_before - positives_before
+    place = tl.where(present, num_positives + negatives_before + negatives_up_to - 1, place)
+    place = tl.where(positive, positives_before + positives_up_to - 1, place)
+    tl.store(order + problem * num_rows + place, row.to(tl.int32), mask=inside)
+
+    is_valid = (num_positives > 0) & (num_positives < num_present)
+    wide = unit.to(tl.float64)
+    positive_mass = tl.sum(tl.where(positive, wide, 0.0), 0)
+    mass = tl.sum(wide, 0)
+    none = tl.where(block == 0, 1.0, 0.0).to(tl.float64)
+    target = masses + problem * num_blocks + block
+    size = num_problems.to(tl.int64) * num_blocks
+    tl.store(target, tl.where(is_valid, mass, none))
+    tl.store(target + size, tl.where(is_valid, positive_mass, none))
+    tl.store(target + 2 * size, tl.where(is_valid, mass - positive_mass, none))
+    if block == 0:
+        tl.store(valid + problem, is_valid.to(tl.uint8))
+        tl.store(numbers + problem, tl.where(is_valid, num_positives, 0))
+        tl.store(numbers + num_problems + problem, tl.where(is_valid, num_present, 0))
+        if FIXED:
+            tau = fixed_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        else:
+            tau = tl.load(temperature + problem * temperature_stride).to(tl.float64)
+        tl.store(rates + problem, 1.0 / tau)
+
+
+@triton.jit
+def _stretch(numbers, problem, num_problems, QUERIES: tl.constexpr):
+    """Where in `order` the queries begin and end."""
+    num_positives = tl.load(numbers + problem)
+    num_present = tl.load(numbers + num_problems + problem)
+    begin = num_positives * 0
+    end = num_present
+    if QUERIES == "positives":
+        end = num_positives
+    if QUERIES == "negatives":
+        begin = num_positives
+    return begin, end
+
+
+@triton.jit
+def _is_query(side, end, QUERIES: tl.constexpr):
+    """Whether a row is one, `end` being above 0 where the problem has any."""
+    side = tl.where(end > 0, side, 0.0)
+    found = side != 0
+    if QUERIES == "positives":
+        found = side > 0
+    if QUERIES == "negatives":
+        found = side < 0
+    return found
+
+
+@triton.jit
+def soft_ranks(
+    scores,  # [C, M]
+    sides,  # [C, M]
+    order,  # [C, M] int32
+    numbers,  # [2, C] int32
+    rates,  # [C]
+    ranks,  # [K, C, M]: 1 where a row is no query
+    sums,  # [2, C, M] float64: Σ ω σ′(x) over negatives and positives, at the queries
+    num_rows,
+    QUERIES: tl.constexpr,
+    ALL: tl.constexpr,  # which of the ranks is that among all rows; below 0: none
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
     WITH_SLOPES: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BQ: tl.constexpr,
     BM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sums over a stretch of the sources, negatives and positives apart: Σ ω σ(x), and Σ ω σ′(x)
-    without the pair of a query with itself.
-    """
-    split = tl.program_id(0) % splits
-    first = (tl.program_id(0) // splits) * BQ
-    problem = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + problem)
-    if first >= count:
-        return
+    """The ranks of a block of queries; for slopes, without the pair of a query with itself."""
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    first = tl.program_id(0) * BQ
     number = first + tl.arange(0, BQ)
-    is_real = number < count
-    row = tl.load(rows + problem * row_stride + number, mask=is_real, other=0)
+    begin, end = _stretch(numbers, problem, num_problems, QUERIES)
+    is_query = (number >= begin) & (number < end)
     base = problem * num_rows
-    query = tl.load(scores + base + row, mask=is_real, other=0.0)[:, None]
+    row = tl.load(order + base + number, mask=number < num_rows, other=0)
+    query = tl.load(scores + base + row, mask=is_query, other=0.0)[:, None]
     rate = tl.load(rates + problem)
     among_negatives = tl.zeros([BQ], dtype=tl.float64)
     among_positives = tl.zeros([BQ], dtype=tl.float64)
     slope_of_negatives = tl.zeros([BQ], dtype=tl.float64)
     slope_of_positives = tl.zeros([BQ], dtype=tl.float64)
-    end = tl.minimum(num_rows, (split + 1) * stretch)
-    for chunk in range(split * stretch, end, CHUNK):
+    stop = tl.where((first < end) & (first + BQ > begin), num_rows, 0)
+    for chunk in range(0, stop, CHUNK):
         negatives = tl.zeros([BQ, BM], dtype=query.dtype)
         positives = tl.zeros([BQ, BM], dtype=query.dtype)
         negative_slopes = tl.zeros([BQ, BM], dtype=query.dtype)
         positive_slopes = tl.zeros([BQ, BM], dtype=query.dtype)
         for offset in range(0, CHUNK, BM):
             source = chunk + offset + tl.arange(0, BM)
-            inside = source < end
-            score = tl.load(scores + base + source, mask=inside, other=0.0)
-            positive = tl.load(is_positive + base + source, mask=inside, other=0) != 0
-            if WEIGHTED:
-                weight = tl.load(weights + base + source, mask=inside, other=0.0)
-            else:
-                weight = tl.where(inside, 1.0, 0.0).to(query.dtype)
-            weight = weight[None, :]
-            positive_weight = tl.where(positive[None, :], weight, 0.0)
-            x = (score[None, :] - query) * rate
+            inside = source < num_rows
+            score = tl.load(scores + base + source, mask=inside, other=0.0)[None, :]
+            side = tl.load(sides + base + source, mask=inside, other=0.0)[None, :]
+            positive_weight = tl.where(side > 0, side, 0.0)
+            negative_weight = positive_weight - side
+            x = (score - query) * rate
             small = tl.exp(-tl.abs(x))  # e^(−|x|), which never overflows
             inverse = 1.0 / (1.0 + small)
             sigmoid = tl.where(x >= 0, inverse, small * inverse)
-            negatives += sigmoid * (weight - positive_weight)
+            negatives += sigmoid * negative_weight
             positives += sigmoid * positive_weight
             if WITH_SLOPES:
                 is_other = source[None, :] != row[:, None]
                 slope = tl.where(is_other, small * inverse * inverse, 0.0)
-                negative_slopes += slope * (weight - positive_weight)
+                negative_slopes += slope * negative_weight
                 positive_slopes += slope * positive_weight
         among_negatives += tl.sum(negatives, 1).to(tl.float64)
         among_positives += tl.sum(positives, 1).to(tl.float64)
         if WITH_SLOPES:
             slope_of_negatives += tl.sum(negative_slopes, 1).to(tl.float64)
             slope_of_positives += tl.sum(positive_slopes, 1).to(tl.float64)
-    size = tl.num_programs(1).to(tl.int64) * num_rows  # C·M
-    place = sums + split * size + base + row
-    tl.store(place, among_negatives, mask=is_real)
-    tl.store(place + splits * size, among_positives, mask=is_real)
+    _store_ranks(
+        ranks, sides, base + row, number < num_rows, is_query, among_negatives, among_positives,
+        num_problems.to(tl.int64) * num_rows, ALL, POSITIVES, NEGATIVES, SMALLEST,
+    )  # fmt: skip
     if WITH_SLOPES:
-        tl.store(place + 2 * splits * size, slope_of_negatives, mask=is_real)
-        tl.store(place + 3 * splits * size, slope_of_positives, mask=is_real)
+        size = num_problems.to(tl.int64) * num_rows
+        tl.store(sums + base + row, slope_of_negatives, mask=is_query)
+        tl.store(sums + size + base + row, slope_of_positives, mask=is_query)
 
 
 @triton.jit
-def source_slopes(
+def _store_ranks(
+    ranks,
+    sides,
+    place,
+    inside,
+    is_query,
+    among_negatives,
+    among_positives,
+    size,
+    ALL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):
+    """Σ ω σ(x) of both sides [n] as ranks among each set, a query counting itself fully."""
+    side = tl.load(sides + place, mask=is_query, other=0.0).to(tl.float64)
+    half = 0.5 * tl.abs(side)
+    # Rounding breaks 0 ≤ R ≤ R among all > 0 when a weight is below the precision of its sum.
+    among_all = among_negatives + among_positives + half
+    among_all = tl.where(among_all < SMALLEST, SMALLEST, among_all)
+    if ALL >= 0:
+        tl.store(ranks + ALL * size + place, tl.where(is_query, among_all, 1.0), mask=inside)
+    if POSITIVES >= 0:
+        rank = among_positives + tl.where(side > 0, half, 0.0)
+        rank = tl.where(rank > among_all, among_all, rank)
+        tl.store(ranks + POSITIVES * size + place, tl.where(is_query, rank, 1.0), mask=inside)
+    if NEGATIVES >= 0:
+        rank = among_negatives + tl.where(side < 0, half, 0.0)
+        rank = tl.where(rank > among_all, among_all, rank)
+        tl.store(ranks + NEGATIVES * size + place, tl.where(is_query, rank, 1.0), mask=inside)
+
+
+@triton.jit
+def _slopes_by_side(
+    by_all,
+    by_positives,
+    by_negatives,
+    side,
+    place,
+    mask,
+    ALL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    WEIGHS: tl.constexpr,
+):
+    """What a negative source, and a positive one, counts at queries: the slopes of all sets that
+    hold it, times the weight of the query.
+    """
+    to_negative = tl.zeros(side.shape, dtype=side.dtype)
+    to_positive = tl.zeros(side.shape, dtype=side.dtype)
+    if ALL:
+        slope = tl.load(by_all + place, mask=mask, other=0.0)
+        to_negative += slope
+        to_positive += slope
+    if NEGATIVES:
+        to_negative += tl.load(by_negatives + place, mask=mask, other=0.0)
+    if POSITIVES:
+        to_positive += tl.load(by_positives + place, mask=mask, other=0.0)
+    if WEIGHS:
+        to_negative *= tl.abs(side)
+        to_positive *= tl.abs(side)
+    return to_negative, to_positive
+
+
+@triton.jit
+def score_slopes(
     scores,  # [C, M]
-    weights,  # [C, M], or anything where not WEIGHTED
-    is_positive,  # [C, M] uint8
-    rows,  # [C, stride] int32
-    counts,  # [C] int32
+    sides,  # [C, M]
+    order,  # [C, M] int32
+    numbers,  # [2, C] int32
     rates,  # [C]
-    by_negatives,  # [C, M]: the derivative by the ranks among sets that hold negatives, at queries
-    by_positives,  # [C, M]: that by the ranks among sets that hold positives
-    slopes,  # [splits, C, num_live] float64
+    by_all,  # [C, M]: the derivatives by the ranks among all rows, at the queries
+    by_positives,
+    by_negatives,
+    sums,  # [2, C, M] float64 by `soft_ranks`
+    slopes,  # [C, M]: by score / τ, 0 from num_live on
     num_rows,
-    row_stride,
     num_live,
-    splits,
-    WEIGHTED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ALL: tl.constexpr,  # whether there are such derivatives
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    WEIGHS: tl.constexpr,  # whether they are those of a query of weight 1
+    LARGEST: tl.constexpr,
     BQ: tl.constexpr,
     BM: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """What every live row gets as a source: σ′ of its pairs with every `splits`-th query block."""
-    split = tl.program_id(0) % splits
-    source = (tl.program_id(0) // splits) * BM + tl.arange(0, BM)
-    problem = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + problem)
+    """What every row gets as a source, from all queries, less what it gets as a query."""
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    source = tl.program_id(0) * BM + tl.arange(0, BM)
+    begin, end = _stretch(numbers, problem, num_problems, QUERIES)
     base = problem * num_rows
-    inside = source < num_live
-    score = tl.load(scores + base + source, mask=inside, other=0.0)[None, :]
+    is_live = source < num_live
+    own_score = tl.load(scores + base + source, mask=is_live, other=0.0)
+    side = tl.load(sides + base + source, mask=is_live, other=0.0)
+    score = own_score[None, :]
     rate = tl.load(rates + problem)
     as_negative = tl.zeros([BM], dtype=tl.float64)
     as_positive = tl.zeros([BM], dtype=tl.float64)
-    step = splits * BQ
-    for start in range(split * BQ, count, step * BLOCKS):
+    stop = tl.where(tl.program_id(0) * BM < num_live, end, begin)
+    for start in range(begin, stop, BQ * BLOCKS):
         negative = tl.zeros([BQ, BM], dtype=score.dtype)
         positive = tl.zeros([BQ, BM], dtype=score.dtype)
-        for block in range(0, tl.minimum(BLOCKS, tl.cdiv(count - start, step))):
-            number = start + block * step + tl.arange(0, BQ)
-            is_real = number < count
-            row = tl.load(rows + problem * row_stride + number, mask=is_real, other=0)
+        for block in range(0, tl.minimum(BLOCKS, tl.cdiv(end - start, BQ))):
+            number = start + block * BQ + tl.arange(0, BQ)
+            is_real = number < end
+            row = tl.load(order + base + number, mask=is_real, other=0)
             query = tl.load(scores + base + row, mask=is_real, other=0.0)[:, None]
-            to_negative = tl.load(by_negatives + base + row, mask=is_real, other=0.0)[:, None]
-            to_positive = tl.load(by_positives + base + row, mask=is_real, other=0.0)[:, None]
+            own = tl.load(sides + base + row, mask=is_real, other=0.0)
+            to_negative, to_positive = _slopes_by_side(
+                by_all, by_positives, by_negatives, own, base + row, is_real,
+                ALL, POSITIVES, NEGATIVES, WEIGHS,
+            )  # fmt: skip
             x = (score - query) * rate
             small = tl.exp(-tl.abs(x))
             inverse = 1.0 / (1.0 + small)
             is_other = source[None, :] != row[:, None]
             slope = tl.where(is_other, small * inverse * inverse, 0.0)
-            negative += slope * to_negative
-            positive += slope * to_positive
+            negative += slope * to_negative[:, None]
+            positive += slope * to_positive[:, None]
         as_negative += tl.sum(negative, 0).to(tl.float64)
         as_positive += tl.sum(positive, 0).to(tl.float64)
-    own = tl.load(is_positive + base + source, mask=inside, other=0) != 0
-    slope = tl.where(own, as_positive, as_negative)
-    if WEIGHTED:
-        slope *= tl.load(weights + base + source, mask=inside, other=0.0).to(tl.float64)
-    size = tl.num_programs(1).to(tl.int64) * num_live
-    tl.store(slopes + split * size + problem * num_live + source, slope, mask=inside)
+    slope = tl.where(side > 0, as_positive, as_negative) * tl.abs(side).to(tl.float64)
+    is_query = _is_query(side, end, QUERIES)
+    to_negative, to_positive = _slopes_by_side(
+        by_all, by_positives, by_negatives, side, base + source, is_query,
+        ALL, POSITIVES, NEGATIVES, WEIGHS,
+    )  # fmt: skip
+    size = num_problems.to(tl.int64) * num_rows
+    of_negatives = tl.load(sums + base + source, mask=is_query, other=0.0)
+    of_positives = tl.load(sums + size + base + source, mask=is_query, other=0.0)
+    slope -= of_negatives * to_negative + of_positives * to_positive  # they nearly cancel
+    # Nothing moves an infinity; where several tie, their slopes would be finite.
+    slope = tl.where(tl.abs(own_score) == LARGEST, 0.0, slope)
+    tl.store(slopes + base + source, slope, mask=source < num_rows)
+
+
+@triton.jit
+def weighted_totals(
+    values,  # [C, M]
+    sides,  # [C, M]
+    numbers,  # [2, C] int32
+    totals,  # [C, blocks]
+    num_rows,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Σ ω · value over the queries of a block of rows."""
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _, end = _stretch(numbers, problem, num_problems, QUERIES)
+    side = tl.load(sides + problem * num_rows + row, mask=row < num_rows, other=0.0)
+    is_query = _is_query(side, end, QUERIES)
+    value = tl.load(values + problem * num_rows + row, mask=is_query, other=0.0).to(tl.float64)
+    total = tl.sum(value * tl.abs(side), 0)
+    tl.store(totals + problem * tl.num_programs(0) + tl.program_id(0), total)
 
 
 @triton.jit

@@ -11,52 +11,25 @@ plans in plain PyTorch serve these devices too.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.canonical import smallest
 from imbalanced_losses._ranking.choose import choose_fused
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries, ceil, launch
 from imbalanced_losses._ranking.panels.panels import PRECISIONS, Panels
-from imbalanced_losses._ranking.plan import Canonical, Masked, Rows, SlopesOf, is_in
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows, SlopesOf, is_in
 
-# Where the kernels run.
-DEVICES = ("cuda",)
-_OLDEST_TRITON = (3, 2)
-# A tile of pairs, and how many sources or query blocks are summed before float64 takes over.
-_QUERIES, _SOURCES, _CHUNK, _BLOCKS = 16, 64, 512, 16
-# Programs that keep a large device busy, if a tenth of the rows are positive.
-_PROGRAMS = 1 << 10
+# Programs that keep a large device busy, if a tenth of the rows are queries.
+_PROGRAMS = 1 << 13
+# Pairs of a tile, and how many of one row are summed before float64 takes over.
+_TILE, _CHUNK = 1 << 10, 1 << 9
 # Rows of a panel that one program sums, items that another does, rows that a third evaluates.
 _ITEM, _ITEMS, _ROWS = 128, 128, 256
-# The last two dimensions of a grid.
-_MOST_PROBLEMS = (1 << 16) - 1
-
-
-def has_kernels(scores: Tensor) -> bool:
-    """Whether scores [C, M] can be ranked by kernels."""
-    return (
-        scores.device.type in DEVICES
-        and 0 < len(scores) <= _MOST_PROBLEMS
-        and scores.shape[1] > 0
-        and _has_triton()
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether there is a Triton that the kernels have been tested on."""
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError:
-        return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
 
 
 def fused_plan(
-    given: Canonical, queries: Masked, among: tuple[Rows, ...], backend: str
+    given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...], backend: str
 ) -> FusedDense | FusedPanels:
     """Soft ranks of the rows that are queries; `backend` is "auto", "dense" or "panel"."""
     if backend == "auto":
@@ -65,15 +38,84 @@ def fused_plan(
     return make(given, queries, among)
 
 
+class FusedDense:
+    """The definition: O(Q·M) pairs, none of which leaves the registers; O(C·M) memory.
+
+    `plan.RankPlan` for prepared queries.
+    """
+
+    weighs = True  # whether slopes come as those of a query of weight 1
+
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
+        self.given, self.queries, self.among = given, queries, among
+        own = queries.prepared
+        self._geometry = given.scores, own.sides, own.order, own.numbers, own.rates
+
+    def ranks(self) -> tuple[Tensor, ...]:
+        return self._ranks(self.given.scores, with_slopes=False)
+
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
+        scores, (num_problems, num_rows) = self.given.scores, self.given.scores.shape
+        sums = scores.new_empty(2, *scores.shape, dtype=torch.float64)
+        ranks = self._ranks(sums, with_slopes=True)
+        by: dict[str, Tensor] = {}
+        for rows, slope in zip(self.among, slopes_of(ranks, slice(None)), strict=True):
+            by[rows] = by[rows] + slope if rows in by else slope
+        slopes = [by[r].expand(scores.shape).contiguous() if r in by else scores for r in ROWS]
+        gradient = torch.empty_like(scores)
+        sources = 4 * self._size()
+        launch(
+            "score_slopes",
+            (ceil(num_rows, sources), num_problems),
+            *(*self._geometry, *slopes, sums, gradient, num_rows, self.given.num_live),
+            QUERIES=self.queries.rows,
+            **{rows.upper(): rows in by for rows in ROWS},
+            WEIGHS=self.weighs,
+            LARGEST=torch.finfo(scores.dtype).max / 2,
+            BQ=_TILE // sources,
+            BM=sources,
+            BLOCKS=max(1, _CHUNK * sources // (2 * _TILE)),
+        )
+        return ranks, gradient
+
+    def _ranks(self, sums: Tensor, with_slopes: bool) -> tuple[Tensor, ...]:
+        scores, (num_problems, num_rows) = self.given.scores, self.given.scores.shape
+        among = [*dict.fromkeys(self.among)]
+        ranks = scores.new_empty(len(among), num_problems, num_rows)
+        size = self._size()
+        launch(
+            "soft_ranks",
+            (ceil(num_rows, size), num_problems),
+            *(*self._geometry, ranks, sums, num_rows),
+            QUERIES=self.queries.rows,
+            **{rows.upper(): among.index(rows) if rows in among else -1 for rows in ROWS},
+            WITH_SLOPES=with_slopes,
+            SMALLEST=smallest(scores.dtype),
+            BQ=size,
+            BM=_TILE // size,
+            CHUNK=max(_CHUNK, _TILE // size),
+        )
+        of_set = dict(zip(among, ranks, strict=True))
+        return tuple(of_set[rows] for rows in self.among)
+
+    def _size(self) -> int:
+        """Queries of a program: few of a small pool, so that it fills the device."""
+        num_scores = self.given.scores.numel()
+        return next((size for size in (16, 4) if num_scores >= size * _PROGRAMS), 1)
+
+
 class _FusedRanks:
     """What both plans share; `plan.RankPlan` with masks for lists.
 
     Kernels sum over the two sides, negatives and positives, of which every set is made.
     """
 
-    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+    weighs = True
+
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         self.given, self.queries, self.among = given, queries, among
         self.scores = given.scores
+        self.asked = queries.mask
         self.weights = None if given.weights is None else given.weights.contiguous()
         temperature = given.temperature
         if not isinstance(temperature, Tensor):
@@ -87,6 +129,8 @@ class _FusedRanks:
         sums = self._sums(with_slopes=True)
         ranks = self._ranked(sums)
         slopes = slopes_of(ranks, slice(None))
+        own = 1 if self.weights is None or not self.weighs else self.weights
+        slopes = tuple(torch.where(self.asked, slope * own, 0) for slope in slopes)
         # A row of a side moves the ranks among all sets that hold that side; they nearly cancel.
         by_negatives, by_positives = (
             self._by_side(slopes, side) for side in ("negatives", "positives")
@@ -119,8 +163,11 @@ class _FusedRanks:
                 rank = rank + half * (is_positive if rows == "positives" else ~is_positive)
             elif member:
                 rank = rank + half
-            ranks.append(torch.where(self.queries.mask, rank, 1).to(self.scores.dtype))
-        return tuple(ranks)
+            ranks.append(torch.where(self.asked, rank, 1).to(self.scores.dtype))
+        if "all" not in self.among:
+            return tuple(rank.clamp(min=0) for rank in ranks)
+        among_all = ranks[self.among.index("all")].clamp(min=smallest(self.scores.dtype))
+        return tuple(torch.minimum(rank.clamp(min=0), among_all) for rank in ranks)
 
     def _sums(self, with_slopes: bool) -> Tensor:
         """Σ ω σ, then Σ ω σ′, of negatives and of positives: [2 or 4, C, M].
@@ -138,85 +185,10 @@ class _FusedRanks:
         raise NotImplementedError
 
 
-class FusedDense(_FusedRanks):
-    """The definition: O(Q·M) pairs, none of which leaves the registers; O(C·M) memory."""
-
-    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
-        super().__init__(given, queries, among)
-        is_query, (num_problems, num_rows) = queries.mask, given.scores.shape
-        number = is_query.cumsum(1)  # [C, M], 1 for the first query
-        self._counts = number[:, -1].to(torch.int32)
-        # The queries one behind the other; other rows go to a place that nobody looks at.
-        slot = torch.where(is_query, number - 1, num_rows)
-        row = torch.arange(num_rows, dtype=torch.int32, device=given.scores.device)
-        self._rows = row.new_empty(num_problems, num_rows + 1)
-        self._rows.scatter_(1, slot, row.expand(num_problems, -1))
-        self._mask = given.is_positive.contiguous().view(torch.uint8)
-        self._rates = self.temperature.reciprocal()
-
-    def _sums(self, with_slopes: bool) -> Tensor:
-        num_problems, num_rows = self.scores.shape
-        blocks = _ceil(num_rows, _QUERIES)
-        splits = min(_ceil(num_rows, _CHUNK), self._splits(blocks // 10))
-        stretch = _ceil(_ceil(num_rows, splits), _CHUNK) * _CHUNK
-        splits = _ceil(num_rows, stretch)
-        sums = self.scores.new_zeros(
-            4 if with_slopes else 2, splits, num_problems, num_rows, dtype=torch.float64
-        )
-        _launch(
-            "rank_sums",
-            (blocks * splits, num_problems),
-            *self._geometry(),
-            sums,
-            num_rows,
-            num_rows + 1,
-            splits,
-            stretch,
-            WEIGHTED=self.weights is not None,
-            WITH_SLOPES=with_slopes,
-            BQ=_QUERIES,
-            BM=_SOURCES,
-            CHUNK=_CHUNK,
-        )
-        return sums[:, 0] if splits == 1 else sums.sum(1)
-
-    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
-        (num_problems, num_rows), num_live = self.scores.shape, self.given.num_live
-        blocks = _ceil(num_live, _SOURCES)
-        splits = self._splits(blocks)
-        slopes = self.scores.new_empty(splits, num_problems, num_live, dtype=torch.float64)
-        if num_live > 0:
-            _launch(
-                "source_slopes",
-                (blocks * splits, num_problems),
-                *self._geometry(),
-                by_negatives.contiguous(),
-                by_positives.contiguous(),
-                slopes,
-                num_rows,
-                num_rows + 1,
-                num_live,
-                splits,
-                WEIGHTED=self.weights is not None,
-                BQ=_QUERIES,
-                BM=_SOURCES,
-                BLOCKS=_BLOCKS,
-            )
-        return slopes[0] if splits == 1 else slopes.sum(0)
-
-    def _geometry(self) -> tuple[Tensor, ...]:
-        weights = self.scores if self.weights is None else self.weights
-        return self.scores, weights, self._mask, self._rows, self._counts, self._rates
-
-    def _splits(self, blocks: int) -> int:
-        """Into how many parts the sum of each block goes, so that small pools fill the device."""
-        return min(8, max(1, _PROGRAMS // max(1, blocks * len(self.scores))))
-
-
 class FusedPanels(_FusedRanks):
     """Linear time by panels: moments of sorted rows, and evaluation, in kernels."""
 
-    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         super().__init__(given, queries, among)
         scores = given.scores
         self._panels = panels = Panels(
@@ -226,12 +198,12 @@ class FusedPanels(_FusedRanks):
             self.temperature,
             for_ranks=True,
             precisions=PRECISIONS[scores.dtype][-1:],
-            is_asked=queries.mask.any(1),
+            is_asked=self.asked.any(1),
         )
         slot, place = panels.line.locate(scores, None)
         self._place = place.flatten()
         self._slot = slot.flatten().to(torch.int32)
-        self._mask = queries.mask.flatten().contiguous().view(torch.uint8)
+        self._mask = self.asked.flatten().contiguous().view(torch.uint8)
         # The rows of each panel together, and cut into items of so many rows.
         self._order, self._items = _sorted_items(self._slot, panels.line.num_panels)
         own = scores.new_ones(scores.shape) if self.weights is None else self.weights
@@ -248,7 +220,7 @@ class FusedPanels(_FusedRanks):
         field = self._panels.field(self._moments(cotangent), 1, transposed=True)
         slopes = self._evaluated(field, None).mul_(self._columns.view(2, *self.scores.shape))
         # A problem without queries has a gradient of exactly zero.
-        slopes = torch.where(self.queries.mask.any(1, keepdim=True), slopes.sum(0), 0)
+        slopes = torch.where(self.asked.any(1, keepdim=True), slopes.sum(0), 0)
         return slopes[:, : self.given.num_live]
 
     def _moments(self, columns: Tensor) -> Tensor:
@@ -258,7 +230,7 @@ class FusedPanels(_FusedRanks):
             columns = columns.nan_to_num()  # of the problem that is NaN anyhow
         num_panels, num_items = panels.line.num_panels, len(self._items.panel)
         partial = columns.new_zeros(len(columns), degree, num_items, dtype=torch.float64)
-        _launch(
+        launch(
             "panel_moments",
             (num_items, len(columns)),
             self._order,
@@ -275,7 +247,7 @@ class FusedPanels(_FusedRanks):
             ROWS=_ITEM,
         )
         moments = partial.new_empty(len(columns), degree, num_panels)
-        _launch(
+        launch(
             "panel_totals",
             (num_panels, len(columns)),
             partial,
@@ -293,9 +265,9 @@ class FusedPanels(_FusedRanks):
         num_columns, degree, num_panels = field.shape
         num_rows = len(self._place)
         out = field.new_empty(num_columns, *self.scores.shape)
-        _launch(
+        launch(
             "panel_values",
-            (_ceil(num_rows, _ROWS), num_columns),
+            (ceil(num_rows, _ROWS), num_columns),
             self._slot,
             self._place,
             self._slot if mask is None else mask,
@@ -331,19 +303,3 @@ def _sorted_items(slot: Tensor, num_panels: int) -> tuple[Tensor, _Items]:
     panel = torch.arange(num_panels, dtype=slot.dtype, device=slot.device)
     row_ends = torch.searchsorted(ordered, panel, right=True)
     return order, _Items(row_ends, num_panels + len(slot) // _ITEM)
-
-
-def _kernels() -> Any:
-    """The module of the kernels, which imports Triton."""
-    from imbalanced_losses._ranking.cuda import kernels
-
-    return kernels
-
-
-def _launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
-    """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
-    getattr(_kernels(), name)[grid](*arguments, **constants, enable_fp_fusion=True)
-
-
-def _ceil(number: int, step: int) -> int:
-    return -(-number // step)
