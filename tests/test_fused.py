@@ -286,14 +286,40 @@ def test_choice_by_rows_alone() -> None:
     assert choose_fused(1, 1 << 20) == choose_fused(100, 16384) == "panel"
 
 
+OF_PLAN = "*{f} *{f} *i32 *i32 *{f}"
 SIGNATURES = {
-    "rank_sums": (
-        "*{f} *{f} *u8 *i32 *i32 *{f} *fp64 i32 i32 i32 i32",
-        {"WEIGHTED": True, "WITH_SLOPES": True, "BQ": 16, "BM": 64, "CHUNK": 512},
+    "block_facts": ("*u8 *{f} *fp64 i32 i32 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
+    "prepare": (
+        "*{f} *u8 *{f} *{f} *fp64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} i64" + " i32" * 8,
+        {"WEIGHTED": True, "FIXED": True, "SMALLEST": 1e-19, "LARGEST": 1e38, "BLOCK": 4096}
+        | {"BLOCKS": 32},
     ),
-    "source_slopes": (
-        "*{f} *{f} *u8 *i32 *i32 *{f} *{f} *{f} *fp64 i32 i32 i32 i32",
-        {"WEIGHTED": True, "BQ": 16, "BM": 64, "BLOCKS": 16},
+    "soft_ranks": (
+        OF_PLAN + " *{f} *fp64 i32",
+        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
+        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64, "CHUNK": 512},
+    ),
+    "score_slopes": (
+        OF_PLAN + " *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
+        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64, "BLOCKS": 16},
+    ),
+    "weighted_totals": (
+        "*{f} *{f} *i32 *{f} *{f} i32",
+        {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 4096},
+    ),
+    "check_rows": ("*i64 *{f} *{f} *u8 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
+    "label_rows": (
+        "*i64 *{f} *u8 *{f}" + " i32" * 6,
+        {"WEIGHTED": True, "BY_CLASS": True, "BY_LABEL": False, "BLOCK": 4096},
+    ),
+    "choose_rows": (
+        "*{f} *i64 *{f} *u8 *i32 *i64 *i64 *i64" + " i32" * 11,
+        {"WEIGHTED": True, "BLOCK": 64, "COLUMNS": 64},
+    ),
+    "store_rows": (
+        "*{f} *i64 *{f} *u8 *i32 *i64 *{f} *i64 *{f} *i64 *i64" + " i32" * 10,
+        {"WEIGHTED": True, "BLOCK": 64, "COLUMNS": 64, "BLOCKS": 64},
     ),
     "panel_moments": (
         "*i64 *fp64 *{f} *i64 *i64 *i64 *fp64 i32 i32 i32",
@@ -306,6 +332,12 @@ SIGNATURES = {
     ),
 }
 
+VARIANTS = {
+    "prepare": [{}, {"BLOCKS": 1, "FIXED": False, "WEIGHTED": False}],
+    "soft_ranks": [{}, {"BQ": 4, "BM": 256}, {"BQ": 1, "BM": 1024, "CHUNK": 1024}],
+    "score_slopes": [{}, {"BQ": 64, "BM": 16, "BLOCKS": 4}, {"BQ": 256, "BM": 4, "BLOCKS": 1}],
+}
+
 COMPILE = """
 import json
 import sys
@@ -316,25 +348,25 @@ from imbalanced_losses._ranking.cuda import kernels
 
 for name, types, constants in json.loads(sys.argv[1]):
     kernel = getattr(kernels, name)
-    names = [n for n in kernel.arg_names if n not in constants or n == "splits"]
+    names = [n for n in kernel.arg_names if n not in constants]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"], name
     assert "atom" not in compiled.asm["ptx"] and ".local" not in compiled.asm["ptx"], name
+    print(name, constants.get("BQ"), compiled.metadata.shared, len(compiled.asm["ptx"]))
 """
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_kernels_compile_without_atomics_and_spills(dtype: str) -> None:
-    """For a device of compute capability 9.0, which needs none; also of one split, a constant."""
+    """For a device of compute capability 9.0, which needs none; also small tiles."""
     variants = [
         (name, types.format(f=dtype).split(), constants | own)
         for name, (types, constants) in SIGNATURES.items()
-        for own in ([{}, {"splits": 1}] if "i32 i32 i32 i32" in types else [{}])
+        for own in VARIANTS.get(name, [{}])
     ]
-    assert len(variants) == 7
     command = [sys.executable, "-c", COMPILE, json.dumps(variants)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=_environment_of_compilers()

@@ -15,6 +15,7 @@ from imbalanced_losses._checks.tracing import is_in_backward, is_on_host, is_tra
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import StatefulLoss, arguments_of
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
+from imbalanced_losses._ranking.cuda.rows import check_values
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 from imbalanced_losses._rows.checkpoint import Saved, in_current_form, pack_ranking, unpack_ranking
 from imbalanced_losses._rows.gather import Gather, GradReduce, Group, ProcessGroup, gather
@@ -381,7 +382,7 @@ class RankingLoss(StatefulLoss):
         weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
         if self.check_values and not logits.is_meta:
             num_labels = 2 if self.multilabel or self.num_classes == 1 else self.num_classes
-            _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
+            check_values(targets, sample_weight, weights, num_labels, self.ignore_index)
         return Pool(logits, targets.detach().to(torch.int64), weights)
 
     def _follow(self, device: torch.device) -> None:

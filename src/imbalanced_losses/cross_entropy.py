@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import LossModule, arguments_of
+from imbalanced_losses._ranking.cuda.rows import check_values
 
 __all__ = ["CrossEntropy"]
 
@@ -126,7 +127,7 @@ class CrossEntropy(LossModule):
         is_binary = self.multilabel or self.num_classes == 1
         if self.check_values and not logits.is_meta:
             num_labels = 2 if is_binary else self.num_classes
-            _checks.row_values(targets, sample_weight, weights, num_labels, self.ignore_index)
+            check_values(targets, sample_weight, weights, num_labels, self.ignore_index)
         targets = targets.to(torch.int64)
         counts = (targets != self.ignore_index) & weights.bool()
         self._follow(logits.device)

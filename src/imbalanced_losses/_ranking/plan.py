@@ -58,6 +58,7 @@ class Canonical(NamedTuple):
     temperature: float | Tensor  # or [C] in the dtype of the scores
     num_live: int  # rows from here on are constants, without a gradient
     processes: Processes | None  # those that hold other rows of the problems
+    by_kernels: bool = False  # who see to infinities and τ in gradients themselves
 
     def column(self, rows: Rows) -> Tensor | None:
         """The weight [C, M] of each row in a set; None = 1 everywhere."""

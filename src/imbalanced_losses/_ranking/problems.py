@@ -55,7 +55,9 @@ class Problems:
         self.processes = processes
         self.backend: Backend = backend
         self._prepared = prepared(self)
-        self.weights = unit_weights(self) if self._prepared is None else self._prepared.given.weights
+        self.weights = (
+            unit_weights(self) if self._prepared is None else self._prepared.given.weights
+        )
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}

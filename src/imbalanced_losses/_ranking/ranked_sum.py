@@ -12,8 +12,9 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sigmoid_sums
 from imbalanced_losses._ranking.canonical import canonical, smallest
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import ROWS, Canonical, Listed, Masked, Queries, Rows, half_of
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ class _RankedSum(torch.autograd.Function):
         ctx: Any, scores: Tensor, temperature: float | Tensor, problems: Problems, asked: Asked
     ) -> Tensor:
         given, queries = problems.canonical(), problems.queries(asked.queries)
+        per = problems.mass_of_positives() if asked.is_mean else 1
+        if isinstance(queries, PreparedQueries) and isinstance(per, Tensor):
+            queries, per = queries.per(per), 1
         everywhere = given.processes is not None and given.processes.is_differentiated
         moves_temperature = isinstance(temperature, Tensor) and (
             everywhere or ctx.needs_input_grad[1]
@@ -147,7 +151,6 @@ class _RankedSum(torch.autograd.Function):
             ranks = plan.ranks()
         else:
             ranks, slopes = plan.ranks_and_gradient(_SlopesOf(asked, queries))
-            per = problems.mass_of_positives() if asked.is_mean else 1
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
             ctx.constants, ctx.asked, ctx.kind = problems.constants(), asked, type(problems)
             ctx.is_shared = given.processes is not None
@@ -158,8 +161,8 @@ class _RankedSum(torch.autograd.Function):
                 tensors.append(by_temperature)
             ctx.save_for_backward(*tensors)
         total = problems.summed(queries.total(asked.worth_of(ranks, queries)))
-        if asked.is_mean:
-            total.div_(problems.mass_of_positives())
+        if asked.is_mean and not isinstance(queries, PreparedQueries):
+            total.div_(per)
         return total.view(scores.shape[:-1])
 
     @staticmethod
@@ -188,8 +191,9 @@ def gradient_of(
     if given.has_extremes:
         # Nothing moves an infinity; where several tie, their slopes would be finite.
         slopes.masked_fill_(given.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-    tau = given.temperature * per
-    slopes.div_(tau[:, None] if isinstance(tau, Tensor) else tau)
+    if not given.by_kernels:
+        tau = given.temperature * per
+        slopes.div_(tau[:, None] if isinstance(tau, Tensor) else tau)
     return slopes, _slopes_in_temperature(given, slopes) if moves_temperature else None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.cuda import rows as kernels
 
 
 class Columns(NamedTuple):
@@ -107,6 +108,11 @@ class Pool(NamedTuple):
         """One problem a class: one-vs-rest, or each label by itself for multi-label targets."""
         num_classes = self.logits.shape[1]
         labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
+        num_live = self.targets.shape[0] - self.num_constant
+        if kernels.serves(self.logits):
+            given = None if self.weights is None else _columns(self.weights).T
+            found = kernels.labelled(labels, given, num_classes, ignore_index, self.logits)
+            return Columns(self.logits.T, *found, num_live)
         if num_classes == 1 or self.targets.dim() == 2:
             is_positive = labels == 1
         else:
@@ -119,7 +125,6 @@ class Pool(NamedTuple):
             weights = (own * counts).expand(num_classes, -1)
         elif not (is_on_host(counts) and counts.all()):
             weights = counts.to(self.logits.dtype).expand(num_classes, -1)
-        num_live = self.targets.shape[0] - self.num_constant
         return Columns(self.logits.T, is_positive, weights, num_live)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.cuda import rows as kernels
 from imbalanced_losses._rows.checkpoint import unchanged_on_error
 from imbalanced_losses._rows.pool import Pool
 
@@ -85,6 +86,15 @@ class MemoryQueue:
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
+        if kernels.serves(rows.logits):
+            kernels.push(
+                (rows.logits, rows.targets, rows.weights),
+                self._stored(),
+                *(self.cursor, self.pushed_at, self.ignore_index),
+            )
+            self.num_steps += is_step
+            self.is_weighted |= rows.weights is not None
+            return
         on_host = is_on_host(rows.logits)
         slots: Tensor | slice
         rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)

@@ -339,7 +339,8 @@ def score_slopes(
     by_positives,
     by_negatives,
     sums,  # [2, C, M] float64 by `soft_ranks`
-    slopes,  # [C, M]: by score / τ, 0 from num_live on
+    divisors,  # [C], or anything where not DIVIDED
+    slopes,  # [C, M], 0 from num_live on
     num_rows,
     num_live,
     QUERIES: tl.constexpr,
@@ -347,6 +348,7 @@ def score_slopes(
     POSITIVES: tl.constexpr,
     NEGATIVES: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether they are those of a query of weight 1
+    DIVIDED: tl.constexpr,
     LARGEST: tl.constexpr,
     BQ: tl.constexpr,
     BM: tl.constexpr,
@@ -399,7 +401,10 @@ def score_slopes(
     slope -= of_negatives * to_negative + of_positives * to_positive  # they nearly cancel
     # Nothing moves an infinity; where several tie, their slopes would be finite.
     slope = tl.where(tl.abs(own_score) == LARGEST, 0.0, slope)
-    tl.store(slopes + base + source, slope, mask=source < num_rows)
+    scale = rate.to(tl.float64)
+    if DIVIDED:
+        scale /= tl.load(divisors + problem)
+    tl.store(slopes + base + source, slope * scale, mask=source < num_rows)
 
 
 @triton.jit
@@ -407,9 +412,11 @@ def weighted_totals(
     values,  # [C, M]
     sides,  # [C, M]
     numbers,  # [2, C] int32
+    divisors,  # [C], or anything where not DIVIDED
     totals,  # [C, blocks]
     num_rows,
     QUERIES: tl.constexpr,
+    DIVIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Σ ω · value over the queries of a block of rows."""
@@ -420,7 +427,196 @@ def weighted_totals(
     is_query = _is_query(side, end, QUERIES)
     value = tl.load(values + problem * num_rows + row, mask=is_query, other=0.0).to(tl.float64)
     total = tl.sum(value * tl.abs(side), 0)
+    if DIVIDED:
+        total /= tl.load(divisors + problem)
     tl.store(totals + problem * tl.num_programs(0) + tl.program_id(0), total)
+
+
+@triton.jit
+def check_rows(
+    targets,  # [n]
+    sample_weight,  # [n] as given, or anything where not WEIGHTED
+    weights,  # [n] in the dtype of the computation, or anything
+    verdicts,  # [blocks] uint8
+    num_labels,
+    ignore_index,
+    num_rows,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Whether targets are labels or ignored, and weights finite and ≥ 0, in a block of rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    target = tl.load(targets + row, mask=inside, other=0)
+    if target.dtype.is_floating():
+        target = target.to(tl.float64)
+        good = (target >= 0) & (target < num_labels) & (target == tl.floor(target))
+    else:
+        target = target.to(tl.int64)
+        good = (target >= 0) & (target < num_labels)
+    good = good | (target == ignore_index)
+    if WEIGHTED:
+        given = tl.load(sample_weight + row, mask=inside, other=0)
+        weight = tl.load(weights + row, mask=inside, other=0.0).to(tl.float64)
+        good = good & (given >= 0) & (weight >= 0) & (weight < float("inf"))
+    num_bad = tl.sum(tl.where(inside & ~good, 1, 0), 0)
+    tl.store(verdicts + tl.program_id(0), (num_bad == 0).to(tl.uint8))
+
+
+@triton.jit
+def label_rows(
+    targets,  # [1 or C, M]
+    weights,  # as targets, or anything where not WEIGHTED
+    is_positive,  # [C, M] uint8
+    own,  # [1 or C, M]: the weights, 0 where ignored
+    target_strides,
+    target_stride,
+    weight_strides,
+    weight_stride,
+    ignore_index,
+    num_rows,
+    WEIGHTED: tl.constexpr,
+    BY_CLASS: tl.constexpr,  # a target is the class that is positive, else 1 is
+    BY_LABEL: tl.constexpr,  # whether there is a target for each class
+    BLOCK: tl.constexpr,
+):
+    """A block of rows of one class."""
+    problem = tl.program_id(1).to(tl.int64)
+    label = problem if BY_LABEL else problem * 0
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    target = tl.load(targets + label * target_strides + row * target_stride, mask=inside, other=0)
+    positive = target == (problem if BY_CLASS else 1)
+    tl.store(is_positive + problem * num_rows + row, positive.to(tl.uint8), mask=inside)
+    counts = target != ignore_index
+    if WEIGHTED:
+        place = weights + label * weight_strides + row * weight_stride
+        weight = tl.load(place, mask=inside & counts, other=0.0)
+    else:
+        weight = tl.where(counts, 1.0, 0.0)
+    end = num_rows
+    if not BY_LABEL:  # once
+        end = tl.where(problem == 0, num_rows, 0)
+    tl.store(own + label * num_rows + row, weight, mask=row < end)
+
+
+@triton.jit
+def choose_rows(
+    logits,  # [N, C]
+    targets,  # [N, L]
+    weights,  # [N, L], or anything where not WEIGHTED
+    keep,  # [N] uint8
+    counts,  # [blocks] int32
+    before,  # [2] int64: cursor, and number of pushes, as they were
+    cursor,
+    pushed_at,  # [size + 1] int64
+    logit_stride,
+    logit_strides,
+    target_stride,
+    target_strides,
+    weight_stride,
+    weight_strides,
+    size,
+    num_rows,
+    num_classes,
+    num_labels,
+    ignore_index,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Which rows of a block a queue stores: finite ones with a target that counts."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    num_bad = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, num_classes, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (column < num_classes)[None, :]
+        place = row[:, None] * logit_stride + column[None, :] * logit_strides
+        logit = tl.load(logits + place, mask=mask, other=0.0)
+        num_bad += tl.sum((tl.abs(logit) < float("inf")).to(tl.int32) ^ 1, 1)
+    num_present = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, num_labels, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (column < num_labels)[None, :]
+        place = row[:, None] * target_stride + column[None, :] * target_strides
+        present = mask & (tl.load(targets + place, mask=mask, other=0) != ignore_index)
+        if WEIGHTED:
+            place = row[:, None] * weight_stride + column[None, :] * weight_strides
+            weight = tl.load(weights + place, mask=mask, other=0.0)
+            num_bad += tl.sum((tl.abs(weight) < float("inf")).to(tl.int32) ^ 1, 1)
+            present = present & (weight > 0)
+        num_present += tl.sum(present.to(tl.int32), 1)
+    kept = inside & (num_bad == 0) & (num_present > 0)
+    tl.store(keep + row, kept.to(tl.uint8), mask=inside)
+    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32), 0))
+    if tl.program_id(0) == 0:
+        tl.store(before, tl.load(cursor))
+        tl.store(before + 1, tl.load(pushed_at + size))
+
+
+@triton.jit
+def store_rows(
+    logits,
+    targets,
+    weights,
+    keep,
+    counts,
+    before,
+    stored_logits,  # [size + 1, C]
+    stored_targets,  # [size + 1, L]
+    stored_weights,  # [size + 1, L]
+    cursor,
+    pushed_at,
+    logit_stride,
+    logit_strides,
+    target_stride,
+    target_strides,
+    weight_stride,
+    weight_strides,
+    size,
+    num_rows,
+    num_classes,
+    num_labels,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # a power of two, at least as many as there are
+):
+    """Some columns of the rows of a block, into the slots from the cursor on; the newest only."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    number = tl.arange(0, BLOCKS)
+    count = tl.load(counts + number, mask=number < num_blocks, other=0)
+    total = tl.sum(count, 0)
+    surplus = tl.maximum(total - size, 0)
+    kept = tl.load(keep + row, mask=inside, other=0).to(tl.int32)
+    place = tl.sum(tl.where(number < block, count, 0), 0) + tl.cumsum(kept, 0) - 1 - surplus
+    is_stored = (kept != 0) & (place >= 0)
+    start, pushes = tl.load(before), tl.load(before + 1) + 1
+    slot = (start + tl.maximum(place, 0)) % size
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = is_stored[:, None] & (column < num_classes)[None, :]
+    found = row[:, None] * logit_stride + column[None, :] * logit_strides
+    logit = tl.load(logits + found, mask=mask, other=0.0)
+    tl.store(stored_logits + slot[:, None] * num_classes + column[None, :], logit, mask=mask)
+    mask = is_stored[:, None] & (column < num_labels)[None, :]
+    target_place = slot[:, None] * num_labels + column[None, :]
+    found = row[:, None] * target_stride + column[None, :] * target_strides
+    target = tl.load(targets + found, mask=mask, other=0)
+    tl.store(stored_targets + target_place, target, mask=mask)
+    if WEIGHTED:
+        found = row[:, None] * weight_stride + column[None, :] * weight_strides
+        weight = tl.load(weights + found, mask=mask, other=0.0)
+    else:
+        weight = tl.where(mask, 1.0, 0.0)
+    tl.store(stored_weights + target_place, weight, mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(pushed_at + slot, pushes + slot * 0, mask=is_stored)
+        if block == 0:
+            tl.store(cursor, (start + total - surplus) % size)
+            tl.store(pushed_at + size, pushes)
 
 
 @triton.jit

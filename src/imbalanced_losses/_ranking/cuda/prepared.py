@@ -118,8 +118,9 @@ class Prepared:
             BLOCKS=1 << (num_blocks - 1).bit_length(),
         )
         own = unit_weights if is_weighted else None
-        # The kernels see to infinities.
-        self.given = Canonical(ready, False, is_positive, own, tau, problems.num_live, None)
+        self.given = Canonical(
+            *(ready, False, is_positive, own, tau, problems.num_live, None), by_kernels=True
+        )
 
     @cached_property
     def masses(self) -> tuple[Tensor, ...]:
@@ -140,8 +141,12 @@ class PreparedQueries:
 
     weights = None
 
-    def __init__(self, rows: Rows, prepared: Prepared) -> None:
-        self.rows, self.prepared = rows, prepared
+    def __init__(self, rows: Rows, prepared: Prepared, divisor: Tensor | None = None) -> None:
+        self.rows, self.prepared, self.divisor = rows, prepared, divisor
+
+    def per(self, divisor: Tensor) -> PreparedQueries:
+        """The same, whose totals, and the slopes of these, are divided by a value [C]."""
+        return PreparedQueries(self.rows, self.prepared, divisor)
 
     @property
     def mask(self) -> Tensor:
@@ -166,8 +171,10 @@ class PreparedQueries:
         launch(
             "weighted_totals",
             (num_blocks, num_problems),
-            *(values.contiguous(), own.sides, own.numbers, totals, num_rows),
+            *(values.contiguous(), own.sides, own.numbers),
+            *(own.rates if self.divisor is None else self.divisor, totals, num_rows),
             QUERIES=self.rows,
+            DIVIDED=self.divisor is not None,
             BLOCK=block,
         )
         return totals[:, 0] if num_blocks == 1 else totals.sum(1)

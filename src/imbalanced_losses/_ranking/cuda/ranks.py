@@ -62,15 +62,17 @@ class FusedDense:
         for rows, slope in zip(self.among, slopes_of(ranks, slice(None)), strict=True):
             by[rows] = by[rows] + slope if rows in by else slope
         slopes = [by[r].expand(scores.shape).contiguous() if r in by else scores for r in ROWS]
-        gradient = torch.empty_like(scores)
+        gradient, divisor = torch.empty_like(scores), self.queries.divisor
         sources = 4 * self._size()
         launch(
             "score_slopes",
             (ceil(num_rows, sources), num_problems),
-            *(*self._geometry, *slopes, sums, gradient, num_rows, self.given.num_live),
+            *(*self._geometry, *slopes, sums),
+            *(scores if divisor is None else divisor, gradient, num_rows, self.given.num_live),
             QUERIES=self.queries.rows,
             **{rows.upper(): rows in by for rows in ROWS},
             WEIGHS=self.weighs,
+            DIVIDED=divisor is not None,
             LARGEST=torch.finfo(scores.dtype).max / 2,
             BQ=_TILE // sources,
             BM=sources,
@@ -139,6 +141,12 @@ class _FusedRanks:
         as_query = sums[2].mul_(by_negatives).add_(sums[3].mul_(by_positives))
         num_live = self.given.num_live
         gradient -= as_query[:, :num_live]  # they cancel: in float64
+        scale = self.queries.prepared.rates.double()
+        if self.queries.divisor is not None:
+            scale = scale / self.queries.divisor
+        gradient = gradient * scale[:, None]
+        live = self.scores[:, :num_live]
+        gradient = gradient.masked_fill(live.abs() == torch.finfo(live.dtype).max / 2, 0)
         rest = self.scores.shape[1] - num_live
         if rest > 0:
             gradient = torch.nn.functional.pad(gradient, (0, rest))
