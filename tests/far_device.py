@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses._loss import RankingLoss
+from imbalanced_losses._ranking import Problems, Ranks
 from imbalanced_losses._ranking.cuda import prepared
 from tests.cases import seeded
 
@@ -40,7 +42,7 @@ WAITS = {
 }
 # They compute nothing.
 NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "_reshape_alias")
-Loss = SmoothAPLoss | MixedLoss
+Loss = RankingLoss | MixedLoss
 CLASSES = (1, 10, 100)
 ROWS, STEPS = 60, 3
 
@@ -132,15 +134,39 @@ def tolist(tensor: Tensor) -> Any:
 _tolist = Tensor.tolist
 
 
+class Recall(RankingLoss):
+    """Of the first 100 rows: a metric whose slopes autograd takes."""
+
+    def metric(self, problems: Problems) -> Tensor:
+        budget = problems.mass("all") / 100
+
+        def worth(ranks: Ranks) -> Tensor:
+            own = ranks.of_problem(budget)
+            return torch.sigmoid((own - ranks.among("all")) / (0.25 * own))
+
+        return problems.ranked_mean(worth)
+
+
 class NoKernels:
     """Stands in for the kernels, which are launched as well."""
 
-    def __getattr__(self, name: str) -> NoKernels:
+    def __getattr__(self, name: str) -> Any:
         Crossings.now.launches.append(name)
-        return self
+        return _NoKernel(name)
+
+
+class _NoKernel:
+    """Finds all values good, and computes nothing else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **__: None
+        return self
+
+    def __call__(self, *arguments: Any, **_: Any) -> None:
+        if self.name == "check_rows":
+            arguments[3].near.fill_(True)
 
 
 def losses_of(num_classes: int) -> dict[str, Loss]:
@@ -154,6 +180,7 @@ def losses_of(num_classes: int) -> dict[str, Loss]:
         "spread": SmoothAPLoss(**queue, **shift),
         "prior": SmoothAPLoss(**queue, target_prior=[0.01] * num_classes),
         "mixed": MixedLoss(CrossEntropy(num_classes), SmoothAPLoss(**queue), main_weight=0.5),
+        "recall": Recall(**queue),
         "capped": SmoothAPLoss(num_classes, 0, 0.1, max_pool_size=40),
         "linear": SmoothAPLoss(**queue),
     }
@@ -178,28 +205,30 @@ def main() -> None:
     prepared.DEVICES = (FAR,)
     prepared._has_triton = lambda: True
     for num_classes, checked, weighted in itertools.product(CLASSES, (False, True), (False, True)):
-        SmoothAPLoss.check_values = CrossEntropy.check_values = checked
+        RankingLoss.check_values = CrossEntropy.check_values = checked
         for name, loss_fn in losses_of(num_classes).items():
-            SmoothAPLoss.backend = "panel" if name == "linear" else "dense"
+            RankingLoss.backend = "panel" if name == "linear" else "dense"
             case = {"loss": name, "classes": num_classes, "checked": checked, "weighted": weighted}
             print(json.dumps(case | crossings_of(loss_fn, weighted)))
 
 
 def crossings_of(loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
-    """{"forward": …, "backward": …, "kernels": …} of the last step."""
+    """{"forward": …, "backward": …, "launches": …} of the last step."""
     ranking = loss_fn.main_loss if isinstance(loss_fn, MixedLoss) else loss_fn
-    kernels = NoKernels()
-    prepared._kernels = lambda: kernels
+    prepared._kernels = NoKernels
     with Crossings() as crossings:
         for logits, targets, weights in batches(ranking.num_classes, ranking.multilabel):
             leaf, labels = logits.to(FAR).requires_grad_(), targets.to(FAR)
             options = {"sample_weight": weights.to(FAR)} if is_weighted else {}
-            crossings.found = []
+            crossings.found, crossings.launches = [], []
             loss = loss_fn(leaf, labels, **options)
             forward, crossings.found = crossings.found, []
             loss.backward()
-    found = {"forward": forward, "backward": crossings.found}
-    return found | {"kernels": sorted(kernels.launched)}
+    return {
+        "forward": forward,
+        "backward": crossings.found,
+        "launches": crossings.launches,
+    }
 
 
 if __name__ == "__main__":

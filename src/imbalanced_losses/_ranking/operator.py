@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.backends import Backend, rank_plan
 from imbalanced_losses._ranking.canonical import compute_dtype
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.plan import Listed, Rows
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
             lambda ranks, index: at_queries[:, index].unbind()
         )
     else:
-        asked.plan.weighs = False
+        assert isinstance(queries, PreparedQueries)
+        queries.weighs_slopes = False  # `worth` is traced, and with it its weights
         _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: grad.unbind())
     by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[4])
     if by_temperature is None:

@@ -125,8 +125,11 @@ class Prepared:
     @cached_property
     def masses(self) -> tuple[Tensor, ...]:
         """The summed weights [C] of all rows, positives and negatives; 1 where not valid."""
-        masses = self._masses
-        return (masses[..., 0] if masses.shape[2] == 1 else masses.sum(2)).unbind()
+        found = self._masses
+        masses: tuple[Tensor, ...] = (
+            found[..., 0] if found.shape[2] == 1 else found.sum(2)
+        ).unbind()
+        return masses
 
     def mass(self, rows: Rows) -> Tensor:
         return self.masses[ROWS.index(rows)]
@@ -140,6 +143,7 @@ class PreparedQueries:
     """
 
     weights = None
+    weighs_slopes = True  # by the weight of the query
 
     def __init__(self, rows: Rows, prepared: Prepared, divisor: Tensor | None = None) -> None:
         self.rows, self.prepared, self.divisor = rows, prepared, divisor
@@ -152,7 +156,9 @@ class PreparedQueries:
     def mask(self) -> Tensor:
         """[C, M]."""
         sides = self.prepared.sides
-        chosen = {"all": sides != 0, "positives": sides > 0, "negatives": sides < 0}[self.rows]
+        chosen: Tensor = {"all": sides != 0, "positives": sides > 0, "negatives": sides < 0}[
+            self.rows
+        ]
         return chosen & self.prepared.valid[:, None]
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:

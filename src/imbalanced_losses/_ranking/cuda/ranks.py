@@ -44,8 +44,6 @@ class FusedDense:
     `plan.RankPlan` for prepared queries.
     """
 
-    weighs = True  # whether slopes come as those of a query of weight 1
-
     def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         self.given, self.queries, self.among = given, queries, among
         own = queries.prepared
@@ -71,7 +69,7 @@ class FusedDense:
             *(scores if divisor is None else divisor, gradient, num_rows, self.given.num_live),
             QUERIES=self.queries.rows,
             **{rows.upper(): rows in by for rows in ROWS},
-            WEIGHS=self.weighs,
+            WEIGHS=self.queries.weighs_slopes,
             DIVIDED=divisor is not None,
             LARGEST=torch.finfo(scores.dtype).max / 2,
             BQ=_TILE // sources,
@@ -112,8 +110,6 @@ class _FusedRanks:
     Kernels sum over the two sides, negatives and positives, of which every set is made.
     """
 
-    weighs = True
-
     def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         self.given, self.queries, self.among = given, queries, among
         self.scores = given.scores
@@ -131,7 +127,7 @@ class _FusedRanks:
         sums = self._sums(with_slopes=True)
         ranks = self._ranked(sums)
         slopes = slopes_of(ranks, slice(None))
-        own = 1 if self.weights is None or not self.weighs else self.weights
+        own = 1 if self.weights is None or not self.queries.weighs_slopes else self.weights
         slopes = tuple(torch.where(self.asked, slope * own, 0) for slope in slopes)
         # A row of a side moves the ranks among all sets that hold that side; they nearly cancel.
         by_negatives, by_positives = (
