@@ -247,7 +247,7 @@ def crossings() -> list[dict[str, Any]]:
 
 
 DENSE = {"label_rows", "prepare", "soft_ranks", "score_slopes", "weighted_totals"}
-LINEAR = {"panel_moments", "panel_totals", "panel_values"}
+LINEAR = {"label_rows", "prepare", "block_moments", "scan_blocks", "far_ranks", "far_slopes"}
 # Kernels, copies and fills of a step, with values unchecked: of one class, and of several.
 MOST_LAUNCHES = {
     "plain": (20, 24),
@@ -266,7 +266,7 @@ def test_a_step_on_a_device(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Nothing is copied to the device; one value is read for each loss that checks some, none
-    otherwise, and one more of a linear pool; a cap on the pool reads some, whatever the classes.
+    otherwise; a cap on the pool reads some, whatever the classes.
     Launches are few: each costs more than the arithmetic of a small pool.
     """
     rows = [row for row in crossings if (row["classes"], row["checked"]) == (num_classes, checked)]
@@ -276,8 +276,6 @@ def test_a_step_on_a_device(
         expected = ["_local_scalar_dense"] * checked
         if row["loss"] == "mixed":
             expected *= 2
-        elif row["loss"] == "linear":
-            expected.append("to the host")
         elif row["loss"] == "capped":
             expected += ["_local_scalar_dense", "nonzero", "to the device", "_unique2"]
         assert row["forward"] == expected, row
@@ -298,7 +296,8 @@ def test_choice_by_rows_alone() -> None:
     assert choose_fused(1, 1 << 20) == choose_fused(100, 16384) == "panel"
 
 
-OF_PLAN = "*{f} *{f} *i32 *i32 *{f}"
+OF_PLAN, IN_ORDER = "*{f} *{f} *i32 *i32 *{f}", "*{f} *{f} *i64 *i32 *{f}"
+POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 256}
 SIGNATURES = {
     "block_facts": ("*u8 *{f} *fp64 i32 i32 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
     "prepare": (
@@ -333,18 +332,28 @@ SIGNATURES = {
         "*{f} *i64 *{f} *u8 *i32 *i64 *{f} *i64 *{f} *i64 *i64" + " i32" * 10,
         {"WEIGHTED": True, "BLOCK": 64, "COLUMNS": 64, "BLOCKS": 64},
     ),
-    "panel_moments": (
-        "*i64 *fp64 *{f} *i64 *i64 *i64 *fp64 i32 i32 i32",
-        {"DEGREE": 10, "ROWS": 128},
+    "block_moments": (
+        "*{f} *{f} *{f} " + IN_ORDER + " *i32 *i32 *fp64 i32",
+        {"QUERIES": "positives", "SLOPES": True, "ALL": True, "POSITIVES": True}
+        | {"NEGATIVES": False, "WEIGHS": True, "STEP": 64}
+        | POWERS,
     ),
-    "panel_totals": ("*fp64 *i64 *fp64 i32 i32", {"DEGREE": 10, "BLOCK": 128}),
-    "panel_values": (
-        "*i32 *fp64 *u8 *fp64 *fp64 i32 i32",
-        {"MASKED": True, "DEGREE": 10, "BLOCK": 256},
+    "scan_blocks": ("*fp64 *{f} *{f} i32 i32", POWERS | {"CHUNK": 1024}),
+    "far_ranks": (
+        IN_ORDER + " *i32 *i32 *fp64 *fp64 *{f} *fp64 i32",
+        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
+        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64}
+        | POWERS,
+    ),
+    "far_slopes": (
+        IN_ORDER + " *i32 *i32 *fp64 *fp64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
+        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64}
+        | POWERS,
     ),
 }
-
 VARIANTS = {
+    "block_moments": [{}, {"SLOPES": False}],
     "prepare": [{}, {"BLOCKS": 1, "FIXED": False, "WEIGHTED": False}],
     "soft_ranks": [{}, {"BQ": 4, "BM": 256}, {"BQ": 1, "BM": 1024, "CHUNK": 1024}],
     "score_slopes": [{}, {"BQ": 64, "BM": 16, "BLOCKS": 4}, {"BQ": 256, "BM": 4, "BLOCKS": 1}],
@@ -378,6 +387,14 @@ def test_kernels_compile_without_atomics_and_spills(dtype: str) -> None:
         (name, types.format(f=dtype).split(), constants | own)
         for name, (types, constants) in SIGNATURES.items()
         for own in VARIANTS.get(name, [{}])
+    ]
+    variants = [
+        (
+            name,
+            types,
+            constants | {"POWERS": 32} if "POWERS" in constants and dtype == "fp64" else constants,
+        )
+        for name, types, constants in variants
     ]
     command = [sys.executable, "-c", COMPILE, json.dumps(variants)]
     done = subprocess.run(
@@ -461,7 +478,7 @@ def test_how_often_a_step_waits(
             loss, of_forward = waiting(lambda: loss_fn(leaf, labels))  # noqa: B023
             _, of_backward = waiting(loss.backward)
         if name != "capped":
-            assert of_forward == checked * (1 + (name == "mixed")) + (name == "linear"), name
+            assert of_forward == checked * (1 + (name == "mixed")), name
         assert of_backward == 0, name
 
 

@@ -619,88 +619,355 @@ def store_rows(
             tl.store(pushed_at + size, pushes)
 
 
+# The linear way: rows in ascending order of score, in blocks -------------------------------------
+
+
 @triton.jit
-def panel_moments(
-    order,  # [n] int64: the rows, those of a panel together
-    places,  # [n] float64 in [−1, 1], by row
-    values,  # [K, n], by row
-    panels,  # [I] int64: the panel of each item, S for none
-    begins,  # [I] int64: the first of its rows, in `order`
-    ends,  # [S] int64: where a panel's rows end
-    partial,  # [K, p, I] float64, zeros
+def _powers(distance, LIMIT: tl.constexpr, POWERS: tl.constexpr):
+    """e^(−k·distance) [n, POWERS] of distances [n] ≥ 0 in τ; NaN stays."""
+    distance = tl.where(distance > LIMIT, LIMIT, distance)
+    return tl.exp(-distance[:, None] * tl.arange(0, POWERS)[None, :].to(distance.dtype))
+
+
+@triton.jit
+def block_moments(
+    values,  # sides [C, M], or where SLOPES by_all; by row
+    by_positives,
+    by_negatives,
+    sides,  # [C, M] by row
+    sorted_scores,  # [C, M]
+    index,  # [C, M] int64: the rows in order
+    numbers,  # [2, C] int32
+    rates,  # [C]
+    picked,  # [C, M] int32: in each block the places of its queries first; written unless SLOPES
+    counts,  # [C, blocks] int32: how many they are; written unless SLOPES
+    moments,  # [2, 2, POWERS, C, blocks] float64
     num_rows,
-    num_items,
-    num_panels,
-    DEGREE: tl.constexpr,
-    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SLOPES: tl.constexpr,
+    ALL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    WEIGHS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Σ value · placeᵇ of an item: at most ROWS rows of one panel."""
-    item = tl.program_id(0)
-    column = tl.program_id(1).to(tl.int64)
-    panel = tl.load(panels + item)
-    if panel >= num_panels:
-        return
-    index = tl.load(begins + item) + tl.arange(0, ROWS)
-    inside = index < tl.load(ends + panel)
-    row = tl.load(order + index, mask=inside, other=0)
-    value = tl.load(values + column * num_rows + row, mask=inside, other=0.0).to(tl.float64)
-    place = tl.load(places + row, mask=inside, other=0.0)
-    target = partial + column * DEGREE * num_items + item
-    for _ in tl.static_range(DEGREE):
-        tl.store(target, tl.sum(value, 0))
-        value *= place
-        target += num_items
+    """Σ value · e^(−k·distance in τ) of the rows of a block, k < POWERS: to its last row and its
+    first, of two values: the weights of negatives and positives, or the slopes by those sides.
+    """
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    base = problem * num_rows
+    rate = tl.load(rates + problem)
+    _, end = _stretch(numbers, problem, num_problems, QUERIES)
+    begin = block * BLOCK
+    first = tl.load(sorted_scores + base + begin)
+    last = tl.load(sorted_scores + base + tl.minimum(begin + BLOCK, num_rows) - 1)
+    to_last_0 = tl.zeros([POWERS], dtype=tl.float64)
+    to_last_1 = tl.zeros([POWERS], dtype=tl.float64)
+    to_first_0 = tl.zeros([POWERS], dtype=tl.float64)
+    to_first_1 = tl.zeros([POWERS], dtype=tl.float64)
+    count = 0
+    for start in range(begin, begin + BLOCK, STEP):
+        place = start + tl.arange(0, STEP)
+        inside = place < num_rows
+        score = tl.load(sorted_scores + base + place, mask=inside, other=0.0)
+        row = tl.load(index + base + place, mask=inside, other=0)
+        side = tl.load(sides + base + row, mask=inside, other=0.0)
+        is_query = _is_query(side, end, QUERIES)
+        if SLOPES:
+            value_0, value_1 = _slopes_by_side(
+                values, by_positives, by_negatives, side, base + row, is_query,
+                ALL, POSITIVES, NEGATIVES, WEIGHS,
+            )  # fmt: skip
+        else:
+            value_1 = tl.where(side > 0, side, 0.0)
+            value_0 = value_1 - side
+            one = is_query.to(tl.int32)
+            target = picked + base + begin + count + tl.cumsum(one, 0) - 1
+            tl.store(target, place, mask=is_query)
+            count += tl.sum(one, 0)
+        score = tl.where(inside, score, last)
+        to_last = _powers((last - score) * rate, LIMIT, POWERS)
+        score = tl.where(inside, score, first)
+        to_first = _powers((score - first) * rate, LIMIT, POWERS)
+        to_last_0 += tl.sum((to_last * value_0[:, None]).to(tl.float64), 0)
+        to_last_1 += tl.sum((to_last * value_1[:, None]).to(tl.float64), 0)
+        to_first_0 += tl.sum((to_first * value_0[:, None]).to(tl.float64), 0)
+        to_first_1 += tl.sum((to_first * value_1[:, None]).to(tl.float64), 0)
+    if not SLOPES:
+        tl.store(counts + problem * num_blocks + block, count)
+    stride = num_problems.to(tl.int64) * num_blocks
+    target = moments + tl.arange(0, POWERS) * stride + problem * num_blocks + block
+    tl.store(target, to_last_0)
+    tl.store(target + POWERS * stride, to_last_1)
+    tl.store(target + 2 * POWERS * stride, to_first_0)
+    tl.store(target + 3 * POWERS * stride, to_first_1)
 
 
 @triton.jit
-def panel_totals(
-    partial,  # [K, p, I] float64
-    item_ends,  # [S] int64: where a panel's items end
-    moments,  # [K, p, S] float64
-    num_items,
-    num_panels,
-    DEGREE: tl.constexpr,
+def _decayed(decay, total, next_decay, next_total):
+    return decay * next_decay, total * next_decay + next_total
+
+
+@triton.jit
+def scan_blocks(
+    moments,  # [2, 2, POWERS, C, blocks] float64
+    sorted_scores,  # [C, M]
+    rates,  # [C]
+    num_rows,
+    num_blocks,
+    LIMIT: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The moments of a block together with those of all blocks below it, or above it."""
+    line = tl.program_id(0)
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    power, is_upper = line % POWERS, line // (2 * POWERS)
+    rate = tl.load(rates + problem).to(tl.float64)
+    sorted_scores += problem * num_rows
+    moments += (line.to(tl.int64) * num_problems + problem) * num_blocks
+    carry = tl.sum(tl.zeros([CHUNK], dtype=tl.float64), 0)
+    for start in range(0, num_blocks, CHUNK):
+        number = start + tl.arange(0, CHUNK)
+        inside = number < num_blocks
+        block = tl.where(is_upper > 0, num_blocks - 1 - number, number)
+        edge = tl.where(is_upper > 0, block * BLOCK, tl.minimum((block + 1) * BLOCK, num_rows) - 1)
+        before = tl.where(is_upper > 0, edge + BLOCK, block * BLOCK - 1)
+        has_one = inside & (number > 0)
+        own = tl.load(sorted_scores + edge, mask=has_one, other=0.0).to(tl.float64)
+        other = tl.load(sorted_scores + before, mask=has_one, other=0.0).to(tl.float64)
+        distance = tl.where(is_upper > 0, other - own, own - other) * rate
+        distance = tl.where(distance > LIMIT, LIMIT, distance)
+        decay = tl.exp(-distance * power.to(tl.float64))
+        moment = tl.load(moments + block, mask=inside, other=0.0)
+        decay, moment = tl.associative_scan((decay, moment), 0, _decayed)
+        moment += decay * carry
+        tl.store(moments + block, moment, mask=inside)
+        carry = tl.sum(tl.where(number == start + CHUNK - 1, moment, 0.0), 0)
+
+
+@triton.jit
+def _far_moments(
+    moments,
+    sorted_scores,
+    block,
+    num_rows,
+    problem,
+    POWERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The moments of a panel, from those of its items."""
-    panel = tl.program_id(0)
-    line = tl.program_id(1).to(tl.int64) * DEGREE  # of column and power
-    begin = tl.load(item_ends + panel - 1, mask=panel > 0, other=0)
-    end = tl.load(item_ends + panel)
-    for _ in tl.static_range(DEGREE):
-        total = tl.zeros([BLOCK], dtype=tl.float64)
-        for start in range(begin, end, BLOCK):
-            item = start + tl.arange(0, BLOCK)
-            total += tl.load(partial + line * num_items + item, mask=item < end, other=0.0)
-        tl.store(moments + line * num_panels + panel, tl.sum(total, 0))
-        line += 1
+    """The score that the blocks below end with, that the blocks above begin with, and moments
+    [POWERS] of two values, below and above.
+    """
+    num_blocks = tl.num_programs(0)
+    has_lower, has_upper = block > 0, block + 1 < num_blocks
+    base = problem * num_rows + block * BLOCK
+    below = tl.load(sorted_scores + base - 1, mask=has_lower, other=0.0)
+    above = tl.load(sorted_scores + base + BLOCK, mask=has_upper, other=0.0)
+    stride = tl.num_programs(1).to(tl.int64) * num_blocks
+    target = moments + tl.arange(0, POWERS) * stride + problem * num_blocks + block
+    lower_0 = tl.load(target - 1, mask=tl.arange(0, POWERS) < block * POWERS, other=0.0)
+    lower_1 = tl.load(
+        target + POWERS * stride - 1, mask=tl.arange(0, POWERS) < block * POWERS, other=0.0
+    )
+    rest = (num_blocks - 1 - block) * POWERS
+    upper_0 = tl.load(target + 2 * POWERS * stride + 1, mask=tl.arange(0, POWERS) < rest, other=0.0)
+    upper_1 = tl.load(target + 3 * POWERS * stride + 1, mask=tl.arange(0, POWERS) < rest, other=0.0)
+    return below, above, lower_0, lower_1, upper_0, upper_1
 
 
 @triton.jit
-def panel_values(
-    slots,  # [n] int32: the panel of each row
-    places,  # [n] float64
-    is_wanted,  # [n] uint8, or anything where not MASKED
-    field,  # [K, p, S] float64
-    out,  # [K, n] float64; 0 where not wanted
+def far_ranks(
+    sides,  # [C, M] by row
+    sorted_scores,  # [C, M]
+    index,  # [C, M] int64
+    numbers,  # [2, C] int32
+    rates,  # [C]
+    picked,  # [C, M] int32
+    counts,  # [C, blocks] int32
+    moments,  # [2, 2, POWERS, C, blocks] float64
+    coefficients,  # [3, POWERS] float64: of σ below and above, and of σ′
+    ranks,  # [K, C, M] by row: 1 where it is no query
+    sums,  # [2, C, M] float64, in order: Σ ω σ′(x) over negatives and positives, at the queries
     num_rows,
-    num_panels,
-    MASKED: tl.constexpr,
-    DEGREE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ALL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    WITH_SLOPES: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LIMIT: tl.constexpr,
+    POWERS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BQ: tl.constexpr,
+    BM: tl.constexpr,
 ):
-    """Σ_a field[k, a, panel] · placeᵃ of each row, by Horner's rule."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(1).to(tl.int64)
-    inside = row < num_rows
-    wanted = inside
-    if MASKED:
-        wanted &= tl.load(is_wanted + row, mask=inside, other=0) != 0
-    slot = tl.load(slots + row, mask=wanted, other=0)
-    place = tl.load(places + row, mask=wanted, other=0.0)
-    coefficients = field + (column * DEGREE + DEGREE - 1) * num_panels + slot
-    value = tl.load(coefficients, mask=wanted, other=0.0)
-    for _ in tl.static_range(DEGREE - 1):
-        coefficients -= num_panels
-        value = value * place + tl.load(coefficients, mask=wanted, other=0.0)
-    tl.store(out + column * num_rows + row, value, mask=inside)
+    """The ranks of the queries of a block: its own pairs one by one, all others by moments."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    base, begin = problem * num_rows, block * BLOCK
+    size = num_problems.to(tl.int64) * num_rows
+    rate = tl.load(rates + problem)
+    _, end = _stretch(numbers, problem, num_problems, QUERIES)
+    for start in range(begin, begin + BLOCK, BM):
+        place = start + tl.arange(0, BM)
+        inside = place < num_rows
+        row = tl.load(index + base + place, mask=inside, other=0)
+        side = tl.load(sides + base + row, mask=inside, other=0.0)
+        is_other = inside & ~_is_query(side, end, QUERIES)
+        ones = tl.full([BM], 1.0, dtype=sorted_scores.dtype.element_ty)
+        for k in tl.static_range(3):
+            if k <= ALL or k <= POSITIVES or k <= NEGATIVES:
+                tl.store(ranks + k * size + base + row, ones, mask=is_other)
+    below, above, lower_0, lower_1, upper_0, upper_1 = _far_moments(
+        moments, sorted_scores, block, num_rows, problem, POWERS, BLOCK
+    )
+    own_power = tl.arange(0, POWERS)
+    by_lower = tl.load(coefficients + own_power)
+    by_upper = tl.load(coefficients + POWERS + own_power)
+    by_slope = tl.load(coefficients + 2 * POWERS + own_power)
+    count = tl.load(counts + problem * num_blocks + block)
+    for start in range(0, count, BQ):
+        number = start + tl.arange(0, BQ)
+        is_real = number < count
+        place = tl.load(picked + base + begin + number, mask=is_real, other=0)
+        row = tl.load(index + base + place, mask=is_real, other=0)
+        query = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)
+        to_lower = _powers(tl.where(begin > 0, query - below, 0.0) * rate, LIMIT, POWERS)
+        has_upper = begin + BLOCK < num_rows
+        to_upper = _powers(tl.where(has_upper, above - query, 0.0) * rate, LIMIT, POWERS)
+        to_lower = to_lower.to(tl.float64)
+        to_upper = to_upper.to(tl.float64)
+        among_negatives = _evaluated(to_lower, to_upper, by_lower * lower_0, by_upper * upper_0)
+        among_positives = _evaluated(to_lower, to_upper, by_lower * lower_1, by_upper * upper_1)
+        slope_of_negatives = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
+        slope_of_positives = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
+        for offset in range(begin, tl.minimum(begin + BLOCK, num_rows), BM):
+            source = offset + tl.arange(0, BM)
+            inside = source < num_rows
+            other = tl.load(index + base + source, mask=inside, other=0)
+            score = tl.load(sorted_scores + base + source, mask=inside, other=0.0)[None, :]
+            side = tl.load(sides + base + other, mask=inside, other=0.0)[None, :]
+            positive_weight = tl.where(side > 0, side, 0.0)
+            negative_weight = positive_weight - side
+            x = (score - query[:, None]) * rate
+            small = tl.exp(-tl.abs(x))
+            inverse = 1.0 / (1.0 + small)
+            sigmoid = tl.where(x >= 0, inverse, small * inverse)
+            among_negatives += tl.sum(sigmoid * negative_weight, 1).to(tl.float64)
+            among_positives += tl.sum(sigmoid * positive_weight, 1).to(tl.float64)
+            if WITH_SLOPES:
+                is_other = source[None, :] != place[:, None]
+                slope = tl.where(is_other, small * inverse * inverse, 0.0)
+                slope_of_negatives += tl.sum(slope * negative_weight, 1).to(tl.float64)
+                slope_of_positives += tl.sum(slope * positive_weight, 1).to(tl.float64)
+        _store_ranks(
+            ranks, sides, base + row, is_real, is_real, among_negatives, among_positives,
+            size, ALL, POSITIVES, NEGATIVES, SMALLEST,
+        )  # fmt: skip
+        if WITH_SLOPES:
+            tl.store(sums + base + place, slope_of_negatives, mask=is_real)
+            tl.store(sums + size + base + place, slope_of_positives, mask=is_real)
+
+
+@triton.jit
+def _evaluated(to_lower, to_upper, lower, upper):
+    """Σ_k of powers [n, POWERS] times moments [POWERS], from below and from above."""
+    return tl.sum(to_lower * lower[None, :] + to_upper * upper[None, :], 1)
+
+
+@triton.jit
+def far_slopes(
+    sides,  # [C, M] by row
+    sorted_scores,  # [C, M]
+    index,  # [C, M] int64
+    numbers,  # [2, C] int32
+    rates,  # [C]
+    picked,  # [C, M] int32
+    counts,  # [C, blocks] int32
+    moments,  # [2, 2, POWERS, C, blocks] float64, of the slopes
+    coefficients,  # [3, POWERS] float64
+    by_all,  # [C, M] by row
+    by_positives,
+    by_negatives,
+    sums,  # [2, C, M] float64, in order
+    divisors,  # [C], or anything where not DIVIDED
+    slopes,  # [C, M] by row, 0 from num_live on
+    num_rows,
+    num_live,
+    QUERIES: tl.constexpr,
+    ALL: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    NEGATIVES: tl.constexpr,
+    WEIGHS: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BQ: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """What the rows of a block get as sources, less what they get as queries."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    base, begin = problem * num_rows, block * BLOCK
+    size = num_problems.to(tl.int64) * num_rows
+    rate = tl.load(rates + problem)
+    _, end = _stretch(numbers, problem, num_problems, QUERIES)
+    below, above, lower_0, lower_1, upper_0, upper_1 = _far_moments(
+        moments, sorted_scores, block, num_rows, problem, POWERS, BLOCK
+    )
+    by_slope = tl.load(coefficients + 2 * POWERS + tl.arange(0, POWERS))
+    count = tl.load(counts + problem * num_blocks + block)
+    scale = rate.to(tl.float64)
+    if DIVIDED:
+        scale /= tl.load(divisors + problem)
+    for first in range(begin, tl.minimum(begin + BLOCK, num_rows), BM):
+        source = first + tl.arange(0, BM)
+        inside = source < num_rows
+        row = tl.load(index + base + source, mask=inside, other=0)
+        score = tl.load(sorted_scores + base + source, mask=inside, other=0.0)
+        side = tl.load(sides + base + row, mask=inside, other=0.0)
+        to_lower = _powers(tl.where(begin > 0, score - below, 0.0) * rate, LIMIT, POWERS)
+        has_upper = begin + BLOCK < num_rows
+        to_upper = _powers(tl.where(has_upper, above - score, 0.0) * rate, LIMIT, POWERS)
+        to_lower = to_lower.to(tl.float64)
+        to_upper = to_upper.to(tl.float64)
+        as_negative = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
+        as_positive = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
+        for start in range(0, count, BQ):
+            number = start + tl.arange(0, BQ)
+            is_real = number < count
+            place = tl.load(picked + base + begin + number, mask=is_real, other=0)
+            query_row = tl.load(index + base + place, mask=is_real, other=0)
+            query = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)[:, None]
+            own = tl.load(sides + base + query_row, mask=is_real, other=0.0)
+            to_negative, to_positive = _slopes_by_side(
+                by_all, by_positives, by_negatives, own, base + query_row, is_real,
+                ALL, POSITIVES, NEGATIVES, WEIGHS,
+            )  # fmt: skip
+            x = (score[None, :] - query) * rate
+            small = tl.exp(-tl.abs(x))
+            inverse = 1.0 / (1.0 + small)
+            is_other = source[None, :] != place[:, None]
+            slope = tl.where(is_other, small * inverse * inverse, 0.0)
+            as_negative += tl.sum(slope * to_negative[:, None], 0).to(tl.float64)
+            as_positive += tl.sum(slope * to_positive[:, None], 0).to(tl.float64)
+        slope = tl.where(side > 0, as_positive, as_negative) * tl.abs(side).to(tl.float64)
+        is_query = _is_query(side, end, QUERIES)
+        to_negative, to_positive = _slopes_by_side(
+            by_all, by_positives, by_negatives, side, base + row, is_query,
+            ALL, POSITIVES, NEGATIVES, WEIGHS,
+        )  # fmt: skip
+        of_negatives = tl.load(sums + base + source, mask=is_query, other=0.0)
+        of_positives = tl.load(sums + size + base + source, mask=is_query, other=0.0)
+        slope -= of_negatives * to_negative + of_positives * to_positive
+        slope = tl.where(tl.abs(score) == LARGEST, 0.0, slope) * scale
+        slope = tl.where(row < tl.where(end > 0, num_live, 0), slope, 0.0)
+        tl.store(slopes + base + row, slope, mask=inside)
