@@ -670,7 +670,7 @@ def block_moments(
     to_first_0 = tl.zeros([POWERS], dtype=tl.float64)
     to_first_1 = tl.zeros([POWERS], dtype=tl.float64)
     count = 0
-    for start in range(begin, begin + BLOCK, STEP):
+    for start in range(begin, tl.minimum(begin + BLOCK, num_rows), STEP):
         place = start + tl.arange(0, STEP)
         inside = place < num_rows
         score = tl.load(sorted_scores + base + place, mask=inside, other=0.0)
@@ -771,13 +771,12 @@ def _far_moments(
     above = tl.load(sorted_scores + base + BLOCK, mask=has_upper, other=0.0)
     stride = tl.num_programs(1).to(tl.int64) * num_blocks
     target = moments + tl.arange(0, POWERS) * stride + problem * num_blocks + block
-    lower_0 = tl.load(target - 1, mask=tl.arange(0, POWERS) < block * POWERS, other=0.0)
-    lower_1 = tl.load(
-        target + POWERS * stride - 1, mask=tl.arange(0, POWERS) < block * POWERS, other=0.0
-    )
-    rest = (num_blocks - 1 - block) * POWERS
-    upper_0 = tl.load(target + 2 * POWERS * stride + 1, mask=tl.arange(0, POWERS) < rest, other=0.0)
-    upper_1 = tl.load(target + 3 * POWERS * stride + 1, mask=tl.arange(0, POWERS) < rest, other=0.0)
+    mask = tl.arange(0, POWERS) < tl.where(has_lower, POWERS, 0)
+    lower_0 = tl.load(target - 1, mask=mask, other=0.0)
+    lower_1 = tl.load(target + POWERS * stride - 1, mask=mask, other=0.0)
+    mask = tl.arange(0, POWERS) < tl.where(has_upper, POWERS, 0)
+    upper_0 = tl.load(target + 2 * POWERS * stride + 1, mask=mask, other=0.0)
+    upper_1 = tl.load(target + 3 * POWERS * stride + 1, mask=mask, other=0.0)
     return below, above, lower_0, lower_1, upper_0, upper_1
 
 
@@ -814,7 +813,7 @@ def far_ranks(
     size = num_problems.to(tl.int64) * num_rows
     rate = tl.load(rates + problem)
     _, end = _stretch(numbers, problem, num_problems, QUERIES)
-    for start in range(begin, begin + BLOCK, BM):
+    for start in range(begin, tl.minimum(begin + BLOCK, num_rows), BM):
         place = start + tl.arange(0, BM)
         inside = place < num_rows
         row = tl.load(index + base + place, mask=inside, other=0)

@@ -188,7 +188,7 @@ class PreparedQueries:
 
 def blocks_of(num_rows: int) -> tuple[int, int]:
     """Rows of a block, a power of two, and how many blocks there are."""
-    block = min(_BLOCK, 1 << (num_rows - 1).bit_length())
+    block = min(_BLOCK, max(256, 1 << (num_rows - 1).bit_length()))
     return block, ceil(num_rows, block)
 
 

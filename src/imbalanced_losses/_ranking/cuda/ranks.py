@@ -72,7 +72,7 @@ class _FusedRanks:
             by[rows] = by[rows] + slope if rows in by else slope
         slopes = [by[r].expand(scores.shape).contiguous() if r in by else scores for r in ROWS]
         gradient = torch.empty_like(scores)
-        options = {rows.upper(): rows in by for rows in ROWS}
+        options: dict[str, Any] = {rows.upper(): rows in by for rows in ROWS}
         options |= {"QUERIES": self.queries.rows, "WEIGHS": self.queries.weighs_slopes}
         rest = (sums, scores if divisor is None else divisor, gradient)
         self._slopes(slopes, rest, options, DIVIDED=divisor is not None)
@@ -81,7 +81,9 @@ class _FusedRanks:
     def _ranks(self, sums: Tensor, with_slopes: bool) -> tuple[Tensor, ...]:
         scores, among = self.given.scores, [*dict.fromkeys(self.among)]
         ranks = scores.new_empty(len(among), *scores.shape)
-        options = {rows.upper(): among.index(rows) if rows in among else -1 for rows in ROWS}
+        options: dict[str, Any] = {
+            rows.upper(): among.index(rows) if rows in among else -1 for rows in ROWS
+        }
         self._rank(
             *(ranks, sums),
             QUERIES=self.queries.rows,
