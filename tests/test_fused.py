@@ -247,7 +247,7 @@ def crossings() -> list[dict[str, Any]]:
 
 
 DENSE = {"label_rows", "prepare", "soft_ranks", "score_slopes", "weighted_totals"}
-LINEAR = {"label_rows", "prepare", "block_moments", "scan_blocks", "far_ranks", "far_slopes"}
+LINEAR = {"label_rows", "prepare", "block_moments", "far_ranks", "far_slopes"}
 # Kernels, copies and fills of a step, with values unchecked: of one class, and of several.
 MOST_LAUNCHES = {
     "plain": (20, 24),
@@ -326,11 +326,11 @@ SIGNATURES = {
     ),
     "choose_rows": (
         "*{f} *i64 *{f} *u8 *i32 *i64 *i64 *i64" + " i32" * 11,
-        {"WEIGHTED": True, "BLOCK": 64, "COLUMNS": 64},
+        {"WEIGHTED": True, "BLOCK": 32, "COLUMNS": 32},
     ),
     "store_rows": (
         "*{f} *i64 *{f} *u8 *i32 *i64 *{f} *i64 *{f} *i64 *i64" + " i32" * 10,
-        {"WEIGHTED": True, "BLOCK": 64, "COLUMNS": 64, "BLOCKS": 64},
+        {"WEIGHTED": True, "BLOCK": 32, "COLUMNS": 32, "BLOCKS": 64},
     ),
     "block_moments": (
         "*{f} *{f} *{f} " + IN_ORDER + " *i32 *i32 *fp64 i32",

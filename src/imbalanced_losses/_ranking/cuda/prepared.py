@@ -116,6 +116,7 @@ class Prepared:
             LARGEST=torch.finfo(dtype).max / 2,
             BLOCK=block,
             BLOCKS=1 << (num_blocks - 1).bit_length(),
+            num_warps=8,
         )
         own = unit_weights if is_weighted else None
         self.given = Canonical(

@@ -202,6 +202,8 @@ class FusedLinear(_FusedRanks):
             STEP=64,
             **self._constants | options,
         )
+        if num_blocks == 1:
+            return
         launch(
             "scan_blocks",
             (4 * self._constants["POWERS"], num_problems),  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.cuda.prepared import blocks_of, ceil, has_kernels, launch
 
-# Rows and columns that one program stores.
-_STORED = 64
+# Rows and columns that one program stores, at most.
+_STORED = 32
 
 
 def serves(rows: Tensor) -> bool:
@@ -109,7 +109,8 @@ def push(
     counts = torch.empty(num_blocks, dtype=torch.int32, device=logits.device)
     before = torch.empty(2, dtype=torch.int64, device=logits.device)
     strides = (*logits.stride(), *targets.stride(), *given.stride())
-    options = {"WEIGHTED": weights is not None, "BLOCK": block, "COLUMNS": _STORED}
+    columns = min(_STORED, 1 << (num_classes - 1).bit_length())
+    options = {"WEIGHTED": weights is not None, "BLOCK": block, "COLUMNS": columns}
     size = pushed_at.shape[0] - 1
     launch(
         "choose_rows",
@@ -120,7 +121,7 @@ def push(
     )
     launch(
         "store_rows",
-        (num_blocks, ceil(num_classes, _STORED)),
+        (num_blocks, ceil(num_classes, columns)),
         *(logits, targets, given, keep, counts, before, *stored, cursor, pushed_at, *strides),
         *(size, num_rows, num_classes, num_labels),
         BLOCKS=1 << (num_blocks - 1).bit_length(),
