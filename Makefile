@@ -70,7 +70,7 @@ fuzz: $(VENV)/.installed  ## look for inputs that break forward or load_state_di
 soak: $(VENV)/.installed  ## 100,000 steps with checkpoints, and 20,000 on two ranks: memory flat, ranks equal
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
-MODULE := _loss _rows* _ranking*
+MODULE := _loss _state _rows* _ranking*
 
 mutation: $(VENV)/.installed  ## mutate MODULE="…" and see which tests notice (hours; resumes where it stopped)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[mutation]'

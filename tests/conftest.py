@@ -19,7 +19,7 @@ from imbalanced_losses._ranking.panels.panels import PRECISIONS
 from tests.ranks import Ranks
 from tests.versions import OWN_WARNINGS
 
-collect_ignore = ["trainer_accumulation.py"]  # a script, of packages that not everybody has
+collect_ignore = ["trainer_accumulation.py", "trainer_groups.py"]  # scripts, of other packages
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly

@@ -36,7 +36,11 @@ def difference(a: float, b: float) -> float:
 
 
 def smooth_ap(
-    scores: Floats, is_positive: Sequence[bool], tau: float, weights: Floats | None = None
+    scores: Floats,
+    is_positive: Sequence[bool],
+    tau: float,
+    weights: Floats | None = None,
+    value: Floats | None = None,
 ) -> float:
     """Average Precision of one class with sigmoids for steps; NaN where it is not defined.
 
@@ -44,13 +48,8 @@ def smooth_ap(
     0.8333333333333333
     """
     rows = _rows_of_problem(scores, is_positive, weights)
-    if not _is_valid(rows):
-        return math.nan
-    total = 0.0
-    for i in rows:
-        if i.is_positive:
-            total += i.weight * _precision_at(i, rows, tau)
-    return total / sum(i.weight for i in rows if i.is_positive)
+    precision = {i.index: _precision_at(i, rows, tau) for i in rows if i.is_positive}
+    return _mean_of_positives(rows, value, precision)
 
 
 class Gradient(NamedTuple):
@@ -93,6 +92,147 @@ def average_precision(
 ) -> float:
     """The limit of smooth_ap for τ → 0: whole counts, a tie counts half."""
     return smooth_ap(scores, is_positive, tau=1e-300, weights=weights)
+
+
+def recall_at_k(
+    scores: Floats,
+    is_positive: Sequence[bool],
+    tau: float,
+    weights: Floats | None = None,
+    value: Floats | None = None,
+    *,
+    k: int | float,
+    softness: float = 0.25,
+) -> float:
+    """The share of positives among the k highest; NaN where it is not defined."""
+    rows = _rows_of_problem(scores, is_positive, weights)
+    found = {}
+    for i in rows:
+        budget = _budget(rows, k)
+        rank = _soft_rank(i, rows, tau)
+        found[i.index] = sigmoid((budget + 0.5 * i.weight - rank) / (softness * budget))
+    return _mean_of_positives(rows, value, found)
+
+
+def recall_at_fpr(
+    scores: Floats,
+    is_positive: Sequence[bool],
+    tau: float,
+    weights: Floats | None = None,
+    value: Floats | None = None,
+    *,
+    max_fpr: float,
+    softness: float = 0.25,
+) -> float:
+    """The share of positives with at most so many of the negatives above them."""
+    rows = _rows_of_problem(scores, is_positive, weights)
+    negatives = [j for j in rows if not j.is_positive]
+    found = {}
+    for i in rows:
+        if i.is_positive and negatives:
+            budget, one = max_fpr * _mass(negatives), _mass(negatives) / len(negatives)
+            above = sum(j.weight * sigmoid(difference(j.score, i.score) / tau) for j in negatives)
+            found[i.index] = sigmoid((budget + 0.5 * one - above) / (softness * max(budget, one)))
+    return _mean_of_positives(rows, value, found)
+
+
+def partial_auc(
+    scores: Floats,
+    is_positive: Sequence[bool],
+    tau: float,
+    weights: Floats | None = None,
+    value: Floats | None = None,
+    *,
+    max_fpr: float,
+    min_fpr: float = 0.0,
+    softness: float = 0.25,
+) -> float:
+    """Positives above a negative, averaged over the negatives of a range of ranks."""
+    rows = _rows_of_problem(scores, is_positive, weights)
+    negatives = [j for j in rows if not j.is_positive]
+    worth = {i.index: i.weight * _value(value, i) for i in rows if i.is_positive}
+    if not (_is_valid(rows) and sum(worth.values()) > 0):
+        return math.nan
+    last = max(max_fpr * _mass(negatives), _mass(negatives) / len(negatives))
+    first = min_fpr * _mass(negatives)
+    total = counted = 0.0
+    for j in negatives:
+        rank = _soft_rank(j, negatives, tau)
+        share = 1.0
+        if max_fpr < 1:
+            share = sigmoid((last + 0.5 * j.weight - rank) / (softness * last))
+        if min_fpr > 0:
+            share -= sigmoid((first + 0.5 * j.weight - rank) / (softness * first))
+        above = 0.0
+        for i in rows:
+            if i.is_positive:
+                above += worth[i.index] * sigmoid(difference(i.score, j.score) / tau)
+        total += j.weight * share * above
+        counted += j.weight * share
+    return total / (sum(worth.values()) * max(counted, last - first))
+
+
+def ndcg(
+    scores: Floats,
+    grades: Sequence[int],
+    tau: float,
+    weights: Floats | None = None,
+    value: Floats | None = None,
+    *,
+    k: int | float | None = None,
+    softness: float = 0.25,
+) -> float:
+    """Discounted gains of rows at their ranks over those in the best order."""
+    rows = _rows_of_problem(scores, [grade > 0 for grade in grades], weights)
+    gain = {}
+    for i in rows:
+        given = 2.0 ** grades[i.index] - 1 if value is None else float(value[i.index])
+        gain[i.index] = given if grades[i.index] > 0 else 0.0
+    if len(set(gain.values())) < 2:
+        return math.nan
+    budget = math.inf if k is None else _budget(rows, k)
+    total = ideal = place = 0.0
+    for i in rows:
+        rank = _soft_rank(i, rows, tau)
+        within = 1.0
+        if k is not None:
+            within = sigmoid((budget + 0.5 * i.weight - rank) / (softness * budget))
+        total += i.weight * gain[i.index] / math.log2(1 + rank) * within
+    for i in sorted(rows, key=lambda i: (-gain[i.index], i.weight)):
+        place += i.weight
+        if place <= budget + 0.5 * i.weight or place == i.weight:
+            ideal += i.weight * gain[i.index] / math.log2(1 + place)
+    return total / ideal
+
+
+def _budget(rows: list[_ProblemRow], k: int | float) -> float:
+    if isinstance(k, int):
+        return k
+    return max(k * _mass(rows), _mass(rows) / len(rows))
+
+
+def _mass(rows: list[_ProblemRow]) -> float:
+    return sum(i.weight for i in rows)
+
+
+def _value(value: Floats | None, i: _ProblemRow) -> float:
+    return 1.0 if value is None else float(value[i.index])
+
+
+def _soft_rank(i: _ProblemRow, rows: list[_ProblemRow], tau: float) -> float:
+    """Of a row among rows that it is one of."""
+    terms = (j.weight * sigmoid(difference(j.score, i.score) / tau) for j in rows)
+    return 0.5 * i.weight + sum(terms)
+
+
+def _mean_of_positives(
+    rows: list[_ProblemRow], value: Floats | None, found: dict[int, float]
+) -> float:
+    """By weight and value; NaN where it is not defined."""
+    shares = {i.index: i.weight * _value(value, i) for i in rows if i.is_positive}
+    if not (_is_valid(rows) and sum(shares.values()) > 0):
+        return math.nan
+    return sum(share * found[i] for i, share in shares.items()) / sum(shares.values())
 
 
 def spread(scores: Floats, weights: Floats | None = None) -> float:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._loss import TemperatureUnit, _as_number
+from imbalanced_losses._checks.typing import TemperatureUnit
+from imbalanced_losses._rows.gather import _as_number
+from imbalanced_losses._schedule import _spread_of
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import IGNORED, Batch, Case, cases, random_batch, seeded
 from tests.oracle import OracleLoss, Result
@@ -353,7 +355,7 @@ def test_repr_names_what_is_not_usual() -> None:
 def test_the_spread_of_a_batch_is_that_of_its_weighted_rows() -> None:
     logits, targets = torch.randn(30, 2, dtype=torch.float64), torch.arange(30).remainder(2)
     weights = torch.arange(30.0, dtype=torch.float64).remainder(7)
-    found = SmoothAPLoss(2)._spread_of_batch(logits, targets, weights)
+    found = _spread_of(SmoothAPLoss(2), logits, targets, sample_weight=weights)
     expected = score_spread(logits.T, sample_weight=weights).mean().item()
     assert found == pytest.approx(expected, rel=1e-12)
     assert found != pytest.approx(score_spread(logits.T).mean().item(), rel=1e-3)

@@ -688,7 +688,7 @@ def test_a_loss_that_saw_a_subclass_is_copied() -> None:
 
 def test_parameters_stay_what_they_are() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    assert _checks.class_weight(weight, 3) is weight
+    assert _checks.class_weight("class_weight", weight, 3) is weight
 
 
 # --- Value checks can be turned off --------------------------------------------------------------

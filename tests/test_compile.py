@@ -260,7 +260,8 @@ def test_operators_are_registered_as_they_should_be(
     is_positive = torch.rand(3, 30, generator=seeded(1)) < 0.3
     weights = torch.rand(3, 30, generator=seeded(2), dtype=dtype)
     tau = torch.tensor([0.1, 0.2, 0.3], dtype=dtype).requires_grad_()
-    sets = (queries, among, backend)
+    value = torch.rand(3, 30, generator=seeded(3), dtype=dtype)
+    sets = (queries, among, backend, value, False, (queries, among) == ("negatives", "positives"))
     fixed = (scores, is_positive, 0.1, None, None, False, 20, *sets)
     by_problem = (scores, is_positive, 0.0, tau, weights, True, 30, *sets)
     without = (scores.detach(), *fixed[1:])

@@ -82,7 +82,7 @@ def test_each_class_by_itself(multilabel: bool) -> None:
             batch.logits[rows, c : c + 1], own[rows]
         )
         for name, value in alone._asdict().items():
-            if name != "queue_age":
+            if name not in ("queue_age", "near_budget", "valid_groups"):
                 torch.testing.assert_close(getattr(found, name)[c], value[0], msg=name)
 
 
@@ -166,8 +166,8 @@ def test_rows_of_weight_zero_are_as_if_left_out() -> None:
 def test_numbers_are_in_the_dtype_of_the_loss(dtype: torch.dtype) -> None:
     batch = make_batch(9, dtype=dtype)
     found = SmoothAPLoss(1, 0, 0.3).diagnose(batch.logits, batch.targets)
-    assert {value.dtype for value in found[:6]} == {dtype}
-    assert {value.dtype for value in found[6:9]} == {torch.int64}
+    assert {value.dtype for value in found[:7]} == {dtype}
+    assert {value.dtype for value in found[7:10]} == {torch.int64}
 
 
 def test_no_rows() -> None:
@@ -237,6 +237,7 @@ def test_few_positives_and_none_in_the_batch() -> None:
 HEALTHY = {
     "ap": 0.9,
     "smooth_ap": 0.9,
+    "metric": 0.9,
     "temperature": 1.0,
     "spread": 10.0,
     "active_pairs": 0.5,
@@ -303,6 +304,7 @@ def test_print() -> None:
         == """\
 ap                          0.9        0.9        0.9        0.9        0.9
 smooth_ap                   0.9        0.9        0.9        0.9        0.9
+metric                      0.9        0.9        0.9        0.9        0.9
 temperature                   1          1          1          1          1
 spread                1.235e+05  1.235e+05  1.235e+05  1.235e+05  1.235e+05
 active_pairs            0.00123    0.00123    0.00123    0.00123    0.00123
@@ -331,9 +333,9 @@ def test_print_of_all_classes(num_classes: int) -> None:
     text = str(diagnostics_of(num_classes, spread=0.5))
     lines = text.splitlines()
     assert lines[0] == "ap                  " + "        0.9" * num_classes
-    assert lines[9] == "queue_age                     0"
+    assert lines[10] == "queue_age                     0"
     who = "" if num_classes == 1 else "5 classes (0, 1, 2, 3, 4): "
-    assert lines[10].startswith(f"- {who}τ is larger than")
+    assert lines[11].startswith(f"- {who}τ is larger than")
     assert max(map(len, lines)) <= 80
 
 

@@ -125,3 +125,21 @@ def test_the_trainers_take_the_mean_of_micro_batches(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_trainers_get_whole_groups(tmp_path: Path) -> None:
+    """Lightning and Trainer on two processes: every epoch, and after a stop within one."""
+    for package in ("lightning", "transformers", "accelerate"):
+        pytest.importorskip(package)
+    script = ROOT / "tests" / "trainer_groups.py"
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **dict.fromkeys(OFFLINE, "1"), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("as expected") == 2

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import CrossEntropy, SmoothAPLoss
+from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._ranking.choose import choose_fused
 from imbalanced_losses.functional import smooth_ap
 from tests import far_device
@@ -301,9 +302,16 @@ POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 256}
 SIGNATURES = {
     "block_facts": ("*u8 *{f} *fp64 i32 i32 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
     "prepare": (
-        "*{f} *u8 *{f} *{f} *fp64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} i64" + " i32" * 8,
-        {"WEIGHTED": True, "FIXED": True, "SMALLEST": 1e-19, "LARGEST": 1e38, "BLOCK": 4096}
-        | {"BLOCKS": 32},
+        "*{f} *u8 *{f} *{f} *fp64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32" * 8,
+        {
+            "WEIGHTED": True,
+            "FIXED": True,
+            "ONE_SIDED": False,
+            "SMALLEST": 1e-19,
+            "LARGEST": 1e38,
+            "BLOCK": 4096,
+        }
+        | {"LARGEST": 1e38, "BLOCKS": 32},
     ),
     "soft_ranks": (
         OF_PLAN + " *{f} *fp64 i32",
@@ -329,8 +337,9 @@ SIGNATURES = {
         {"WEIGHTED": True, "BLOCK": 32, "COLUMNS": 32},
     ),
     "store_rows": (
-        "*{f} *i64 *{f} *u8 *i32 *i64 *{f} *i64 *{f} *i64 *i64" + " i32" * 10,
-        {"WEIGHTED": True, "BLOCK": 32, "COLUMNS": 32, "BLOCKS": 64},
+        "*{f} *i64 *{f} *{f} *i64 *u8 *i32 *i64 *{f} *i64 *{f} *{f} *i64 *i64 *i64" + " i32" * 13,
+        {"WEIGHTED": True, "VALUED": True, "GROUPED": True, "BLOCK": 32, "COLUMNS": 32}
+        | {"BLOCKS": 64},
     ),
     "block_moments": (
         "*{f} *{f} *{f} " + IN_ORDER + " *i32 *i32 *fp64 i32",
@@ -468,10 +477,10 @@ def test_how_often_a_step_waits(
     num_classes: int, checked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `test_a_step_on_a_device` says, told by CUDA."""
-    for kind in (SmoothAPLoss, CrossEntropy):
+    for kind in (RankingLoss, CrossEntropy):
         monkeypatch.setattr(kind, "check_values", checked)
     for name, loss_fn in far_device.losses_of(num_classes).items():
-        monkeypatch.setattr(SmoothAPLoss, "backend", "panel" if name == "linear" else "dense")
+        monkeypatch.setattr(RankingLoss, "backend", "panel" if name == "linear" else "dense")
         batches = far_device.batches(num_classes, name == "labels")
         for logits, targets, _ in batches:
             leaf, labels = logits.cuda().requires_grad_(), targets.cuda()

@@ -341,7 +341,7 @@ def gathered(rank: int | None, dtype: torch.dtype, multilabel: bool, weighted: b
     batch = make_batch(5, 2, dtype=dtype, multilabel=multilabel)
     weights = torch.arange(1.0, 6)[rows] if weighted and rank != 0 else None
     loss_fn = SmoothAPLoss(2, multilabel=multilabel, gather_distributed=True)
-    pool, _ = loss_fn._batch(batch.logits[rows], batch.targets[rows], weights)
+    pool, _ = loss_fn._batch(batch.logits[rows], batch.targets[rows], sample_weight=weights)
     return list(pool)
 
 

@@ -14,18 +14,28 @@ import imbalanced_losses
 from imbalanced_losses import (
     CrossEntropy,
     Diagnostics,
+    GroupBatchSampler,
     MixedLoss,
+    NDCGLoss,
+    PartialAUCLoss,
+    RecallAtFPRLoss,
+    RecallAtKLoss,
     SmoothAPLoss,
     accumulation,
     distributed,
     functional,
+    sampling,
 )
+from imbalanced_losses.extending import RankingOptions
 
+SIBLINGS = {one.__name__: one for one in (NDCGLoss, PartialAUCLoss, RecallAtFPRLoss, RecallAtKLoss)}
 CLASSES = {
     "SmoothAPLoss": SmoothAPLoss,
+    **SIBLINGS,
     "MixedLoss": MixedLoss,
     "CrossEntropy": CrossEntropy,
     "Diagnostics": Diagnostics,
+    "GroupBatchSampler": GroupBatchSampler,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
@@ -41,6 +51,10 @@ METHODS = {
 }
 LOSSES = {
     "SmoothAPLoss": lambda: SmoothAPLoss(2),
+    "NDCGLoss": NDCGLoss,
+    "PartialAUCLoss": lambda: PartialAUCLoss(2, 0.1),
+    "RecallAtFPRLoss": lambda: RecallAtFPRLoss(2, 0.1),
+    "RecallAtKLoss": lambda: RecallAtKLoss(2, 0.1),
     "MixedLoss": lambda: MixedLoss(CrossEntropy(2), SmoothAPLoss(2), main_weight=0.5),
     "CrossEntropy": lambda: CrossEntropy(2),
 }
@@ -83,6 +97,9 @@ def test_every_parameter_is_described_and_no_other(thing: Any) -> None:
     names = parameters(thing)
     if thing is Diagnostics:
         assert described(sections(thing)["Attributes"]) == names
+    elif thing in SIBLINGS.values():
+        own = names - RankingOptions.__annotations__.keys()
+        assert described(sections(thing)["Args"]) == own | {"options"}
     elif names:
         assert described(sections(thing)["Args"]) == names
 
@@ -124,6 +141,9 @@ def test_every_public_attribute_is_described(thing: Any) -> None:
     names |= of_class - set(dir(torch.nn.Module))
     found = sections(type(loss_fn))
     entries = described(found["Args"]) | described(found.get("Attributes", ""))
+    if type(loss_fn) in SIBLINGS.values():
+        of_ap = sections(SmoothAPLoss)
+        entries |= described(of_ap["Args"]) | described(of_ap["Attributes"])
     for name in sorted(names):
         if name.startswith("_") or name in entries:
             continue
@@ -150,7 +170,7 @@ def test_it_fits_80_columns(thing: Any) -> None:
 
 
 def test_the_package_describes_itself() -> None:
-    for module in (imbalanced_losses, functional, accumulation, distributed):
+    for module in (imbalanced_losses, functional, accumulation, distributed, sampling):
         assert module.__doc__
 
 

@@ -27,8 +27,10 @@ LAYERS = (
     ("_checks",),
     ("_ranking",),
     ("_rows",),
-    ("functional", "_module", "_schedule", "diagnostics"),
+    ("functional", "_module", "_options", "diagnostics"),
+    ("_state",),
     ("_loss",),
+    ("_schedule",),
 )
 LOSSES, TOP = len(LAYERS), len(LAYERS) + 1
 

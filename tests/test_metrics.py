@@ -256,6 +256,94 @@ def test_mass(way: Way, weighted: bool, request: pytest.FixtureRequest) -> None:
         assert problems.mass(rows).tolist() == pytest.approx(expected, rel=1e-12)
 
 
+VALUED = {
+    "mean": lambda problems: problems.ranked_mean(AP, among=("all", "positives")),
+    "beside negatives": lambda problems: (
+        problems.ranked_sum(
+            lambda ranks: ranks.among("positives") / (1 + ranks.among("negatives")),
+            queries="negatives",
+            among=("positives", "negatives"),
+            by_value=True,
+        )
+        / problems.mass("positives", by_value=True)
+    ),
+}
+
+
+@WEIGHTED
+@EACH_WAY
+@pytest.mark.parametrize("metric", VALUED.values(), ids=VALUED)
+def test_value(
+    metric: Callable[[Problems], Tensor],
+    way: Way,
+    weighted: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Of positives: their weight in a mean, and among positives; of negatives never looked at."""
+    of, example = given(way, weighted), like(way, request, torch.float64)
+    of.is_positive[1::2], of.is_positive[:, 3] = of.is_positive[0], True
+    value = torch.rand(way.shape, generator=seeded(1), dtype=torch.float64)
+    value[:, 3] = 0
+    weights = torch.ones_like(value) if of.weights is None else of.weights
+    scores = of.scores.to(example).requires_grad_()
+    unseen = torch.where(of.is_positive & (weights > 0), 1e200 * value, torch.nan).to(example)
+    found = metric(of.problems(way, example, scores=scores, value=unseen))
+    expected_from = of.scores.clone().requires_grad_()
+    expected = []
+    for c, (p, w, v) in enumerate(zip(of.is_positive, weights, value, strict=True)):
+        s = expected_from[c]
+        x = torch.sigmoid((s - s[:, None]) / of.temperature[c]) + 0.5 * torch.eye(len(s))
+        if metric is VALUED["mean"]:
+            worth = (x * p * w).sum(1) / (x * w).sum(1)
+            expected.append((w * v * worth)[p].sum() / (w * v)[p].sum())
+        else:
+            x = x * ~torch.eye(len(s), dtype=torch.bool) + torch.eye(len(s))
+            unit = w / w.max()
+            worth = (x * p * unit * v).sum(1) / (1 + (x * ~p * unit).sum(1))
+            expected.append((unit * worth)[~p].sum() / (unit * v)[p].sum())
+    total = torch.stack(expected)
+    assert_close(found, total.detach())
+    slopes = torch.autograd.grad(total.sum(), expected_from)[0]
+    assert_close(torch.autograd.grad(found.sum(), scores)[0], slopes)
+
+
+def test_what_is_worth_nothing_is_not_valid() -> None:
+    scores, is_positive = torch.randn(2, 6), torch.arange(6) < 2
+    problems = Problems(
+        scores.requires_grad_(), 0.1, is_positive.expand(2, 6), value=torch.eye(2, 6) * 1e-40
+    )
+    assert problems.valid.tolist() == [True, True]
+    problems = Problems(scores, 0.1, is_positive.expand(2, 6), value=torch.eye(2, 6)[:1] - 0)
+    assert problems.valid.tolist() == [True, True]
+    nothing = Problems(scores, 0.1, is_positive.expand(2, 6), value=(~is_positive).float())
+    mean = nothing.ranked_mean(AP, among=("all", "positives"))
+    assert (nothing.valid.tolist(), mean.tolist()) == ([False, False], [0, 0])
+    assert not torch.autograd.grad(mean.sum(), scores)[0].any()
+
+
+@pytest.mark.parametrize("among", [("all", "positives"), ("positives",)])
+def test_only_beside_negatives_does_a_positive_count_its_value(among: tuple[Rows, ...]) -> None:
+    problems = Problems(torch.randn(1, 6), 0.1, torch.arange(6) < 2)
+    queries = "negatives" if "all" in among else "positives"
+    with pytest.raises(ValueError, match='by_value=True is for queries="negatives"'):
+        problems.ranked_sum(AP, queries=queries, among=among, by_value=True)
+
+
+@EACH_WAY
+def test_units(way: Way, request: pytest.FixtureRequest) -> None:
+    """The heaviest weight, and the mean of those above 0; of rows drawn for others, of all."""
+    of, example = given(way, weighted=True), like(way, request, torch.float64)
+    draws = torch.arange(1.0, way.shape[1] + 1, dtype=torch.float64)
+    problems = of.problems(way, example, scores=of.scores.to(example), draws=draws.to(example))
+    assert of.weights is not None
+    assert problems.unit.cpu().equal(of.weights.amax(1))
+    for rows in ("all", "positives", "negatives"):
+        for c in range(0, way.shape[0], 2):
+            own = oracle.rows_of(of.is_positive[c], of.weights[c])[rows]
+            mean = of.weights[c, own].sum() / draws[own].sum() / of.weights[c].max()
+            assert problems.mean_weight(rows)[c].item() == pytest.approx(mean.item(), rel=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own import
 def test_vmap_over_scores_is_refused() -> None:
     """With what to do instead; problems are stacked as they are."""

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._ranking import Problems, Ranks
+from imbalanced_losses._ranking import Backend, Problems, Ranks
 from imbalanced_losses._ranking.average_precision import average_precision
-from imbalanced_losses._ranking.ragged import RaggedProblems, _rectangles
+from imbalanced_losses._ranking.layout import Layout
+from imbalanced_losses._ranking.plan import Listed
+from imbalanced_losses._ranking.ragged import parts_of
 from tests.cases import seeded
 
 LENGTHS = {"unequal": [5, 1, 40, 3, 7, 300, 41, 6], "equal": [20, 20, 20], "one": [30]}
@@ -33,6 +35,7 @@ METRICS: dict[str, Callable[[Problems, Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("backend", ["auto", "dense", "panel"])
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -40,6 +43,7 @@ def test_each_problem_is_what_it_is_by_itself(
     lengths: list[int],
     metric: Callable[[Problems, Tensor, Tensor], Tensor],
     is_weighted: bool,
+    backend: Backend,
 ) -> None:
     """Value, validity, and the slopes in scores and in a temperature for each."""
     size, generator = sum(lengths), seeded(0)
@@ -49,8 +53,15 @@ def test_each_problem_is_what_it_is_by_itself(
     tau = (0.1 + torch.rand(len(lengths), generator=generator).double()).requires_grad_()
     limits = torch.arange(1.0, len(lengths) + 1, dtype=torch.float64)
     own = weights if is_weighted else None
-    together = RaggedProblems(scores, tau, is_positive, own, lengths=torch.tensor(lengths))
-    found = metric(together, limits, values)
+    together = Problems(
+        scores[None],
+        tau,
+        is_positive[None],
+        None if own is None else own[None],
+        lengths=torch.tensor(lengths),
+        backend=backend,
+    )
+    found = metric(together, limits, values[None])
 
     alone, valid = [], []
     for c, rows in enumerate(torch.arange(size).split(lengths)):
@@ -76,13 +87,15 @@ def test_each_problem_is_what_it_is_by_itself(
 
 def test_rectangles_hold_every_row_once_and_little_else() -> None:
     lengths = torch.randint(1, 5000, (300,), generator=seeded(1))
-    parts = list(_rectangles(lengths))
-    rows = [index if is_real is None else index[is_real] for _, index, is_real in parts]
-    assert (
-        torch.cat([part.flatten() for part in rows])
-        .sort()
-        .values.equal(torch.arange(int(lengths.sum())))
-    )
-    assert torch.cat([places for places, *_ in parts]).sort().values.equal(torch.arange(300))
-    assert sum(index.numel() for _, index, _ in parts) <= 1.25 * int(lengths.sum())
+    size = int(lengths.sum())
+    layout = Layout((1, size), lengths)
+    assert layout.problem is not None
+    row = torch.arange(size)
+    parts = list(parts_of(layout, Listed("all", layout.problem, row, None, None, 300)))
+    rows = torch.cat([part.rows.flatten() for part in parts])
+    assert rows[rows < size].sort().values.equal(row)
+    assert torch.cat([part.queries for part in parts]).sort().values.equal(row)
+    assert all(part.rows[part.problem, part.row].equal(row[part.queries]) for part in parts)
+    assert torch.cat([part.problems for part in parts]).sort().values.equal(torch.arange(300))
+    assert rows.numel() <= 1.25 * size
     assert len(parts) < 45

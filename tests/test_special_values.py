@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
-from imbalanced_losses._loss import TemperatureUnit
+from imbalanced_losses._checks.typing import TemperatureUnit
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import IGNORED, random_batch, seeded
 from tests.oracle import OracleLoss, Result

@@ -284,6 +284,6 @@ def test_seeds_of_steps_are_the_sequence_of_splitmix64() -> None:
 
 def test_weights_of_a_draw_have_the_dtype_of_the_scores() -> None:
     loss_fn = SmoothAPLoss(1, 0, max_pool_size=4)
-    pool = loss_fn._pool(loss_fn._checked(*make_batch(9)))
+    pool = loss_fn._pool(loss_fn._checked(*make_batch(9)[:2]))
     assert pool.weights is not None
     assert pool.weights.dtype == pool.logits.dtype == torch.float32

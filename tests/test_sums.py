@@ -12,6 +12,7 @@ from torch import Tensor
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.weighting import spread
 from imbalanced_losses._rows.gather import Group, Shards
 from imbalanced_losses._rows.subsample import quota_indices, strata_of
@@ -219,7 +220,7 @@ def spread_on(rank: int) -> tuple[Tensor, Tensor]:
     leaf = make_batch(12, 3, dtype=torch.float64).logits.T.contiguous()
     leaf = leaf[:, :5] if rank == 0 else leaf[:, 5:]
     leaf = leaf.clone().requires_grad_()
-    found = spread(leaf, None, Shards(Group(), is_differentiated=True))
+    found = spread(leaf, None, Layout(leaf.shape), Shards(Group(), is_differentiated=True))
     return found.detach(), torch.autograd.grad(found.sum(), leaf)[0]
 
 

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._checks.tracing import is_in_backward, is_transformed
-from imbalanced_losses._rows.checkpoint import AveragedState, unchanged_on_error
+from imbalanced_losses._rows.checkpoint import AveragedState, change_tensors, unchanged_on_error
 from imbalanced_losses._rows.queue import MemoryQueue
 
 
 class LossModule(nn.Module):
     """A module that no tool which handles weights can spoil.
 
-    What averages, broadcasts, casts, shares or initialises weights walks over parameters and
-    buffers. A loss has neither: its tensors are plain attributes, which follow the module's device
-    alone, and its state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
+    What averages, casts, shares or initialises weights walks over parameters and buffers. A loss
+    has neither: its tensors are plain attributes, which follow the module's device alone, and its
+    state is saved by `get_extra_state`, PyTorch's hook for what is no weight.
     """
 
     _settings: Mapping[str, Any] = {}  # once constructed: its arguments and their defaults
     _attributes: Mapping[str, str] = {}  # of arguments whose attributes have other names
+    _anchor = ""  # the attribute that is a tensor, if it has any: they are on one device
     __jit_unused_properties__: ClassVar[list[str]]
     __jit_ignored_attributes__: ClassVar[list[str]]
 
@@ -59,17 +60,23 @@ class LossModule(nn.Module):
         )
 
     def _follow(self, device: torch.device) -> None:
-        """Take the tensors to a device."""
+        """Take the tensors to a device, one with values: beside `meta` they stay where they are."""
+        if device not in (self._device(), torch.device("meta")):
+            change_tensors(self, lambda tensor: tensor.to(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossModule:
         super()._apply(fn, recurse)
-        with torch.inference_mode(False):  # the tensors outlive it
-            self._follow(fn(torch.empty(0, device=self._device())).device)
+        self._follow(fn(torch.empty(0, device=self._device())).device)
         return self
 
     def _device(self) -> torch.device:
-        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return tensors[0].device if tensors else torch.device("cpu")
+        anchor = getattr(self, self._anchor, None)
+        return torch.device("cpu") if anchor is None else anchor.device
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of what another process sent: its tensors are its own."""
+        super().__setstate__(state)
+        change_tensors(self, torch.clone)
 
 
 def arguments_of(loss: type) -> dict[str, Any]:
@@ -124,9 +131,8 @@ class StatefulLoss(LossModule):
         """Take a state as `load_state_dict` does.
 
         Args:
-            state: of `get_extra_state`. What is no tensor is left alone:
-                `torch.distributed.checkpoint` has such a mark for a missing
-                state.
+            state: of `get_extra_state`; what is no tensor, as DCP's mark for a
+                missing state, is left alone.
         """
         if not isinstance(state, Tensor):
             return

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._checks import arguments as _checks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from imbalanced_losses._options import RowValues
 
 __all__ = ["backward_in_micro_batches"]
 
@@ -21,41 +26,38 @@ def backward_in_micro_batches(
     targets: Tensor,
     *,
     module: nn.Module | None = None,
-    sample_weight: Tensor | None = None,
     scale: Callable[[Tensor], Tensor] | None = None,
+    **values: Unpack[RowValues],
 ) -> Tensor:
     """`loss_fn(model(rows), targets).backward()` in the memory of a micro-batch.
 
-    A ranking loss does not split: the sum of the losses of micro-batches ranks
-    each of them by itself, and its gradient is not that of the batch. This
-    makes a first pass without gradient for the logits of all rows, takes the
-    loss and its gradient there, and sends that gradient through a second pass,
-    micro-batch by micro-batch. The network runs forward twice, the loss once.
+    A ranking loss does not split: losses of micro-batches rank each of them by
+    itself. A first pass without gradient gives the logits of all rows, and a
+    second sends the gradient of their loss through the network, micro-batch by
+    micro-batch. The network runs forward twice, the loss once.
 
     The second pass draws the random numbers of the first (dropout), and running
-    statistics in buffers (batch normalisation) move in the second only. What
-    differs from one pass with all rows: batch normalisation takes the
-    statistics of a micro-batch, as with any accumulation, and where a network
-    draws random numbers they fall otherwise.
+    statistics in buffers move in the second only. Batch normalisation takes the
+    statistics of a micro-batch, as with any accumulation, and random numbers
+    fall otherwise than in one pass with all rows.
 
     A module with `no_sync`, such as DistributedDataParallel, synchronises
     gradients in the last micro-batch alone; every rank needs as many
-    micro-batches. Under autocast, call it within the context (equal then to the
-    rounding of the low precision); with a GradScaler, pass `scale=scaler.scale`
-    and step as usual.
+    micro-batches. Under autocast, call it within the context; with a
+    GradScaler, pass `scale=scaler.scale` and step as usual.
 
     Args:
         model: inputs of a micro-batch -> logits [n, C]; a module, or a function
             that calls one.
         loss_fn: (logits [N, C], targets) -> [], such as `SmoothAPLoss` or
-            `MixedLoss`; also gets sample_weight where there is one.
+            `MixedLoss`; also gets the values that come with rows.
         inputs: one for each micro-batch, at least one. Their rows follow each
             other as in targets.
         targets: of all rows, as for the loss.
         module: what a function calls: its running statistics and its `no_sync`
             are looked after. Not needed where model is a module itself.
-        sample_weight: as for the loss.
         scale: what multiplies the loss before its gradient is taken.
+        values: sample_weight, group and value of all rows, as for the loss.
 
     Returns:
         [], the loss of the whole batch, detached and not scaled. Gradients have
@@ -84,27 +86,26 @@ def backward_in_micro_batches(
     """
     _checks.micro_batches(inputs)
     called = _checks.called_module(model, module)
-    seen: list[_Seen] = []
+    random, seen = [], []  # the generators before each micro-batch, and its logits
     with torch.no_grad(), _buffers_kept(called):
         for rows in inputs:
-            random = _RandomState.now()
-            seen.append(_Seen(model(rows), random))
+            random.append(_random_state())
+            seen.append(model(rows))
     torch.clear_autocast_cache()  # weights cast without gradient are not for the second pass
-    after = _RandomState.now()
+    after = _random_state()
 
-    logits = torch.cat([one.logits for one in seen]).requires_grad_()
-    weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-    loss = loss_fn(logits, targets, **weights)
+    logits = torch.cat(seen).requires_grad_()
+    given = {name: value for name, value in values.items() if value is not None}
+    loss = loss_fn(logits, targets, **given)
     _checks.one_number("loss_fn", loss)
     (gradient,) = torch.autograd.grad(loss if scale is None else scale(loss), logits)
 
-    parts = gradient.split([len(one.logits) for one in seen])
+    parts = gradient.split([len(one) for one in seen])
+    unsynchronised = getattr(called, "no_sync", nullcontext)
     try:
-        for k, (rows, one, part) in enumerate(zip(inputs, seen, parts, strict=True)):
-            one.random.restore()
-            with (
-                nullcontext() if k == len(inputs) - 1 else getattr(called, "no_sync", nullcontext)()
-            ):
+        for k, (rows, state, part) in enumerate(zip(inputs, random, parts, strict=True)):
+            _restore(state)
+            with nullcontext() if k == len(inputs) - 1 else unsynchronised():
                 again = model(rows)
                 if again.shape != part.shape:
                     raise RuntimeError(
@@ -113,32 +114,21 @@ def backward_in_micro_batches(
                     )
                 again.backward(part.to(again.dtype))
     finally:
-        after.restore()
+        _restore(after)
     return loss.detach()
 
 
-class _RandomState(NamedTuple):
-    """The random generators of the CPU and of the current CUDA device."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-
-    @classmethod
-    def now(cls) -> _RandomState:
-        is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_used else None)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+def _random_state() -> list[Tensor]:
+    """Of the generators of the CPU and, where it is in use, of the current CUDA device."""
+    is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if is_used else [])]
 
 
-class _Seen(NamedTuple):
-    """A micro-batch in the first pass."""
-
-    logits: Tensor
-    random: _RandomState  # before it
+def _restore(random_state: list[Tensor]) -> None:
+    of_cpu, *of_cuda = random_state
+    torch.set_rng_state(of_cpu)
+    for state in of_cuda:
+        torch.cuda.set_rng_state(state)
 
 
 @contextmanager

@@ -100,9 +100,7 @@ class SmoothAPLoss(RankingLoss):
     Note:
         Ranking the pool of M = batch + queue rows takes O(M) memory and, from a
         few thousand rows on, O(M) time; below, O(|P| × M) with |P| positives is
-        faster and is done. max_pool_size and small queues are therefore no
-        longer needed to fit a pool: a million rows are ranked in less time than
-        they are sorted.
+        faster and is done.
 
         Outputs trained this way rank; they are not probabilities: calibrate
         them, or keep a cross-entropy term beside this loss.

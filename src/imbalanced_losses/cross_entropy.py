@@ -57,17 +57,15 @@ class CrossEntropy(LossModule):
         tensor(0.1733)
 
     Note:
-        In distributed training it is the mean over the rank's rows, and
-        trainers average that over ranks: the mean over all rows where ranks
-        hold as many.
+        In distributed training it is the mean over the rank's rows, and the
+        trainer's average the mean over all rows where ranks hold as many.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
     arXiv 1708.02002, eq. 4, for gamma.
     """
 
-    #: Compare the values of targets and sample_weight with what is allowed; reads one bool back
-    #: from the device in each forward pass.
     check_values: bool = True
+    _anchor = "class_weight"
 
     def __init__(
         self,
@@ -84,16 +82,11 @@ class CrossEntropy(LossModule):
         self.multilabel = _checks.boolean("multilabel", multilabel)
         self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
-        if class_weight is not None:
-            class_weight = _checks.class_weight(class_weight, num_classes)
-        self.class_weight: Tensor | None = class_weight  # on the device of the module or a batch
+        # On the device of the module or a batch.
+        self.class_weight = _checks.maybe(
+            _checks.class_weight, "class_weight", class_weight, num_classes
+        )
         self._settings = arguments_of(CrossEntropy)
-
-    def _follow(self, device: torch.device) -> None:
-        weight = self.class_weight
-        if weight is not None and device.type != "meta" and device != weight.device:
-            with torch.inference_mode(False):  # it outlives it
-                object.__setattr__(self, "class_weight", weight.to(device))
 
     def forward(
         self, logits: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None
@@ -101,12 +94,11 @@ class CrossEntropy(LossModule):
         """The mean cross-entropy of a batch.
 
         Args:
-            logits: [N, C] floating; float16 and bfloat16 are computed in
-                float32.
+            logits: [N, C] floating; below float32 computed in float32.
             targets: [N] integers in {0..C-1}, {0, 1} for one class, or
                 ignore_index; [N, C] with multilabel=True.
-            sample_weight: [N], finite and ≥ 0: how many rows each row stands
-                for. With multilabel=True also [N, C].
+            sample_weight: [N] ≥ 0: how many rows each row stands for. With
+                multilabel=True also [N, C].
 
         Returns:
             [] ≥ 0, float32 (float64 for float64 logits); 0, attached to the
@@ -116,44 +108,30 @@ class CrossEntropy(LossModule):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit.
         """
-        logits = _checks.logits(logits, self.num_classes, targets)
-        targets = _checks.targets(targets, logits, self.multilabel)
-        if sample_weight is not None:
-            sample_weight = _checks.sample_weight(sample_weight, logits, self.multilabel)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = logits.new_ones(targets.shape)
-        if sample_weight is not None:
-            weights = sample_weight.detach().to(logits.dtype)
-        is_binary = self.multilabel or self.num_classes == 1
-        if self.check_values and not logits.is_meta:
-            num_labels = 2 if is_binary else self.num_classes
-            check_values(targets, sample_weight, weights, num_labels, self.ignore_index)
-        targets = targets.to(torch.int64)
-        counts = (targets != self.ignore_index) & weights.bool()
+        logits, targets, weights, *_ = _checks.rows(
+            self, logits, targets, sample_weight, check=check_values
+        )
+        if weights is None:
+            weights = logits.new_ones(targets.shape)
         self._follow(logits.device)
         of_classes = None if self.class_weight is None else self.class_weight.to(logits)
+        if is_binary := self.multilabel or self.num_classes == 1:
+            targets, weights = targets.view(logits.shape), weights.view(logits.shape)
+        counts = (targets != self.ignore_index) & weights.bool()
+        weights, labels = weights * counts, torch.where(counts, targets, 0)
+        used = torch.where(counts if is_binary else counts[:, None], logits, 0.0)
         if is_binary:
-            targets, counts = targets.view(logits.shape), counts.view(logits.shape)
-            weights = weights.view(logits.shape) * counts
-            labels = torch.where(counts, targets, 0).to(logits.dtype)
-            terms = binary_cross_entropy_with_logits(
-                torch.where(counts, logits, 0.0), labels, reduction="none"
-            )
+            terms = binary_cross_entropy_with_logits(used, labels.to(used.dtype), reduction="none")
             factor = self._focus(terms)
             if of_classes is not None:
                 factor = factor * torch.where(labels == 1, of_classes, 1.0)
         else:
-            labels = torch.where(counts, targets, 0)
-            weights = weights * counts
+            terms = cross_entropy(used, labels, reduction="none")
+            factor = self._focus(terms)
             if of_classes is not None:
                 weights = weights * of_classes[labels]
-            terms = cross_entropy(
-                torch.where(counts[:, None], logits, 0.0), labels, reduction="none"
-            )
-            factor = self._focus(terms)
-        total = (weights * factor * terms).sum()
         mass = weights.sum()
-        return total / torch.where(mass > 0, mass, 1.0)
+        return (weights * factor * terms).sum() / torch.where(mass > 0, mass, 1.0)
 
     if TYPE_CHECKING:
 

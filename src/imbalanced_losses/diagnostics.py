@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from textwrap import TextWrapper
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
-from imbalanced_losses._ranking.weighting import spread
+from imbalanced_losses._ranking.budget import Budget
+from imbalanced_losses._rows.pool import Columns
 from imbalanced_losses._rows.reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
@@ -31,7 +33,8 @@ class Diagnostics(NamedTuple):
         ap: [C] in [0, 1], exact Average Precision of the pool, ties as in
             scikit-learn. NaN where a score is; and for a class without a
             positive or without a negative, here and in all other floats.
-        smooth_ap: [C] in [0, 1], what the loss makes of it.
+        smooth_ap: [C] in [0, 1], what `SmoothAPLoss` makes of it.
+        metric: [C], one minus the loss: what it makes of its own metric.
         temperature: [C] > 0, effective τ in units of the scores.
         spread: [C] > 0, standard deviation of the scores in the pool.
         active_pairs: [C] in [0, 1], share of the pairs of a positive and a
@@ -43,10 +46,17 @@ class Diagnostics(NamedTuple):
         pool_size: [C] int64, rows ranked.
         queue_age: steps since the oldest row in the queue came; 0 without a
             queue. Rows of a checkpoint count from its loading.
+        near_budget: [C] in [0, 1], share of the positives whose step at the
+            budget (k, or a false positive rate) has a slope: at most 6 widths
+            from it. None for a loss without a budget.
+        valid_groups: [C] int64, groups of the pool in which the class has a
+            positive and a negative; where there are groups, the floats above
+            are means over those of the batch. None without groups.
     """
 
     ap: Tensor
     smooth_ap: Tensor
+    metric: Tensor
     temperature: Tensor
     spread: Tensor
     active_pairs: Tensor
@@ -55,6 +65,8 @@ class Diagnostics(NamedTuple):
     positives_in_pool: Tensor
     pool_size: Tensor
     queue_age: int
+    near_budget: Tensor | None = None
+    valid_groups: Tensor | None = None
 
     @property
     def gap(self) -> Tensor:
@@ -65,17 +77,25 @@ class Diagnostics(NamedTuple):
         """What stands out, most serious first; empty where nothing does."""
         num_classes = len(self.ap)
         invalid = (self.positives_in_pool == 0) | (self.positives_in_pool == self.pool_size)
-        sharp = self.spread / self.temperature
+        if self.valid_groups is not None:
+            invalid |= self.valid_groups == 0
+        invalid &= self.metric.isnan()
+        sharp, near = self.spread / self.temperature, self.near_budget
         found = [
             (
-                self.ap.isnan() & ~invalid,
+                self.metric.isnan() & ~invalid,
                 "a score is NaN, and so is the loss: look at the inputs of the batch and at the "
                 "last update of the model. The queue has not kept the row",
             ),
             (
                 invalid,
                 "no positive, or no negative, in the pool: the class has no loss. Larger batches, "
-                "a sampler that draws positives, or a queue",
+                "a sampler that draws positives (within groups: whole groups), or a queue",
+            ),
+            (
+                invalid & False if near is None else (near == 0) & (self.metric < 0.99),
+                "no positive is near the budget, where alone its rank counts: raise softness, or "
+                "begin with SmoothAPLoss",
             ),
             (
                 (self.active_pairs < 0.01) & (self.ap < 0.99) & (sharp > 50),
@@ -118,7 +138,11 @@ class Diagnostics(NamedTuple):
         ]
 
     def __str__(self) -> str:
-        names = [name for name in self._fields if name != "queue_age"]
+        hidden = {
+            "queue_age",
+            *(name for name, field in zip(self._fields, self, strict=True) if field is None),
+        }
+        names = [name for name in self._fields if name not in hidden]
         shown = [min(5, len(self.ap)), len(self.ap)]  # as many as 80 columns hold
         lines = []
         for name in names:
@@ -138,50 +162,78 @@ def _classes(where: Tensor) -> str:
     return f"class {shown}" if len(numbers) == 1 else f"{len(numbers)} classes ({shown})"
 
 
-class _OfClass(NamedTuple):
-    """One class, [] each."""
+def _diagnosed(
+    problems: Problems,
+    metric: Tensor,
+    budget: Budget | None,
+    in_batch: Columns,
+    ages: Tensor,
+    means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+) -> Diagnostics:
+    """The diagnostics of a pool's problems, whose scores are detached.
 
-    ap: Tensor
-    active_pairs: Tensor
-    active_positives: Tensor
-    num_positives: Tensor
-    num_rows: Tensor
-
-
-def _diagnosed(problems: Problems, positives_in_batch: Tensor, queue_age: int) -> Diagnostics:
-    """The diagnostics of a pool's problems, whose scores are detached."""
-    scores, weights, positive = problems.scores, problems.weights, problems.is_positive
-    unit, smooth_ap = spread(scores, weights), average_precision(problems)
+    `means` makes of what groups have, and of whether they are valid, what classes have.
+    """
+    scores, weights = problems.scores, problems.weights
+    positives_in_batch = in_batch.is_positive
+    if in_batch.weights is not None:
+        positives_in_batch = positives_in_batch & (in_batch.weights > 0)
+    unit, smooth_ap = problems.spread(), average_precision(problems)
     temperature = torch.as_tensor(problems.temperature, dtype=unit.dtype, device=unit.device)
     temperature = temperature.expand_as(unit)
     if weights is None:
         weights = scores.new_ones(scores.shape)
-    rows = zip(scores, positive, weights, temperature, strict=True)
-    classes = [_of_class(*fields) for fields in rows]
-    ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*classes, strict=True))
+    fields, lengths = (scores, problems.is_positive, weights), problems.layout.lengths
+    if lengths is None:
+        rows = zip(*fields, temperature, strict=True)
+    else:
+        rows = zip(*(f[0].split(lengths.tolist()) for f in fields), temperature, strict=True)
+    found = [_of_class(*own) for own in rows]
+    ap, pairs, positives, num_positives, num_rows = map(torch.stack, zip(*found, strict=True))
     valid = (num_positives > 0) & (num_positives < num_rows)
 
     def marked(value: Tensor, where: Tensor = valid) -> Tensor:
-        return mark_invalid(value.to(scores.dtype), where)
+        value = value.to(scores.dtype)
+        if means is not None:
+            value, where = means(value, where)
+        return mark_invalid(value, where)
 
+    num_classes, num_groups = len(in_batch.is_positive), None
+    if means is not None:
+        num_groups = valid.view(num_classes, -1).sum(1)
     return Diagnostics(
         marked(ap, valid & ~smooth_ap.isnan()),
         marked(smooth_ap),
+        marked(metric, problems.valid),
         marked(temperature),
         marked(unit),
         marked(pairs),
         marked(positives),
-        positives_in_batch,
-        num_positives,
-        num_rows,
-        queue_age,
+        positives_in_batch.sum(1),
+        num_positives.view(num_classes, -1).sum(1),
+        num_rows.view(num_classes, -1).sum(1),
+        int(ages.max()) if len(ages) else 0,
+        None if budget is None else marked(_near(problems, budget), problems.valid),
+        num_groups,
+    )
+
+
+def _near(problems: Problems, budget: Budget) -> Tensor:
+    """The share of positives within `REACH` widths of a budget's step."""
+    return problems.ranked_mean(
+        lambda ranks: (budget.steps(ranks).abs() <= REACH).to(problems.scores.dtype),
+        among=(budget.rows,),
     )
 
 
 def _of_class(
     scores: Tensor, is_positive: Tensor, weights: Tensor, temperature: Tensor
-) -> _OfClass:
-    """Of scores [M] of one class, exact and in O(M log M)."""
+) -> tuple[Tensor, ...]:
+    """Of scores [M] of one class, exact and in O(M log M).
+
+    Returns:
+        [] each: AP, shares of active pairs and positives, numbers of positives and of rows.
+    """
     present = weights > 0
     scores, is_positive = scores[present], is_positive[present]
     weights = weights[present].double()
@@ -191,9 +243,7 @@ def _of_class(
     queries, own = scores[is_positive], weights[is_positive]
     # Rows at least as high as each positive: a tie counts, as in scikit-learn.
     first = torch.searchsorted(scores, queries).clamp(max=len(scores) - 1)  # NaN is beyond all
-    above = [
-        _sum_from(weights * chosen)[first] for chosen in (torch.ones_like(weights), is_positive)
-    ]
+    above = _sum_from(torch.stack((weights, weights * is_positive)))[:, first]
     ap = (own * above[1] / above[0]).sum() / own.sum()
 
     negatives = scores[~is_positive]
@@ -201,7 +251,7 @@ def _of_class(
     low = torch.searchsorted(negatives, queries - reach)
     high = torch.searchsorted(negatives, queries + reach, right=True)
     near = (high - low).double()  # negatives within reach of each positive
-    return _OfClass(
+    return (
         ap,
         near.mean() / max(1, len(negatives)),
         (near > 0).double().mean(),
@@ -211,5 +261,5 @@ def _of_class(
 
 
 def _sum_from(weights: Tensor) -> Tensor:
-    """[M]: the sum of each row's weight and those after it."""
-    return weights.flip(0).cumsum(0).flip(0)
+    """[…, M]: the sum of each row's weight and those after it."""
+    return weights.flip(-1).cumsum(-1).flip(-1)

@@ -26,9 +26,8 @@ def even_steps(
 
     A loss that ranks the rows of all ranks, and a trainer that averages their
     gradients, need every rank in every step. A rank whose batches run out takes
-    part with zero rows, which leave loss and gradient as those of the rows that
-    there are. `torch.distributed`'s `Join` can't do that: it repeats the
-    collectives of the trainer, not those within a forward pass.
+    part with zero rows, which change neither. `torch.distributed`'s `Join`
+    can't do that: it knows no collectives within a forward pass.
 
     One all-reduce of three numbers a step. Without torch.distributed, or
     alone, the batches as they are.

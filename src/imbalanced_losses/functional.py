@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems
+from imbalanced_losses._ranking import budget as _budget
+from imbalanced_losses._ranking import ndcg as _ndcg
+from imbalanced_losses._ranking import partial_auc as _partial_auc
 from imbalanced_losses._ranking.average_precision import average_precision
-from imbalanced_losses._ranking.weighting import spread, weights_at_prior
+from imbalanced_losses._ranking.canonical import compute_dtype
+from imbalanced_losses._ranking.layout import Layout
+from imbalanced_losses._ranking.weighting import gain_of, spread, weights_at_prior
 
-__all__ = ["Backend", "SmoothAP", "prior_weights", "score_spread", "smooth_ap"]
+__all__ = [
+    "Backend",
+    "RankingMetric",
+    "SmoothAP",
+    "ndcg",
+    "partial_auc",
+    "prior_weights",
+    "recall_at_fpr",
+    "recall_at_k",
+    "score_spread",
+    "smooth_ap",
+]
 
 
 class SmoothAP(NamedTuple):
@@ -26,22 +43,35 @@ class SmoothAP(NamedTuple):
     valid: Tensor
 
 
+class RankingMetric(NamedTuple):
+    """What the other metrics return.
+
+    Attributes:
+        metric: [] or [C], exactly 0 where not valid.
+        valid: [] or [C] bool, False for a class in which there is nothing to rank.
+    """
+
+    metric: Tensor
+    valid: Tensor
+
+
 def smooth_ap(
     scores: Tensor,
     is_positive: Tensor,
     temperature: float | Tensor = 0.01,
     *,
     sample_weight: Tensor | None = None,
+    value: Tensor | None = None,
     backend: Backend = "auto",
 ) -> SmoothAP:
     """Average Precision with every step function replaced by a sigmoid.
 
-    Definition, for one class with scores s, weights ω, positives P and g(x) = σ(x / τ):
+    Definition, for one class with scores s, weights ω, values v, positives P and g(x) = σ(x / τ):
         R_i  = ½ω_i + Σ_j ω_j g(s_j − s_i)          soft rank of i among all rows
         R⁺_i = ½ω_i + Σ_{j∈P} ω_j g(s_j − s_i)      soft rank of i among the positives
-        AP   = Σ_{i∈P} ω_i R⁺_i / R_i  ÷  Σ_{i∈P} ω_i
+        AP   = Σ_{i∈P} ω_i v_i R⁺_i / R_i  ÷  Σ_{i∈P} ω_i v_i
 
-    With ω = 1 this is the published 1 + Σ_{j≠i} form. As τ → 0 it becomes scikit-learn's
+    With ω = v = 1 this is the published 1 + Σ_{j≠i} form. As τ → 0 it becomes scikit-learn's
     `average_precision_score(sample_weight=ω)` where no scores are tied; a tie counts half.
     Differentiable twice and more in scores and temperature.
 
@@ -54,13 +84,17 @@ def smooth_ap(
             sparser gradient. A float, or a tensor [] or [C] with one τ a class.
         sample_weight: [M] or the shape of scores, finite and ≥ 0: how many rows each row stands
             for. Weight 0 is the same as leaving the row out.
+        value: [M] or the shape of scores, finite and ≥ 0: what finding each positive is worth,
+            such as money. It weights the mean over positives and leaves ranks alone. Of negatives
+            it is not looked at. None = 1.
         backend: "dense" is the definition, O(|P|·M) time; "panel" is exact to rounding in O(M)
             time; "auto" takes the faster one. All need O(M) memory.
 
     Returns:
         SmoothAP(ap, valid), [] for scores [M] and [C] for [C, M]; ap is float32, float64 for
-        float64 scores. A class without a positive or without a negative (of weight > 0) has
-        valid = False and ap = 0 with gradient 0: zero, not NaN, so that masking it is safe.
+        float64 scores. A class without a positive or without a negative (of weight > 0), or whose
+        positives are all worth 0, has valid = False and ap = 0 with gradient 0: zero, not NaN, so
+        that masking it is safe.
 
     Raises:
         TypeError: scores not floating, is_positive not bool.
@@ -78,14 +112,261 @@ def smooth_ap(
     Source: Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval",
     ECCV 2020, arXiv 2007.12163, eq. 5; the weights are ours.
     """
-    arguments = _checks.smooth_ap(scores, is_positive, temperature, sample_weight)
-    scores, is_positive, temperature, sample_weight = arguments
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    return SmoothAP(*_of(average_precision, problems))
+
+
+def recall_at_k(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor = 0.01,
+    *,
+    k: int | float,
+    softness: float = 0.25,
+    sample_weight: Tensor | None = None,
+    value: Tensor | None = None,
+    backend: Backend = "auto",
+) -> RankingMetric:
+    """The share of positives among the k highest scores, with sigmoids for steps.
+
+    Definition, in the terms of `smooth_ap`:
+        recall = Σ_{i∈P} ω_i v_i σ((k + ½ω_i − R_i) / (softness · k))  ÷  Σ_{i∈P} ω_i v_i
+
+    As τ → 0 and then softness → 0 it is the share itself, of distinct scores and whole rows.
+    Precision among the k highest is the same up to the constant factor Σ_{i∈P} ω_i / k.
+
+    Args:
+        scores, is_positive, temperature, sample_weight, value, backend: as for `smooth_ap`.
+        k: an int ≥ 1 is a number of rows, counted by weight; a float in (0, 1) the share of the
+            rows (of their summed weight), no fewer than one row of mean weight. Where k is all the
+            rows, all is found, and recall is 1 up to softness.
+        softness: width of the step at k, as a share of k; finite and > 0. A row at rank k counts
+            for somewhat more than one half: σ(½ / (softness · k)) at ω = 1.
+
+    Returns:
+        RankingMetric(metric, valid), recall in [0, 1], of shapes and degenerate cases as
+        `smooth_ap`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; k=1.0 is one.
+
+    Example:
+        >>> import torch
+        >>> scores, is_positive = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([1, 0, 0, 1]) > 0
+        >>> recall_at_k(scores, is_positive, k=2, softness=0.01).metric
+        tensor(0.5000)
+
+    Source: Patel et al., "Recall@k Surrogate Loss with Large Batches and Similarity Mixup",
+    CVPR 2022, arXiv 2108.11179; the share, weights and values are ours.
+    """
+    k, softness = _checks.budget("k", k), _checks.number_above_zero("softness", softness)
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    return RankingMetric(
+        *_of(lambda p: _budget.recall(p, _budget.of_all(p, k, softness)), problems)
+    )
+
+
+def recall_at_fpr(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor = 0.01,
+    *,
+    max_fpr: float,
+    softness: float = 0.25,
+    sample_weight: Tensor | None = None,
+    value: Tensor | None = None,
+    backend: Backend = "auto",
+) -> RankingMetric:
+    """The share of positives found before a share of the negatives, with sigmoids for steps.
+
+    It is the true positive rate at a false positive rate: a point of the ROC curve, also known as
+    sensitivity at a specificity.
+
+    Definition, in the terms of `smooth_ap`, with N the negatives, ω̄⁻ their mean weight (of those
+    above 0) and R⁻_i = Σ_{j∈N} ω_j g(s_j − s_i), the negatives above positive i:
+        k      = max_fpr · Σ_{j∈N} ω_j
+        recall = Σ_{i∈P} ω_i v_i σ((k + ½ω̄⁻ − R⁻_i) / (softness · max(k, ω̄⁻)))  ÷  Σ_{i∈P} ω_i v_i
+
+    Args:
+        scores, is_positive, temperature, sample_weight, value, backend: as for `smooth_ap`.
+        max_fpr: share of the negatives, in (0, 1). Below one negative it asks for positives above
+            all of them.
+        softness: width of the step at k, as a share of k; finite and > 0.
+
+    Returns:
+        RankingMetric(metric, valid), recall in [0, 1], of shapes and degenerate cases as
+        `smooth_ap`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
+        >>> is_positive = torch.tensor([False, True, False, True, False])
+        >>> recall_at_fpr(scores, is_positive, max_fpr=0.34, softness=0.01).metric
+        tensor(0.5000)
+    """
+    max_fpr = _checks.between_0_and_1("max_fpr", max_fpr)
+    softness = _checks.number_above_zero("softness", softness)
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    return RankingMetric(
+        *_of(lambda p: _budget.recall(p, _budget.of_negatives(p, max_fpr, softness)), problems)
+    )
+
+
+def partial_auc(
+    scores: Tensor,
+    is_positive: Tensor,
+    temperature: float | Tensor = 0.01,
+    *,
+    max_fpr: float,
+    min_fpr: float = 0.0,
+    softness: float = 0.25,
+    sample_weight: Tensor | None = None,
+    value: Tensor | None = None,
+    backend: Backend = "auto",
+) -> RankingMetric:
+    """The mean share of positives above a negative, over negatives of a range of ranks.
+
+    The area under the ROC curve between two false positive rates over its width, with sigmoids for
+    steps: over all of them the AUC.
+
+    Definition, in the terms of `smooth_ap`, with N the negatives, ω̄⁻ their mean weight (of those
+    above 0), R⁻_j the soft rank of negative j among them and R⁺_j = Σ_{i∈P} ω_i v_i g(s_i − s_j):
+        k₁  = max(max_fpr · Σ_{j∈N} ω_j, ω̄⁻),   k₀ = min_fpr · Σ_{j∈N} ω_j
+        h_j = σ((k₁ + ½ω_j − R⁻_j) / (softness · k₁)) − σ((k₀ + ½ω_j − R⁻_j) / (softness · k₀))
+        AUC = Σ_{j∈N} ω_j h_j R⁺_j  ÷  (Σ_{i∈P} ω_i v_i · max(Σ_{j∈N} ω_j h_j, k₁ − k₀))
+
+    The first term of h is exactly 1 for max_fpr = 1 and the second 0 for min_fpr = 0. As τ → 0 and
+    then softness → 0 it is `roc_auc_score(max_fpr=…)` of scikit-learn before McClish's
+    standardisation, over max_fpr, of distinct scores and whole negatives.
+
+    Args:
+        scores, is_positive, temperature, sample_weight, backend: as for `smooth_ap`.
+        max_fpr: where the range ends, min_fpr < max_fpr ≤ 1.
+        min_fpr: where it begins, from 0 on.
+        softness: width of the steps at k₁ and k₀, as a share of each; finite and > 0.
+        value: as for `smooth_ap`; the weight of positives in R⁺ is ω v.
+
+    Returns:
+        RankingMetric(metric, valid), the area in [0, 1], of shapes and degenerate cases as
+        `smooth_ap`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([3.0, 2.0, 1.0, 0.0])
+        >>> is_positive = torch.tensor([False, True, False, True])
+        >>> partial_auc(scores, is_positive, max_fpr=1.0).metric  # of 4 pairs 1 is in order
+        tensor(0.2500)
+
+    Source: McClish, "Analyzing a Portion of the ROC Curve", Medical Decision Making 1989; as an
+    objective Narasimhan and Agarwal, "A Structural SVM Based Approach for Optimizing Partial AUC",
+    ICML 2013. The steps are ours.
+    """
+    min_fpr, max_fpr = _checks.fpr_range(min_fpr, max_fpr)
+    softness = _checks.number_above_zero("softness", softness)
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    return RankingMetric(
+        *_of(lambda p: _partial_auc.partial_auc(p, max_fpr, min_fpr, softness), problems)
+    )
+
+
+def ndcg(
+    scores: Tensor,
+    grades: Tensor,
+    temperature: float | Tensor = 0.01,
+    *,
+    k: int | float | None = None,
+    softness: float = 0.25,
+    sample_weight: Tensor | None = None,
+    value: Tensor | None = None,
+    backend: Backend = "auto",
+) -> RankingMetric:
+    """Normalised discounted cumulative gain, with sigmoids for steps.
+
+    Definition, in the terms of `smooth_ap`, with grades y and gains g_i = 2^{y_i} − 1:
+        NDCG = Σ_i ω_i g_i / log₂(1 + R_i)  ÷  Σ_i ω_i g_i / log₂(1 + place_i)
+
+    with places in descending order of gain, the lighter row first among equals: place_i is the
+    summed weight down to row i and including it. With k each term above is multiplied by
+    σ((k + ½ω_i − R_i) / (softness · k)), and below are the first row and those of
+    place_i ≤ k + ½ω_i.
+
+    Args:
+        scores, temperature, sample_weight, backend: as for `smooth_ap`. log₂(1 + R) takes weights
+            in the caller's units.
+        grades: integers 0 to 31 of any dtype, same shape as scores.
+        k: as for `recall_at_k`: only the k highest scores count. None = all.
+        softness: width of the step at k, as a share of k; finite and > 0.
+        value: [M] or the shape of scores, finite and ≥ 0: the gain, in the place of 2^y − 1, of
+            rows with a grade above 0.
+
+    Returns:
+        RankingMetric(metric, valid). NDCG is in [0, 1], but that with unequal weights or a wide
+        softness it may exceed 1 a little. valid = False where no gain is above 0 or all are equal:
+        metric = 0 with gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit. The values of tensors are trusted.
+
+    Example:
+        >>> import torch
+        >>> scores, grades = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0, 2, 1])
+        >>> ndcg(scores, grades).metric  # (3/log₂3 + 1/log₂4) / (3/log₂2 + 1/log₂3)
+        tensor(0.6590)
+
+    Source: Järvelin and Kekäläinen, "Cumulated Gain-based Evaluation of IR Techniques", ACM
+    Transactions on Information Systems 2002; gains 2^y − 1 as in Burges et al., "Learning to Rank
+    using Gradient Descent", ICML 2005.
+    """
+    k = None if k is None else _checks.budget("k", k)
+    softness = _checks.number_above_zero("softness", softness)
+    problems = _problems(scores, grades, temperature, sample_weight, value, backend, is_graded=True)
+
+    def metric(problems: Problems) -> Tensor:
+        budget = None if k is None else _budget.of_all(problems, k, softness)
+        return _ndcg.ndcg(problems, budget)
+
+    return RankingMetric(*_of(metric, problems))
+
+
+def _problems(
+    scores: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    sample_weight: Tensor | None,
+    value: Tensor | None,
+    backend: Backend,
+    is_graded: bool = False,
+) -> Problems:
+    """The arguments that all metrics share, checked."""
+    arguments = _checks.ranked(scores, labels, temperature, sample_weight, value, is_graded)
+    scores, labels, temperature, sample_weight, value = arguments
     _checks.choice("backend", backend, BACKENDS)
-    problems = Problems(scores, temperature, is_positive, sample_weight, backend=backend)
-    ap, valid = average_precision(problems), problems.valid
-    if scores.dim() == 1:
-        ap, valid = ap if ap.dim() == 0 else ap.squeeze(0), valid.squeeze(0)
-    return SmoothAP(ap, valid)
+    if is_graded:
+        value = gain_of(labels, value, compute_dtype(scores))
+        labels = value > 0
+    return Problems(
+        scores,
+        temperature,
+        labels,
+        sample_weight,
+        value=value,
+        is_graded=is_graded,
+        backend=backend,
+    )
+
+
+def _of(metric: Callable[[Problems], Tensor], problems: Problems) -> tuple[Tensor, Tensor]:
+    """A metric and where it is valid, of the scores' own dimensions."""
+    found, valid = metric(problems), problems.valid
+    if problems.scores.dim() == 1:
+        found, valid = found if found.dim() == 0 else found.squeeze(0), valid.squeeze(0)
+    return found, valid
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -109,7 +390,9 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         tensor(1.)
     """
     scores = _checks.scores(scores)
-    return spread(scores, _checks.weights_of_scores(sample_weight, scores))
+    weights = _checks.weights_of_scores(sample_weight, scores)
+    rows = scores if scores.dim() == 2 else scores.unsqueeze(0)
+    return spread(rows, weights, Layout(rows.shape)).view(scores.shape[:-1])
 
 
 def prior_weights(
@@ -147,4 +430,8 @@ def prior_weights(
     Source: Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
     Neural Computation 2002, eq. 2.4: what shifts is the ratio of the priors alone.
     """
-    return weights_at_prior(*_checks.prior_weights(is_positive, target_prior, sample_weight))
+    arguments = _checks.prior_weights(is_positive, target_prior, sample_weight)
+    is_positive, target_prior, sample_weight = arguments
+    rows = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
+    weights = weights_at_prior(rows, target_prior, sample_weight, Layout(rows.shape))
+    return weights.view(is_positive.shape)

@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack, assert_type
 
-from imbalanced_losses import CrossEntropy, Diagnostics, MixedLoss, SmoothAPLoss, functional
+from imbalanced_losses import (
+    CrossEntropy,
+    Diagnostics,
+    GroupBatchSampler,
+    MixedLoss,
+    SmoothAPLoss,
+    functional,
+)
 from imbalanced_losses.accumulation import backward_in_micro_batches
 from imbalanced_losses.distributed import even_steps
 from imbalanced_losses.extending import PerClass as Losses
@@ -112,6 +120,25 @@ def mixed(logits: Tensor, targets: Tensor) -> Tensor:
     assert_type(loss_fn.in_warmup or loss_fn.in_blend, bool)
     assert_type(loss_fn.current_temperature, float)
     return assert_type(loss_fn(logits, targets), Tensor)
+
+
+def in_groups(group: Tensor, data: Dataset[Tensor]) -> DataLoader[Tensor]:
+    batches = GroupBatchSampler(
+        group,
+        groups_per_batch=8,
+        max_group_size=64,
+        is_positive=group == 0,
+        shuffle=True,
+        seed=1,
+        num_replicas=2,
+        rank=0,
+        drop_last=True,
+    )
+    batches.set_epoch(1)
+    batches.load_state_dict(batches.state_dict(num_consumed=0))
+    assert_type(batches.weights, Tensor)
+    assert_type(next(iter(batches)), list[int])
+    return DataLoader(data, batch_sampler=batches)
 
 
 def partner(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,42 +7,77 @@ A check returns nothing or the argument in its canonical form, and changes no st
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from imbalanced_losses._checks import hints as _fixes
+from imbalanced_losses._checks.tensors import (
+    fits,
+    floating,
+    kind,
+    of_bools,
+    one_or_two_dimensions,
+    shown,
+    tensor,
+    text,
+    with_values,
+)
 from imbalanced_losses._checks.tracing import is_on_host, is_traced
+from imbalanced_losses._checks.typing import Gather, Labelled
 
-REDUCTIONS = ("mean", "sum", "none")
-TEMPERATURE_UNITS = ("score", "spread")
-GRAD_REDUCES = ("mean", "sum")
-GATHERS = ("rows", "sums")
+T = TypeVar("T")
+
+
+def maybe(check: Callable[..., T], name: str, value: Any, *more: Any) -> T | None:
+    """None, or what a check makes of the value."""
+    return None if value is None else check(name, value, *more)
 
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:
     """An int, at least `minimum`; bool is not one."""
     expected = "an int" if minimum is None else f"an int >= {minimum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be {expected}, got {value!r} ({_kind(value)})")
+        raise TypeError(text(name, expected, shown(value)))
     if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(text(name, expected, repr(value)))
     return int(value)
 
 
 def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} ({_kind(value)})")
+        raise TypeError(text(name, "True or False", shown(value)))
     return value
 
 
-def choice(name: str, value: Any, options: tuple[str, ...]) -> Any:
+def choice(name: str, value: T, options: tuple[str, ...]) -> T:
     if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(text(name, f"one of {', '.join(map(repr, options))}", repr(value)))
     return value
+
+
+def backend(value: Any, options: tuple[str, ...], gather: Gather) -> None:
+    """One of the options, and with sums over ranks one that sums."""
+    choice("backend", value, options)
+    if gather == "sums" and value == "dense":
+        raise ValueError(
+            'backend must be "auto" or "panel" with gather="sums": a process that lacks the '
+            'rows of the others has no pairs to sum over; got "dense"'
+        )
+
+
+def queue_follows_shift(value: Any, gather: Gather) -> bool:
+    """A bool, False with sums over ranks."""
+    if boolean("queue_follows_shift", value) and gather == "sums":
+        raise ValueError(
+            'queue_follows_shift must be False with gather="sums": the mean of all live rows '
+            'would have to be differentiated over ranks; use gather="rows" or a '
+            "global batch that needs no queue"
+        )
+    return bool(value)
 
 
 def number_above_zero(name: str, value: Any) -> float:
@@ -57,101 +92,164 @@ def number_at_least_zero(name: str, value: Any) -> float:
 
 def _finite(name: str, value: Any, bound: str, least: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        fix = _fixes.of_number(value)
-        raise TypeError(f"{name} must be a float {bound}, got {value!r} ({_kind(value)}){fix}")
+        raise TypeError(text(name, f"a float {bound}", shown(value), _fixes.of_number(value)))
     if not least <= float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
+        raise ValueError(text(name, f"finite and {bound}", repr(value)))
     return float(value)
 
 
-def ignore_index(value: Any, binary_labels: bool) -> int:
-    """An int that is not one of the labels 0 and 1 where those are all there is."""
+def budget(name: str, value: Any) -> int | float:
+    """A number of rows, an int, or a share of them, a float in (0, 1)."""
+    if isinstance(value, Integral):
+        return integer(name, value, minimum=1)
+    share = number_above_zero(name, value)
+    if share >= 1:
+        fix = f"; for a number of rows use {int(share)}" if share.is_integer() else ""
+        raise ValueError(
+            f"{name} must be an int >= 1 (rows) or a float between 0 and 1 (their share), "
+            f"got {value!r}{fix}"
+        )
+    return share
+
+
+def fpr_range(min_fpr: Any, max_fpr: Any) -> tuple[float, float]:
+    """0 ≤ min_fpr < max_fpr ≤ 1."""
+    low, high = number_at_least_zero("min_fpr", min_fpr), number_above_zero("max_fpr", max_fpr)
+    if high > 1:
+        fix = _fixes.of_share(high)
+        raise ValueError(f"max_fpr must be at most 1, got {max_fpr!r}{fix}")
+    if low >= high:
+        raise ValueError(f"min_fpr must be below max_fpr, got {min_fpr!r} and {max_fpr!r}")
+    return low, high
+
+
+def grades(num_classes: int, multilabel: bool, target_prior: Any) -> None:
+    """The arguments of a loss whose targets are grades."""
+    if num_classes > 1 and not multilabel:
+        raise ValueError(
+            f"num_classes must be 1 for grades [N], got {num_classes}; for grades [N, C] use "
+            "multilabel=True"
+        )
+    if target_prior is not None:
+        raise ValueError(f"target_prior must be None for grades, got {target_prior!r}")
+
+
+def ignore_index(value: Any, num_labels: int) -> int:
+    """An int that is none of the labels 0 and 1, or grades, where those are all there is."""
     index = integer("ignore_index", value)
-    if binary_labels and index in (0, 1):
+    if 0 <= index < num_labels == 2:
         raise ValueError(
             f"ignore_index must not be a label: with num_classes=1 or multilabel=True targets are "
             f"0 and 1, and ignoring one of them leaves nothing to rank; got {index}"
         )
+    if 0 <= index < num_labels:
+        raise ValueError(f"ignore_index must not be a grade, 0 to {num_labels - 1}, got {index}")
     return index
 
 
-def logits(given: Any, num_classes: int, targets: Any = None) -> Tensor:
+def rows(
+    loss: Labelled,
+    logits: Any,
+    targets: Any,
+    sample_weight: Any = None,
+    group: Any = None,
+    value: Any = None,
+    *,
+    num_grades: int = 0,
+    check: Callable[..., None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The rows of a call: logits float32 or float64, targets int64, weights and value like the
+    logits, group int64. Their values are checked by `row_values` or what stands for it.
+    """
+    logits = _logits(logits, loss.num_classes, targets)
+    targets = _targets(targets, logits, loss.multilabel)
+    if sample_weight is not None:
+        sample_weight = _of_rows("sample_weight", sample_weight, logits, loss.multilabel)
+    if value is not None:
+        value = _of_rows("value", value, logits, loss.multilabel)
+    ids = None if group is None else group_ids(group, ("logits", logits), logits.shape[0])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
+    if loss.check_values and not logits.is_meta:
+        num_labels = 2 if loss.multilabel or loss.num_classes == 1 else loss.num_classes
+        labels = num_grades or num_labels, loss.ignore_index, num_grades > 0
+        (check or row_values)(targets, sample_weight, weights, *labels)
+    targets = targets.detach().to(torch.int64)
+    if value is not None:
+        value = value.detach().to(logits.dtype)
+        if loss.check_values and not logits.is_meta:
+            is_class = not (loss.multilabel or loss.num_classes == 1)
+            is_asked = targets != loss.ignore_index
+            _values_of_positives(value, is_asked if is_class else is_asked & (targets > 0))
+    return logits, targets, weights, value, ids
+
+
+def _logits(given: Any, num_classes: int, targets: Any) -> Tensor:
     """Floating [N, num_classes]; the targets that came with them are for the wording alone."""
-    value = _tensor("logits", given)
+    value = tensor("logits", given)
     if not value.is_floating_point():
         fix = _fixes.of_swapped(value, targets, num_classes) or _fixes.of_dtype("logits", value)
-        raise TypeError(f"logits must be floating point, got {value.dtype}{fix}")
+        raise TypeError(text("logits", "floating point", value.dtype, fix))
     if value.dim() != 2 or value.shape[1] != num_classes:
+        expected = f"[N, {num_classes}] (num_classes={num_classes})"
         fix = _fixes.of_logits(value, num_classes, targets)
-        raise ValueError(
-            f"logits must be [N, {num_classes}] (num_classes={num_classes}), "
-            f"got {list(value.shape)}{fix}"
-        )
+        raise ValueError(text("logits", expected, list(value.shape), fix))
     return value
 
 
-def targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
+def _targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N], or [N, C] for multi-label; [N, 1] becomes [N] for one class."""
-    value = _tensor("targets", given)
+    value = tensor("targets", given)
     if value.is_complex():
-        raise TypeError(f"targets must be integers (or integral floats), got {value.dtype}")
-    num_rows, num_classes = logits.shape
-    expected = [num_rows, num_classes] if multilabel else [num_rows]
-    if not multilabel and num_classes == 1 and value.shape == (num_rows, 1):
+        raise TypeError(text("targets", "integers (or integral floats)", value.dtype))
+    if not multilabel and value.shape == logits.shape and logits.shape[1] == 1:
         value = value.squeeze(1)
-    if list(value.shape) != expected:
-        fix = _fixes.of_targets(value, logits, multilabel)
-        raise ValueError(
-            f"targets must be {expected} to fit logits {list(logits.shape)}, "
-            f"got {list(value.shape)}{fix}"
-        )
-    return _on_device("targets", value, "logits", logits)
+    return fits("targets", value, ("logits", logits), logits.shape[: 1 + multilabel])
 
 
-def sample_weight(given: Any, logits: Tensor, multilabel: bool = False) -> Tensor:
+def _of_rows(name: str, given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N]; with multilabel labels also [N, C], which it always becomes."""
-    value = _tensor("sample_weight", given)
-    if value.is_complex():
-        raise TypeError(f"sample_weight must be real, got {value.dtype}")
-    if value.shape != logits.shape[:1] and not (multilabel and value.shape == logits.shape):
-        expected = f"[{logits.shape[0]}]{f' or {list(logits.shape)}' if multilabel else ''}"
-        raise ValueError(
-            f"sample_weight must be {expected}, one weight a row of logits, "
-            f"got {list(value.shape)}{_fixes.of_sample_weight(value, logits, multilabel)}"
-        )
-    _on_device("sample_weight", value, "logits", logits)
+    shapes = (logits.shape[:1], logits.shape)[: 1 + multilabel]
+    value = fits(name, given, ("logits", logits), *shapes)
     return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
 
 
-def _with_values(name: str, value: Tensor) -> Tensor:
-    if value.is_meta:
-        raise TypeError(f"{name} must have values, got a tensor on meta; use a list of floats")
-    return value
+def group_ids(given: Any, beside: tuple[str, Tensor], num_rows: int) -> Tensor:
+    """Ids [M] of any integer dtype as int64, which unsigned ones from 2⁶³ on wrap into."""
+    value = tensor("group", given)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(text("group", "integers", value.dtype))
+    return fits("group", value, beside, torch.Size((num_rows,))).detach().to(torch.int64)
 
 
-def target_prior(value: Any, num_classes: int) -> tuple[float, ...]:
+def _values_of_positives(value: Tensor, is_positive: Tensor) -> None:
+    """Finite and ≥ 0; of other rows it is not looked at."""
+    is_good = (value >= 0) & value.isfinite() | ~is_positive
+    if is_traced(value):
+        torch._assert_async(is_good.all(), "value of a positive must be finite and >= 0")
+    elif not bool(is_good.all()):
+        first = value[~is_good][0].item()
+        raise ValueError(text("value of a positive", "finite and >= 0", first))
+
+
+def shares(name: str, value: Any, num_classes: int) -> tuple[float, ...]:
     """A share of positives for each class, in (0, 1)."""
+    expected = f"one share of positives a class, {num_classes} of them"
     if isinstance(value, Tensor):
-        value = _with_values("target_prior", _tensor("target_prior", value)).tolist()
+        value = with_values(name, tensor(name, value)).tolist()
     if not isinstance(value, (list, tuple)):
         if num_classes > 1:
-            raise TypeError(
-                f"target_prior must be one share of positives a class, {num_classes} of them, "
-                f"got {_kind(value)}"
-            )
+            raise TypeError(text(name, expected, kind(value)))
         value = [value]
     if len(value) != num_classes:
-        raise ValueError(
-            f"target_prior must have one share of positives a class, {num_classes} of them, "
-            f"got {len(value)}"
-        )
-    return tuple(_share("target_prior", share) for share in value)
+        raise ValueError(f"{name} must have {expected}, got {len(value)}")
+    return tuple(between_0_and_1(name, share) for share in value)
 
 
-def _share(name: str, value: Any) -> float:
+def between_0_and_1(name: str, value: Any) -> float:
     share = number_above_zero(name, value)
     if share >= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}{_fixes.of_share(share)}")
+        raise ValueError(text(name, "between 0 and 1", repr(value), _fixes.of_share(share)))
     return share
 
 
@@ -159,19 +257,19 @@ def prior_weights(
     is_positive: Any, target_prior: Any, sample_weight: Any
 ) -> tuple[Tensor, float | Tensor, Tensor | None]:
     """The arguments of `functional.prior_weights`."""
-    is_positive = _bool(is_positive)
-    if is_positive.dim() not in (1, 2):
-        raise ValueError(f"is_positive must be [M] or [C, M], got {list(is_positive.shape)}")
+    is_positive = of_bools(is_positive)
+    one_or_two_dimensions("is_positive", is_positive)
     beside = ("is_positive", is_positive)
     if isinstance(target_prior, Tensor):
         shapes = is_positive.shape[:-1], torch.Size(())
-        target_prior = _fits("target_prior", target_prior, beside, *shapes)
+        target_prior = fits("target_prior", target_prior, beside, *shapes)
     else:
-        _share("target_prior", target_prior)
+        between_0_and_1("target_prior", target_prior)
     if sample_weight is not None:
         shapes = is_positive.shape, is_positive.shape[-1:]
-        sample_weight = _floating("sample_weight", sample_weight)
-        _fits("sample_weight", sample_weight, beside, *shapes)
+        sample_weight = fits(
+            "sample_weight", floating("sample_weight", sample_weight), beside, *shapes
+        )
     return is_positive, target_prior, sample_weight
 
 
@@ -181,6 +279,7 @@ def row_values(
     weights: Tensor | None,
     num_labels: int,
     ignore_index: int,
+    is_graded: bool = False,
 ) -> None:
     """Targets are labels or ignore_index, weights finite and ≥ 0: one read of the device.
 
@@ -203,64 +302,59 @@ def row_values(
         good_targets &= wide >= 0  # from 2⁶³ on they have wrapped
     all_good = good_targets.all()
     labels = "0 or 1" if num_labels == 2 else f"integers in 0..{num_labels - 1}"
+    labels = f"grades, {labels}" if is_graded else labels
+    labels += f", or ignore_index={ignore_index}"
     if sample_weight is not None and weights is not None:
         signed = sample_weight if sample_weight.dtype.is_signed else weights
         good_weights = (signed >= 0) & weights.isfinite()
         all_good &= good_weights.all()
     if is_traced(targets):
-        text = f"targets must be {labels}, or ignore_index={ignore_index}"
-        torch._assert_async(all_good, f"{text}; sample_weight finite and >= 0")
-        return
-    if bool(all_good):
-        return
-    if not bool(good_targets.all()):
-        first = targets[~good_targets][0].item()
-        fix = _fixes.of_labels(targets, num_labels, ignore_index)
-        raise ValueError(
-            f"targets must be {labels}, or ignore_index={ignore_index}, got {first}{fix}"
-        )
-    if sample_weight is not None:
-        first = sample_weight[~good_weights][0].item()
-        raise ValueError(f"sample_weight must be finite and >= 0, got {first}")
+        expected = f"targets must be {labels}; sample_weight finite and >= 0"
+        torch._assert_async(all_good, expected)
+    elif not bool(all_good):
+        if not bool(good_targets.all()):
+            first = targets[~good_targets][0].item()
+            fix = "" if is_graded else _fixes.of_labels(targets, num_labels, ignore_index)
+            raise ValueError(text("targets", labels, first, fix))
+        if sample_weight is not None:
+            first = sample_weight[~good_weights][0].item()
+            raise ValueError(text("sample_weight", "finite and >= 0", first))
 
 
 def saved_count(name: str, number: float, maximum: int = 2**53) -> int:
     """A count in a checkpoint; float64 does not tell larger ones apart."""
     if not (number.is_integer() and 0 <= number <= maximum):
-        raise ValueError(f"{name} must be an int in 0..{maximum}, got {number:g}")
+        raise ValueError(text(name, f"an int in 0..{maximum}", f"{number:g}"))
     return int(number)
 
 
-def temperature_schedule(value: Any) -> tuple[float, float, int]:
+def temperature_schedule(name: str, value: Any) -> tuple[float, float, int]:
     """(start, end, steps) of an annealed temperature."""
     if not (isinstance(value, (tuple, list)) and len(value) == 3):
-        raise TypeError(f"temperature must be (start, end, steps) or None, got {value!r}")
+        raise TypeError(text(name, "(start, end, steps) or None", repr(value)))
     start, end, steps = value
     return (
-        number_above_zero("temperature's start", start),
-        number_above_zero("temperature's end", end),
-        integer("temperature's steps", steps, minimum=1),
+        number_above_zero(f"{name}'s start", start),
+        number_above_zero(f"{name}'s end", end),
+        integer(f"{name}'s steps", steps, minimum=1),
     )
 
 
 def losses_to_mix(auxiliary_loss: Any, main_loss: Any, ranking: type) -> None:
     """A loss that gives one number, and a ranking loss that does."""
-    for name, value in (("auxiliary_loss", auxiliary_loss), ("main_loss", main_loss)):
+    losses = {"auxiliary_loss": auxiliary_loss, "main_loss": main_loss}
+    for name, value in losses.items():
         if isinstance(value, type):
-            raise TypeError(
-                f"{name} must be a loss, got the class {value.__name__}; construct it: "
-                f"{value.__name__}(...)"
-            )
+            own = value.__name__
+            raise TypeError(text(name, "a loss", f"the class {own}", f"; construct it: {own}(...)"))
     if not callable(auxiliary_loss):
-        raise TypeError(f"auxiliary_loss must be callable, got {auxiliary_loss!r}")
+        raise TypeError(text("auxiliary_loss", "callable", repr(auxiliary_loss)))
     if not isinstance(main_loss, ranking):
         is_swapped = isinstance(auxiliary_loss, ranking)
         fix = "; auxiliary_loss comes first, then main_loss" if is_swapped else ""
-        raise TypeError(
-            f"main_loss must be a ranking loss of this library, got {_kind(main_loss)}{fix}"
-        )
-    for name, loss in (("auxiliary_loss", auxiliary_loss), ("main_loss", main_loss)):
-        if getattr(loss, "reduction", None) == "none":
+        raise TypeError(text("main_loss", "a ranking loss of this library", kind(main_loss), fix))
+    for name, value in losses.items():
+        if getattr(value, "reduction", None) == "none":
             raise ValueError(f'{name} must have reduction "mean" or "sum", got "none"')
 
 
@@ -269,7 +363,7 @@ def called_module(model: Any, module: Any) -> nn.Module:
     found = model if isinstance(model, nn.Module) else module
     if not isinstance(found, nn.Module):
         raise TypeError(
-            f"module must be the network that the function calls, got {_kind(found)}: its running "
+            f"module must be the network that the function calls, got {kind(found)}: its running "
             "statistics would move twice, since every micro-batch goes through it twice"
         )
     return found
@@ -277,15 +371,12 @@ def called_module(model: Any, module: Any) -> nn.Module:
 
 def micro_batches(value: Any) -> None:
     """A sequence of at least one."""
+    expected = "a sequence of micro-batches"
     if isinstance(value, Tensor):
-        raise TypeError(
-            "inputs must be a sequence of micro-batches, got one Tensor; use inputs.split(rows)"
-        )
+        raise TypeError(text("inputs", expected, "one Tensor", "; use inputs.split(rows)"))
     if not hasattr(value, "__len__"):
-        raise TypeError(
-            f"inputs must be a sequence, since it is gone through twice, got {_kind(value)}; "
-            "use list(inputs)"
-        )
+        expected = "a sequence, since it is gone through twice"
+        raise TypeError(text("inputs", expected, kind(value), "; use list(inputs)"))
     if len(value) == 0:
         raise ValueError("inputs must hold at least one micro-batch, got none")
 
@@ -293,127 +384,58 @@ def micro_batches(value: Any) -> None:
 def one_number(name: str, value: Tensor) -> None:
     """What a loss returns where one number is needed."""
     if not isinstance(value, Tensor) or value.dim() > 0:
-        got = list(value.shape) if isinstance(value, Tensor) else _kind(value)
-        raise ValueError(
-            f'{name} must return one number [], got {got}; use reduction "mean" or "sum"'
-        )
+        got = list(value.shape) if isinstance(value, Tensor) else kind(value)
+        fix = '; use reduction "mean" or "sum"'
+        raise ValueError(f"{name} must return one number [], got {got}{fix}")
 
 
-def class_weight(given: Any, num_classes: int) -> Tensor:
+def class_weight(name: str, given: Any, num_classes: int) -> Tensor:
     """[C] floating, finite and > 0; of a list float32 on the CPU."""
     if isinstance(given, (list, tuple)):
         given = torch.tensor(given, dtype=torch.float32, device="cpu")
-    value = _with_values("class_weight", _floating("class_weight", given))
+    value = with_values(name, floating(name, given))
     if value.shape != (num_classes,):
-        raise ValueError(
-            f"class_weight must be [num_classes] = [{num_classes}], got {list(value.shape)}"
-        )
+        raise ValueError(text(name, f"[num_classes] = [{num_classes}]", list(value.shape)))
     if not bool((value.isfinite() & (value > 0)).all()):
-        raise ValueError(f"class_weight must be finite and > 0, got {value.tolist()}")
+        raise ValueError(text(name, "finite and > 0", value.tolist()))
     return value
 
 
 def scores(given: Any) -> Tensor:
     """Floating [M] or [C, M]."""
-    value = _floating("scores", given)
-    if value.dim() not in (1, 2):
-        raise ValueError(f"scores must be [M] or [C, M], got {list(value.shape)}")
+    value = floating("scores", given)
+    one_or_two_dimensions("scores", value)
     return value
 
 
-def weights_of_scores(given: Any, scores: Tensor) -> Tensor | None:
+def weights_of_scores(given: Any, scores: Tensor, name: str = "sample_weight") -> Tensor | None:
     """Real [M] or the shape of the scores, floating from here on; or None."""
     if given is None:
         return None
-    value = _fits("sample_weight", given, ("scores", scores), scores.shape[-1:], scores.shape)
+    value = fits(name, given, ("scores", scores), scores.shape[-1:], scores.shape)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return value if value.is_floating_point() else value.to(dtype)
 
 
-def smooth_ap(
-    scores_given: Any, is_positive: Any, temperature: Any, sample_weight: Any
-) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None]:
-    """The arguments of `functional.smooth_ap`."""
+def ranked(
+    scores_given: Any,
+    labels: Any,
+    temperature: Any,
+    sample_weight: Any,
+    value: Any,
+    is_graded: bool = False,
+) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None, Tensor | None]:
+    """The arguments that the metrics of `functional` share."""
     rows = scores(scores_given)
     beside = ("scores", rows)
-    is_positive = _fits("is_positive", _bool(is_positive), beside, rows.shape)
+    if is_graded:
+        labels = fits("grades", labels, beside, rows.shape)
+    else:
+        labels = fits("is_positive", of_bools(labels), beside, rows.shape)
     if isinstance(temperature, Tensor):
-        temperature = _floating("temperature", temperature)
-        _fits("temperature", temperature, beside, rows.shape[:-1], torch.Size(()))
+        temperature = floating("temperature", temperature)
+        fits("temperature", temperature, beside, rows.shape[:-1], torch.Size(()))
     else:
         number_above_zero("temperature", temperature)
-    return rows, is_positive, temperature, weights_of_scores(sample_weight, rows)
-
-
-def _fits(name: str, given: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> Tensor:
-    """A real tensor of one of the shapes, on the device of the argument `beside` it."""
-    value = _tensor(name, given)
-    other, tensor = beside
-    if value.is_complex():
-        raise TypeError(f"{name} must be real, got {value.dtype}")
-    # Of as many dimensions: else a compiler would tell the lengths of different ones apart.
-    if value.shape not in [shape for shape in shapes if len(shape) == value.dim()]:
-        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(
-            f"{name} must be {expected} to fit {other} {list(tensor.shape)}, got "
-            f"{list(value.shape)}{_fixes.of_shape(name, value, shapes)}"
-        )
-    return value if value.dim() == 0 else _on_device(name, value, *beside)
-
-
-def _on_device(name: str, value: Tensor, other: str, beside: Tensor) -> Tensor:
-    if value.device != beside.device:
-        raise ValueError(
-            f"{name} must be on the device of {other} ({beside.device}), got {value.device}"
-            f"; use {name}.to({other}.device)"
-        )
-    return value
-
-
-def _bool(given: Any) -> Tensor:
-    value = _tensor("is_positive", given)
-    if value.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {value.dtype}; use targets == 1")
-    return value
-
-
-def _floating(name: str, given: Any) -> Tensor:
-    value = _tensor(name, given)
-    if not value.is_floating_point():
-        fix = _fixes.of_dtype(name, value)
-        raise TypeError(f"{name} must be floating point, got {value.dtype}{fix}")
-    return value
-
-
-def _tensor(name: str, given: Any) -> Tensor:
-    """A dense tensor that can be calculated with: float8 becomes float32."""
-    if not isinstance(given, Tensor):
-        fix = _fixes.of_type(name, given)
-        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(given)}{fix}")
-    value: Tensor = plain(given)
-    if not torch.compiler.is_compiling():  # older compilers do not know is_nested
-        is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
-        if not is_dense or _kind(value) == "DTensor":
-            raise TypeError(f"{name} must be a dense tensor, got {_fixes.of_layout(name, value)}")
-    is_float8 = value.dtype.itemsize == 1 and value.is_floating_point()
-    return value.float() if is_float8 else value
-
-
-def plain(value: Any) -> Any:
-    """A tensor of a subclass that acts by `__torch_function__` (MONAI's, fastai's) as a plain one.
-
-    Those that act by `__torch_dispatch__`, such as compilers' own, are left alone.
-    """
-    kind = type(value)
-    if (
-        torch.compiler.is_compiling()
-        or kind in (Tensor, Parameter)
-        or not isinstance(value, Tensor)
-    ):
-        return value
-    is_passive = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    return value.as_subclass(Tensor) if is_passive else value
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
+    weights = weights_of_scores(sample_weight, rows)
+    return rows, labels, temperature, weights, weights_of_scores(value, rows, "value")

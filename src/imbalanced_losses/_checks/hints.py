@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,10 +50,7 @@ def of_swapped(logits: Tensor, targets: Any, num_classes: int) -> str:
     is_swapped = (
         isinstance(targets, Tensor)
         and targets.is_floating_point()
-        and targets.dim() == 2
-        and targets.shape[1] == num_classes
-        and len(targets) == len(logits)
-        and not logits.is_floating_point()
+        and targets.shape == (*logits.shape[:1], num_classes)
     )
     return "; logits come first, then targets: they seem to be swapped" if is_swapped else ""
 
@@ -60,16 +58,14 @@ def of_swapped(logits: Tensor, targets: Any, num_classes: int) -> str:
 def of_logits(value: Tensor, num_classes: int, targets: Any) -> str:
     """For logits that are not [N, num_classes]."""
     shape = list(value.shape)
-    if len(shape) == 1:
-        if num_classes == 1:
-            return "; use logits.unsqueeze(1)"
+    if len(shape) == 1 and num_classes == 1:
+        return "; use logits.unsqueeze(1)"
+    if len(shape) < 2:
         return "; for one row use logits.unsqueeze(0)" if shape == [num_classes] else ""
     if len(shape) > 2:
         is_channels_first = shape[1] == num_classes != shape[-1]
         flat = ("movedim(1, -1)." if is_channels_first else "") + "reshape(-1, num_classes)"
         return f"; flatten sequences first: logits.{flat}, and targets in the same order"
-    if len(shape) < 2:
-        return ""
     num_rows = len(targets) if isinstance(targets, Tensor) and targets.dim() > 0 else None
     if shape == [num_classes, num_rows]:
         return "; one row an example: use logits.T"
@@ -79,32 +75,6 @@ def of_logits(value: Tensor, num_classes: int, targets: Any) -> str:
             "or num_classes=2"
         )
     return f"; for {shape[1]} outputs construct the loss with num_classes={shape[1]}"
-
-
-def of_targets(value: Tensor, logits: Tensor, multilabel: bool) -> str:
-    """For targets that are not [N], or [N, C] for multi-label."""
-    num_rows, num_classes = logits.shape
-    expected = num_rows * num_classes if multilabel else num_rows
-    if not multilabel and value.shape == logits.shape:
-        return "; for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)"
-    if not multilabel and num_classes == 1 and value.shape == (num_rows, 2):
-        return "; for one-hot rows use targets.argmax(1)"
-    if multilabel and value.shape == (num_rows,):
-        return "; for the number of one class a row leave out multilabel=True"
-    if value.numel() == expected and expected > 0:
-        return f"; use targets.reshape({'-1, num_classes' if multilabel else '-1'})"
-    return ""
-
-
-def of_sample_weight(value: Tensor, logits: Tensor, multilabel: bool) -> str:
-    """For weights that are not [N], nor [N, C]."""
-    num_rows, num_classes = logits.shape
-    if value.shape == (num_classes,) and num_classes > 1:
-        fix = "expand(len(logits), -1)" if multilabel else "[targets]"
-        return f"; for weights of classes use sample_weight{'.' * multilabel}{fix}"
-    if value.numel() == num_rows > 0:
-        return "; use sample_weight.reshape(-1)"
-    return ""
 
 
 def of_labels(targets: Tensor, num_labels: int, ignore_index: int) -> str:
@@ -138,7 +108,34 @@ def of_share(number: float) -> str:
     return f"; a share, not per cent: {number / 100:g}" if 1 <= number < 100 else ""
 
 
-def of_shape(name: str, value: Tensor, shapes: tuple[Any, ...]) -> str:
-    """For a tensor that is [M, C] where [C, M] is expected."""
+def of_shape(name: str, value: Tensor, shapes: tuple[Any, ...], beside: tuple[str, Tensor]) -> str:
+    """For a tensor that has none of the shapes that fit the argument `beside` it."""
+    other, tensor = beside
+    if other == "logits":
+        of_rows = _of_targets if name == "targets" else _of_sample_weight
+        return of_rows(value, tensor.shape, tensor.shape in shapes)
     is_transposed = value.dim() == 2 and value.T.shape in shapes
     return f"; one row a class: use {name}.T" if is_transposed else ""
+
+
+def _of_targets(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
+    """For targets that are not [N], or [N, C] for multi-label."""
+    num_rows, num_classes = logits
+    if is_multilabel and value.shape == (num_rows,):
+        return "; for the number of one class a row leave out multilabel=True"
+    if not is_multilabel and value.shape == logits:
+        return "; for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)"
+    if not is_multilabel and num_classes == 1 and value.shape == (num_rows, 2):
+        return "; for one-hot rows use targets.argmax(1)"
+    if value.numel() == (num_rows * num_classes if is_multilabel else num_rows) > 0:
+        return f"; use targets.reshape({'-1, num_classes' if is_multilabel else '-1'})"
+    return ""
+
+
+def _of_sample_weight(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
+    """For weights that are not [N], nor [N, C]."""
+    num_rows, num_classes = logits
+    if value.shape == (num_classes,) and num_classes > 1:
+        fix = ".expand(len(logits), -1)" if is_multilabel else "[targets]"
+        return f"; for weights of classes use sample_weight{fix}"
+    return "; use sample_weight.reshape(-1)" if value.numel() == num_rows > 0 else ""

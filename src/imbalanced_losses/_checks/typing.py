@@ -1,11 +1,24 @@
-"""What type checkers are told beyond the annotations: nothing here runs."""
+"""The types of arguments, and what type checkers are told beyond the annotations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+Gather = Literal["rows", "sums"]
+GradReduce = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
+TemperatureUnit = Literal["score", "spread"]
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Labelled(Protocol):
+    """A loss of classes, or of labels that are 0 or 1."""
+
+    num_classes: int
+    multilabel: bool
+    ignore_index: int
+    check_values: bool
 
 
 def typed_as(function: Function) -> Callable[[Callable[..., Any]], Function]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking.choose import choose
@@ -13,6 +14,7 @@ from imbalanced_losses._ranking.cuda.ranks import fused_plan
 from imbalanced_losses._ranking.dense import DensePlan
 from imbalanced_losses._ranking.panels.panels import PanelPlan, PanelRanks
 from imbalanced_losses._ranking.plan import Canonical, Listed, Plan, Queries, RankPlan, Rows
+from imbalanced_losses._ranking.ragged import Part, RaggedRanks, joined, parts_of
 from imbalanced_losses._ranking.sums import differentiable_sums
 from imbalanced_losses._ranking.tiles import DenseRanks, DenseRanksOfMany
 
@@ -64,9 +66,24 @@ def sigmoid_sums(
         >>> (0.5 + sums).flatten()  # the ranks 1, 2, 3: a score is half above itself
         tensor([1., 2., 3.])
     """
-    chosen = _chosen(backend, len(queries), sources)
-    plan = PLANS[chosen](queries.detach(), problem, sources.detach(), _detached(temperature))
+    is_linear = _is_linear(backend, len(queries), sources, sources.shape)
+    plan_of = PLANS["panel" if is_linear else "dense"]
+    plan = plan_of(queries.detach(), problem, sources.detach(), _detached(temperature))
     return differentiable_sums(plan, queries, sources, temperature, weights)
+
+
+def sums_of_queries(given: Canonical, queries: Listed, weights: Tensor, backend: Backend) -> Tensor:
+    """`sigmoid_sums` [Q, K] of queries that are rows of the problems, with weights [C, M, K]."""
+    if given.layout.lengths is not None:
+        found = []
+        for part in parts_of(given.layout, queries):
+            alone = part.of(given)._replace(scores=part.repeated(given.scores))
+            taken = alone, part.listed(queries), part.taken(weights)  # 0 where it is padding
+            found.append((part, sums_of_queries(*taken, backend)))
+        order = torch.cat([part.queries for part, _ in found])
+        return torch.cat([sums for _, sums in found])[order.argsort()]
+    own, problem = queries.of_row(given.scores), queries.problem
+    return sigmoid_sums(own, problem, given.scores, weights, given.temperature, backend=backend)
 
 
 def rank_plan(
@@ -76,22 +93,53 @@ def rank_plan(
     if isinstance(queries, PreparedQueries):
         return fused_plan(given, queries, among, backend)
     assert isinstance(queries, Listed)
-    num_queries = queries.row.shape[0]
-    if given.processes is not None or _chosen(backend, num_queries, given.scores) == "panel":
+    if given.layout.lengths is not None:
+        return _ragged_plan(given, queries, among, backend)
+    is_linear = given.processes is not None or _is_linear(
+        backend, queries.row.shape[0], given.scores, given.scores.shape
+    )
+    return _plan_of_chosen(given, queries, among, is_linear)
+
+
+def _ragged_plan(
+    given: Canonical, queries: Listed, among: tuple[Rows, ...], backend: Backend
+) -> RankPlan:
+    """Small problems as rectangles, large ones on one line."""
+    parts: dict[bool, list[Part]] = {False: [], True: []}
+    for part in parts_of(given.layout, queries):
+        shape = part.rows.shape
+        parts[_is_linear(backend, len(part.queries), given.scores, shape)].append(part)
+    if parts[True] and not parts[False]:
+        return PanelRanks(given, queries, among)  # as they lie
+    found = [(part, False) for part in parts[False]]
+    if parts[True]:
+        found.append((joined(parts[True], given.layout), True))
+    plans = [
+        (part, _plan_of_chosen(part.of(given), part.listed(queries), among, is_linear))
+        for part, is_linear in found
+    ]
+    return RaggedRanks(given, queries, len(among), plans)
+
+
+def _plan_of_chosen(
+    given: Canonical, queries: Listed, among: tuple[Rows, ...], is_linear: bool
+) -> RankPlan:
+    if is_linear:
         return PanelRanks(given, queries, among)
     if given.scores.shape[0] == 1:  # `len` of a tensor takes ten times as long
         return DenseRanks(given, queries, among)
     return DenseRanksOfMany(given, queries, among)
 
 
-def _chosen(backend: Backend, num_queries: int, sources: Tensor) -> str:
-    num_problems, num_rows = sources.shape
-    if num_queries == 0 or sources.numel() == 0:
-        return "dense"  # nothing to compute, and no range of scores to lay panels over
+def _is_linear(backend: Backend, num_queries: int, like: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether panels serve so many queries of sources of a shape [C, M]."""
+    num_problems, num_rows = shape
+    if num_queries == 0 or num_rows == 0:
+        return False  # nothing to compute, and no range of scores to lay panels over
     if backend != "auto":
-        return backend
+        return backend == "panel"
     num_pairs, num_located = num_queries * num_rows, num_problems * num_rows + num_queries
-    return choose(sources.device.type, sources.dtype, num_pairs, num_problems, num_located)
+    return choose(like.device.type, like.dtype, num_pairs, num_problems, num_located) == "panel"
 
 
 def _detached(temperature: float | Tensor) -> float | Tensor:

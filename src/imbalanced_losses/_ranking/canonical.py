@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def canonical(problems: Problems, scores: Tensor, temperature: float | Tensor) -
         scores = scores.clamp(-largest, largest)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(scores.device, dtype).clamp(min=smallest(dtype))
-        temperature = temperature.expand(len(scores))
+        temperature = temperature.expand(problems.layout.num_problems)
     else:
         temperature = max(temperature, smallest(dtype))
     return Canonical(
@@ -43,6 +43,7 @@ def canonical(problems: Problems, scores: Tensor, temperature: float | Tensor) -
         temperature,
         problems.num_live,
         problems.processes,
+        problems.layout,
     )
 
 
@@ -54,30 +55,44 @@ def _may_exceed(scores: Tensor, limit: float) -> bool:
     return not (float(low) >= -limit and float(high) <= limit)
 
 
-def unit_weights(problems: Problems) -> Tensor | None:
-    """Weights [C, M] over their largest, which leaves metrics alone and lets no sum overflow.
+class InUnits(NamedTuple):
+    """What rows count, free of the scale of the caller's numbers."""
 
-    None where all are 1, in every process. One too small beside the largest for its rank to have a
-    reciprocal counts as little as can be, rather than not at all.
+    weights: Tensor | None  # [C, M] in [0, 1]; None = 1 everywhere, in every process
+    unit: Tensor | None  # [C], the heaviest weight, of which weights are parts; None = 1
+    value: Tensor | None  # [C, M] in [0, 1], 0 of all but positives; None = 1 of all of them
+
+
+def in_units(problems: Problems) -> InUnits:
+    """Weights and values over their largest, which leaves metrics alone and lets no sum overflow.
+
+    A weight too small beside the largest for its rank to have a reciprocal counts as little as can
+    be, rather than not at all.
     """
-    weights, processes = problems.given_weights, problems.processes
-    if weights is None and processes is None:
-        return None
-    num_problems, num_rows = problems.is_positive.shape
+    given = [problems.given_weights, problems.given_value]
+    processes, layout = problems.processes, problems.layout
+    if processes is None and given[0] is None and given[1] is None:
+        return InUnits(None, None, None)
+    shape = problems.is_positive.shape
     dtype, device = compute_dtype(problems.scores), problems.scores.device
-    is_weighted = torch.full((num_problems, 1), weights is not None, dtype=dtype, device=device)
-    if weights is None:
-        weights = torch.ones((), dtype=dtype, device=device)
-    weights = weights.detach().expand(problems.is_positive.shape)
-    no_rows = weights.new_zeros(num_problems, 1)
-    largest = weights.amax(1, keepdim=True) if num_rows > 0 else no_rows
+    ones = torch.ones((), dtype=dtype, device=device)
+    is_given = [own is not None for own in given]
+    weights, value = (ones if own is None else own.detach() for own in given)
+    weights = weights.expand(shape)
+    if processes is not None or is_given[1]:
+        value = torch.where(problems.is_positive & (weights > 0), value, 0.0)
+    largest = [layout.largest(own.expand(shape)) for own in (weights, value)]
     if processes is not None:
-        found, is_weighted = processes.max(torch.stack((largest.double(), is_weighted))).unbind()
-        if not bool(is_weighted.any()):
-            return None
-        largest = found.to(largest.dtype)
-    unit = (weights / torch.where(largest > 0, largest, 1)).to(dtype)
-    return torch.where(weights > 0, unit.clamp(min=smallest(dtype)), 0.0)
+        told = [torch.full_like(largest[0], own, dtype=torch.float64) for own in is_given]
+        found = processes.max(torch.stack([*(own.double() for own in largest), *told]))
+        largest = [own.to(one.dtype) for own, one in zip(found, largest, strict=False)]
+        is_given = [bool(own.any()) for own in found[2:]]
+    units = [torch.where(own > 0, own, 1) for own in largest]
+    unit_value = (value / layout.for_rows(units[1])).to(dtype) if is_given[1] else None
+    if not is_given[0]:
+        return InUnits(None, None, unit_value)
+    unit_weights = (weights / layout.for_rows(units[0])).to(dtype).clamp(min=smallest(dtype))
+    return InUnits(torch.where(weights > 0, unit_weights, 0.0), units[0], unit_value)
 
 
 def smallest(dtype: torch.dtype) -> float:

@@ -19,32 +19,39 @@ if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
 
 _PROBLEMS = (
-    "Tensor scores, Tensor is_positive, float temperature, Tensor? temperatures, Tensor? weights, "
-    "bool moves_temperature, SymInt num_live, str queries, str among, str backend"
+    "Tensor scores, Tensor is_positive, Tensor? temperatures, Tensor? weights, Tensor? value, "
+    "Tensor? lengths, float temperature, bool moves_temperature, SymInt num_live, str queries, "
+    "str among, str backend, bool is_graded, bool by_value"
 )
 
 
-def traced_ranks(problems: Problems, queries: Rows, among: tuple[Rows, ...]) -> tuple[Tensor, ...]:
+def traced_ranks(
+    problems: Problems, queries: Rows, among: tuple[Rows, ...], by_value: bool
+) -> tuple[Tensor, ...]:
     """K ranks [C, M], 1 where a row is no query."""
     scores, temperature = problems.scores, problems.temperature
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
     fixed, by_problem, moves_temperature = 0.0, None, False
     if isinstance(temperature, Tensor):
-        by_problem = temperature.to(scores.device).expand(rows.shape[0])
+        by_problem = temperature.to(scores.device).expand(problems.layout.num_problems)
         moves_temperature = by_problem.requires_grad
     else:
         fixed = temperature
     ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
         rows,
         problems.is_positive,
-        fixed,
         by_problem,
         problems.weights,
+        problems.value,
+        problems.layout.lengths,
+        fixed,
         moves_temperature,
         rows.shape[1] if moves_temperature else problems.num_live,
         queries,
         ",".join(among),
         problems.backend,
+        problems.is_graded,
+        by_value,
     )
     return ranks.unbind()
 
@@ -56,20 +63,32 @@ class _Asked:
         self,
         scores: Tensor,
         is_positive: Tensor,
-        temperature: float,
         temperatures: Tensor | None,
         weights: Tensor | None,
+        value: Tensor | None,
+        lengths: Tensor | None,
+        temperature: float,
         moves_temperature: bool,
         num_live: int,
         queries: str,
         among: str,
         backend: str,
+        is_graded: bool,
+        by_value: bool,
     ) -> None:
         from imbalanced_losses._ranking.problems import Problems
 
-        tau = temperature if temperatures is None else temperatures
-        problems = Problems(scores, tau, is_positive, weights, num_live=num_live)
-        self.given = problems.canonical()
+        problems = Problems(
+            scores,
+            temperature if temperatures is None else temperatures,
+            is_positive,
+            weights,
+            value=value,
+            is_graded=is_graded,
+            lengths=lengths,
+            num_live=num_live,
+        )
+        self.given = problems.by_value(problems.canonical()) if by_value else problems.canonical()
         self.queries = problems.queries(cast("Rows", queries))
         names = cast("tuple[Rows, ...]", tuple(among.split(",")))
         self.plan = rank_plan(self.given, self.queries, names, cast("Backend", backend))
@@ -79,7 +98,7 @@ class _Asked:
         if not isinstance(self.queries, Listed):
             return torch.stack(ranks)
         out = self.given.scores.new_ones(len(ranks), *self.given.scores.shape)
-        out[:, self.queries.problem, self.queries.row] = torch.stack(ranks)
+        out.flatten(1)[:, self.queries.places(out.shape[1:])] = torch.stack(ranks)
         return out
 
 
@@ -94,7 +113,7 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
     asked = _Asked(scores, *rest)
     queries = asked.queries
     if isinstance(queries, Listed):
-        at_queries = grad[:, queries.problem, queries.row]  # [K, Q]
+        at_queries = grad.flatten(1)[:, queries.places(scores.shape)]  # [K, Q]
         _, by_scores = asked.plan.ranks_and_gradient(
             lambda ranks, index: at_queries[:, index].unbind()
         )
@@ -102,7 +121,7 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
         assert isinstance(queries, PreparedQueries)
         queries.weighs_slopes = False  # `worth` is traced, and with it its weights
         _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: grad.unbind())
-    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[4])
+    by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[6])
     if by_temperature is None:
         by_temperature = by_scores.new_empty(0, dtype=torch.float64)
     return by_scores, by_temperature
@@ -124,29 +143,29 @@ _gradient_operator = torch.library.custom_op(
 
 @_ranks_operator.register_fake
 def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
-    *_, among, _ = rest
+    among = rest[9]
     return scores.new_empty((among.count(",") + 1, *scores.shape), dtype=compute_dtype(scores))
 
 
 @_gradient_operator.register_fake
 def _shapes_of_gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    num_temperatures = scores.shape[0] if rest[4] else 0
+    num_temperatures = rest[1].shape[0] if rest[6] else 0
     by_scores = scores.new_empty(scores.shape, dtype=grad.dtype)
     return by_scores, scores.new_empty(num_temperatures, dtype=torch.float64)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest = inputs
-    ctx.save_for_backward(scores, is_positive, temperatures, weights)
+    ctx.rest = inputs[6:]
+    ctx.save_for_backward(*inputs[:6])
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    scores, is_positive, temperatures, weights = ctx.saved_tensors
+    scores, _, temperatures, *_ = ctx.saved_tensors
     by_scores, by_temperature = torch.ops.imbalanced_losses.soft_ranks_gradient(
-        grads[0], scores, is_positive, ctx.temperature, temperatures, weights, *ctx.rest
+        grads[0], *ctx.saved_tensors, *ctx.rest
     )
-    by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[0] else None
-    return by_scores.to(scores.dtype), None, None, by_temperatures, *[None] * 6
+    by_temperatures = by_temperature.to(temperatures.dtype) if ctx.rest[1] else None
+    return by_scores.to(scores.dtype), None, by_temperatures, *[None] * 11
 
 
 _ranks_operator.register_autograd(_backward, setup_context=_remember)

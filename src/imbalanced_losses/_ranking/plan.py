@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.layout import Layout
+
 Rows = Literal["all", "positives", "negatives"]
 ROWS: tuple[Rows, ...] = ("all", "positives", "negatives")
 
@@ -49,7 +51,10 @@ class Processes(Protocol):
 
 
 class Canonical(NamedTuple):
-    """Problems as backends take them: nothing is attached to a graph, and no sum overflows."""
+    """Problems as backends take them: nothing is attached to a graph, and no sum overflows.
+
+    [C, M] is [1, S] where rows of problems of unequal length lie side by side.
+    """
 
     scores: Tensor  # [C, M] float32 or float64, contiguous, finite or NaN
     has_extremes: bool  # whether some scores stand for infinities, which have no gradient
@@ -58,7 +63,8 @@ class Canonical(NamedTuple):
     temperature: float | Tensor  # or [C] in the dtype of the scores
     num_live: int  # rows from here on are constants, without a gradient
     processes: Processes | None  # those that hold other rows of the problems
-    by_kernels: bool = False  # who see to infinities and τ in gradients themselves
+    layout: Layout
+    sides: Tensor | None = None  # of kernels, who see to infinities and τ in gradients themselves
 
     def column(self, rows: Rows) -> Tensor | None:
         """The weight [C, M] of each row in a set; None = 1 everywhere."""
@@ -70,13 +76,19 @@ class Canonical(NamedTuple):
         return column if self.weights is None else column.mul_(self.weights)
 
 
+def at(values: Tensor, problem: Tensor, row: Tensor) -> Tensor:
+    """Values [C, M] at places [Q]."""
+    return values[0, row] if values.shape[0] == 1 else values[problem, row]
+
+
 class Listed(NamedTuple):
     """The rows of a set by their places, which takes reading how many there are."""
 
     rows: Rows
     problem: Tensor  # [Q], ascending
-    row: Tensor  # [Q]
+    row: Tensor  # [Q], the column
     weights: Tensor | None  # [Q], None = 1 everywhere
+    value: Tensor | None  # [Q] of positives, what finding each is worth; None = 1 everywhere
     num_problems: int
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
@@ -85,12 +97,21 @@ class Listed(NamedTuple):
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value [C, M] for some queries."""
-        return values[self.problem[index], self.row[index]]
+        return at(values, self.problem[index], self.row[index])
 
-    def total(self, values: Tensor) -> Tensor:
+    def places(self, shape: tuple[int, ...]) -> Tensor:
+        """Where the queries are among all rows, flattened [Q]."""
+        return self.row if shape[0] == 1 else self.row + self.problem * shape[1]
+
+    def factor(self, by_value: bool) -> Tensor | None:
+        """What each query counts, ω or ω v; None = 1 everywhere."""
+        return product(self.weights, self.value if by_value else None)
+
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The sum [C] of values [Q] over the queries of each problem."""
-        if self.weights is not None:
-            values = values * self.weights
+        factor = self.factor(by_value)
+        if factor is not None:
+            values = values * factor
         if self.num_problems == 1:
             return values.sum(0, keepdim=True)
         return values.new_zeros(self.num_problems).index_add(0, self.problem, values)
@@ -102,20 +123,26 @@ class Masked(NamedTuple):
     rows: Rows
     mask: Tensor  # [C, M]
     weights: Tensor | None  # [C, M], None = 1 everywhere
+    value: Tensor | None  # [C, M], 0 of all but positives; None = 1 everywhere
+    layout: Layout
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
-        """A value [C] for each row [C, 1]."""
-        return values[:, None]
+        """A value [C] for each row, [C, 1] or [1, S]."""
+        return self.layout.for_rows(values)
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value for each row [C, M]."""
         return values
 
-    def total(self, values: Tensor) -> Tensor:
+    def factor(self, by_value: bool) -> Tensor | None:
+        return product(self.weights, self.value if by_value else None)
+
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The sum [C] of values [C, M] over the queries of each problem."""
-        if self.weights is not None:
-            values = values * self.weights
-        return torch.where(self.mask, values, 0.0).sum(1)
+        factor = self.factor(by_value)
+        if factor is not None:
+            values = values * factor
+        return self.layout.total(torch.where(self.mask, values, 0.0))
 
 
 class Queries(Protocol):
@@ -125,14 +152,26 @@ class Queries(Protocol):
     def rows(self) -> Rows: ...
 
     @property
-    def weights(self) -> Tensor | None:
-        """What ranks, slopes and totals are still to be weighted by; as the values of queries."""
+    def weights(self) -> Tensor | None: ...
+
+    @property
+    def value(self) -> Tensor | None: ...
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor: ...
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor: ...
 
-    def total(self, values: Tensor) -> Tensor: ...
+    def factor(self, by_value: bool) -> Tensor | None:
+        """What the slopes of each query are still to be multiplied by, of ω or ω v."""
+
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor: ...
+
+
+def product(weights: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """ω, or ω v; None = 1 everywhere."""
+    if weights is None or value is None:
+        return weights if value is None else value
+    return weights * value
 
 
 class RankPlan(Protocol):

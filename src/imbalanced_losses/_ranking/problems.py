@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from torch import Tensor
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
-from imbalanced_losses._ranking.canonical import canonical, compute_dtype, unit_weights
-from imbalanced_losses._ranking.cuda.prepared import PreparedQueries, prepared
+from imbalanced_losses._ranking.canonical import InUnits, canonical, compute_dtype, in_units
+from imbalanced_losses._ranking.cuda.prepared import Prepared, PreparedQueries, prepared
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import (
     ROWS,
     Canonical,
@@ -20,20 +23,28 @@ from imbalanced_losses._ranking.plan import (
     Processes,
     Queries,
     Rows,
+    product,
 )
-from imbalanced_losses._ranking.ranked_sum import Asked, Slopes, Worth, ranked_sum
+from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
+from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 
 
 class Problems:
     """C ranking problems over M rows: what a metric is a function of.
+
+    Problems of unequal length lie side by side, [1, S] for [C, M], with `lengths` [C] int64.
 
     Attributes:
         scores: [C, M] floating, attached to the graph.
         is_positive: [C, M] bool.
         weights: [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere. How many rows a row
             stands for, in units of the heaviest row of its problem.
+        value: [C, M] ≥ 0, what finding a positive is worth, in units of the most valuable one of
+            its problem, 0 of all other rows; None = 1 of every positive. It weights means over
+            positives, and never ranks; of negatives no value is looked at.
         temperature: τ > 0 in units of the scores, a float or [C].
-        valid: [C] bool, whether a problem has a positive and a negative.
+        valid: [C] bool, whether a problem has a positive that is worth something and a negative;
+            of graded problems, whether two rows differ in what they are worth.
     """
 
     def __init__(
@@ -43,59 +54,123 @@ class Problems:
         is_positive: Tensor,
         weights: Tensor | None = None,
         *,
+        lengths: Tensor | None = None,
+        value: Tensor | None = None,
+        is_graded: bool = False,
+        draws: Tensor | None = None,
         num_live: int | None = None,
         processes: Processes | None = None,
         backend: Backend = "auto",
     ) -> None:
         self.scores = scores
         self.is_positive = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
-        self.given_weights = weights
+        self.layout = Layout(self.is_positive.shape, lengths)
+        self.given_weights, self.given_value = weights, value
+        self.is_graded = is_graded  # by value, which is then > 0 of positives
+        self.draws = draws  # [C or 1, M], how many rows each was drawn for; None = 1 everywhere
         self.temperature = temperature
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
         self.backend: Backend = backend
-        self._prepared = prepared(self)
-        self.weights = (
-            unit_weights(self) if self._prepared is None else self._prepared.given.weights
-        )
+        self._arguments: dict[str, Any] = {
+            "scores": scores,
+            "temperature": temperature,
+            "is_positive": is_positive,
+            "weights": weights,
+            "lengths": lengths,
+            "value": value,
+            "is_graded": is_graded,
+            "draws": draws,
+            "num_live": num_live,
+            "processes": processes,
+            "backend": backend,
+        }
+        self._in_units: InUnits | None = None
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
+        self._number_of: dict[Rows, Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
 
-    def constants(self) -> dict[str, Any]:
-        """The constructor's arguments that are attached to no graph, but for the scores."""
-        tau = self.temperature
-        return {
-            **({} if isinstance(tau, Tensor) else {"temperature": tau}),
-            "is_positive": self.is_positive,
-            "weights": self.given_weights,
-            "num_live": self.num_live,
-            "backend": self.backend,
-        }
+    def replaced(self, **changes: Any) -> Problems:
+        """The same with other arguments."""
+        return Problems(**{**self._arguments, **changes})
+
+    def again(self) -> Callable[..., Problems]:
+        """The same for other scores, and another temperature where that is a tensor.
+
+        It is attached to no graph.
+        """
+        attached = {"scores", "temperature"} if isinstance(self.temperature, Tensor) else {"scores"}
+        return partial(Problems, **{k: v for k, v in self._arguments.items() if k not in attached})
 
     # --- What a metric asks ------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Tensor | None:
+        return self._counted().weights
+
+    @property
+    def value(self) -> Tensor | None:
+        return self._counted().value
 
     @property
     def valid(self) -> Tensor:
         return self._positives_and_mass()[0]
 
-    def mass(self, rows: Rows) -> Tensor:
-        """The summed weights [C] of rows, over all processes; 1 where a problem is not valid."""
+    @property
+    def unit(self) -> Tensor:
+        """The heaviest weight [C] of each problem, in the caller's numbers: 1 without weights."""
+        unit, dtype = self._counted().unit, compute_dtype(self.scores)
+        unit = self.scores.new_ones((), dtype=dtype) if unit is None else unit.to(dtype)
+        return unit.expand(self.layout.num_problems)
+
+    def mass(self, rows: Rows, *, by_value: bool = False) -> Tensor:
+        """The summed weights [C] of rows, over all processes; 1 where a problem is not valid.
+
+        With `by_value` of positives: each times its value.
+        """
         _checks.choice("rows", rows, ROWS)
         valid, mass = self._positives_and_mass()
-        shape, dtype = self.is_positive.shape, compute_dtype(self.scores)
-        if rows == "positives":
+        dtype = compute_dtype(self.scores)
+        if rows == "positives" and (by_value or self.value is None):
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
         if self._prepared is not None:
             return self._prepared.mass(rows)
+        if self.weights is None:
+            return torch.where(valid, self.summed(self._numbers()[rows].double()).to(dtype), 1)
         own = self.weights
-        if own is None:
-            own = torch.ones((), dtype=dtype, device=self.scores.device).expand(shape)
-        if rows == "negatives":
-            own = torch.where(self.is_positive, 0, own)
-        return torch.where(valid, self.summed(own.double().sum(1)).to(dtype), 1)
+        if rows != "all":
+            own = torch.where(self.is_positive == (rows == "positives"), own, 0)
+        return torch.where(valid, self.summed(self.layout.total(own.double())).to(dtype), 1)
+
+    def _numbers(self) -> dict[Rows, Tensor]:
+        """How many rows of each set this process has [C]."""
+        if self._number_of is None:
+            positives = self.layout.total(self.is_positive)
+            all_rows = torch.zeros_like(positives) + self._num_present()
+            sets = {"all": all_rows, "positives": positives, "negatives": all_rows - positives}
+            self._number_of = cast("dict[Rows, Tensor]", sets)
+        return self._number_of
+
+    def mean_weight(self, rows: Rows) -> Tensor:
+        """The mean weight [C] of rows that have one above 0, before any were drawn.
+
+        Over all processes; 1 where a problem is not valid, or has none.
+        """
+        _checks.choice("rows", rows, ROWS)
+        valid = self.valid
+        if self._prepared is not None and self.draws is None:
+            return self._prepared.mean_weight(rows)
+        if self.weights is None:
+            return torch.ones_like(valid, dtype=compute_dtype(self.scores))
+        present = self._is_query(rows)
+        drawn = present if self.draws is None else present * self.draws
+        own = (self.weights * present).double(), drawn.double()
+        totals = torch.stack([self.layout.total(one) for one in own])
+        mass, number = self.summed(totals).unbind()
+        return torch.where(valid & (number > 0), mass / number, 1).to(self.weights.dtype)
 
     def ranked_sum(
         self,
@@ -104,6 +179,7 @@ class Problems:
         queries: Rows = "positives",
         among: tuple[Rows, ...] = ("all",),
         slopes: Slopes | None = None,
+        by_value: bool = False,
     ) -> Tensor:
         """Σ ω · worth(ranks) over the queries of each problem.
 
@@ -114,28 +190,68 @@ class Problems:
             among: the sets of rows that they are ranked among.
             slopes: `Ranks` -> ∂worth/∂rank for each set of `among`, in that order; None: taken by
                 autograd, which costs a fraction of a small step.
+            by_value: among positives each counts ω times its value. For queries="negatives", and
+                among sets without "all".
 
         Returns:
             [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
             temperature, to any order.
         """
-        return self._ranked(Asked(worth, queries, among, slopes))
+        return self._ranked(Asked(worth, queries, among, slopes, by_value=by_value))
 
     def ranked_mean(
         self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
     ) -> Tensor:
-        """`ranked_sum` of the positives over their mass, in fewer calls."""
+        """Σ ω v · worth(ranks) ÷ Σ ω v over the positives, each worth its value v."""
         return self._ranked(Asked(worth, "positives", among, slopes, is_mean=True))
 
+    def spread(self) -> Tensor:
+        """The standard deviation [C] of the scores, with gradient; see `score_spread`."""
+        rows = self.scores.unsqueeze(0) if self.scores.dim() == 1 else self.scores
+        return spread(rows, self.given_weights, self.layout, self.processes)
+
+    def with_prior(self, prior: float | Tensor) -> Problems:
+        """The same where a share of the rows, a float or [C], is positive; see `prior_weights`."""
+        own = self.scores.new_ones(()) if self.given_weights is None else self.given_weights
+        weights = weights_at_prior(self.is_positive, prior, own, self.layout, self.processes)
+        return self.replaced(weights=weights)
+
+    def ranked_average(
+        self,
+        worth: Worth,
+        share: Worth,
+        least: Tensor,
+        *,
+        queries: Rows = "positives",
+        among: tuple[Rows, ...] = ("all",),
+        by_value: bool = False,
+    ) -> Tensor:
+        """Σ ω s · worth(ranks) ÷ max(Σ ω s, least), s = share(ranks): by how much a query counts.
+
+        `least` [C] is a constant above 0.
+        """
+        counted = Share(share, least.detach())
+        return self._ranked(Asked(worth, queries, among, by_value=by_value, share=counted))
+
     # --- What is made of it beneath ----------------------------------------------------------
+
+    @cached_property
+    def _prepared(self) -> Prepared | None:
+        return prepared(self)
 
     def _ranked(self, asked: Asked) -> Tensor:
         return ranked_sum(self, asked)
 
     def mass_of_positives(self) -> int | Tensor:
-        """[C], or of one problem a number; 1 where not valid."""
+        """Σ ω v [C], or of one problem a number; 1 where not valid."""
         mass = self._positives_and_mass()[1]
         return mass if isinstance(mass, Tensor) else max(1, mass)
+
+    def _counted(self) -> InUnits:
+        if self._in_units is None:
+            own = self._prepared
+            self._in_units = in_units(self) if own is None else own.in_units
+        return self._in_units
 
     def summed(self, tensor: Tensor) -> Tensor:
         """A tensor summed over processes."""
@@ -146,7 +262,7 @@ class Problems:
         if rows not in self._queries:
             if self._prepared is not None:
                 self._queries[rows] = PreparedQueries(rows, self._prepared)
-            elif is_traced(self.scores):
+            elif self._is_masked():
                 self._queries[rows] = self._masked(rows)
             else:
                 self._queries[rows] = self._listed(rows)
@@ -166,6 +282,18 @@ class Problems:
             self._canonical = canonical(self, self.scores.detach(), tau)
         return self._canonical
 
+    def by_value(self, given: Canonical) -> Canonical:
+        """The same with positives that count ω v."""
+        if self.value is None:
+            return given
+        counted, sides = torch.where(self.is_positive, self.value, 1), given.sides
+        sides = sides if sides is None else sides * counted
+        return given._replace(weights=product(given.weights, counted), sides=sides)
+
+    def _is_masked(self) -> bool:
+        """Whether no value may be read."""
+        return self.processes is None and is_traced(self.scores)
+
     def _is_query(self, rows: Rows) -> Tensor:
         is_positive, weights = self.is_positive, self.weights
         if rows == "all":
@@ -174,10 +302,12 @@ class Problems:
         return chosen if weights is None else chosen & (weights > 0)
 
     def _masked(self, rows: Rows) -> Masked:
-        return Masked(rows, self._is_query(rows) & self.valid[:, None], self.weights)
+        mask = self._is_query(rows) & self.layout.for_rows(self.valid)
+        value = self.value if rows == "positives" else None
+        return Masked(rows, mask, self.weights, value, self.layout)
 
     def _listed(self, rows: Rows) -> Listed:
-        problem, row = self._is_query(rows).nonzero().unbind(1)
+        problem, row = self.layout.places_of(self._is_query(rows))
         if rows == "positives" and self._facts is None:
             self._facts = self._facts_of(problem, row)
         valid, mass = self._positives_and_mass()
@@ -186,8 +316,12 @@ class Problems:
         if not is_valid:
             kept = valid[problem].nonzero().squeeze(1)
             problem, row = problem[kept], row[kept]
-        weights = None if self.weights is None else self.weights[problem, row]
-        return Listed(rows, problem, row, weights, len(valid))
+        listed = Listed(rows, problem, row, None, None, self.layout.num_problems)
+        if self.weights is not None:
+            listed = listed._replace(weights=listed.of_row(self.weights))
+        if rows == "positives" and self.value is not None:
+            listed = listed._replace(value=listed.of_row(self.value))
+        return listed
 
     def _positives_and_mass(self) -> tuple[Tensor, int | Tensor]:
         """What is valid [C], and the mass of the positives: [C], 1 where not valid; or of one
@@ -195,8 +329,8 @@ class Problems:
         """
         if self._facts is None:
             if self._prepared is not None:
-                self._facts = self._prepared.valid, self._prepared.mass("positives")
-            elif is_traced(self.scores):
+                self._facts = self._prepared.valid, self._prepared.mass_by_value
+            elif self._is_masked():
                 self._facts = self._facts_without_reading()
             else:
                 self.queries("positives")
@@ -205,29 +339,44 @@ class Problems:
 
     def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, int | Tensor]:
         """From the positives that are present."""
-        weights, (num_problems, num_rows) = self.weights, self.is_positive.shape
-        dtype = compute_dtype(self.scores)
-        if weights is None and num_problems == 1 and self.processes is None:
+        factor, dtype = product(self.weights, self.value), compute_dtype(self.scores)
+        num_problems, num_rows = self.layout.num_problems, self.is_positive.shape[1]
+        if factor is None and num_problems == 1 and self.processes is None:
             num_positives = row.shape[0]
             is_valid = 0 < num_positives < num_rows
             valid = torch.full((1,), is_valid, device=row.device)
             return valid, num_positives if is_valid else 0
         counts = problem.bincount(minlength=num_problems)  # [C]
-        num_present = counts.new_full((), num_rows) if weights is None else (weights > 0).sum(1)
         mass = counts.to(dtype)
-        if weights is not None:
-            mass = mass.new_zeros(num_problems).index_add(0, problem, weights[problem, row])
+        positives = Listed("positives", problem, row, None, None, num_problems)
+        if factor is not None:
+            own = positives.of_row(factor)
+            mass = mass.new_zeros(num_problems).index_add(0, problem, own)
+        if self.is_graded and self.value is not None:
+            is_best = positives.of_row(self.value) == 1
+            counts = problem[is_best].bincount(minlength=num_problems)
+        num_present = self._num_present()
         if self.processes is not None:
-            found = torch.stack((counts, num_present.expand_as(counts), mass)).double()
+            num_present = torch.as_tensor(num_present, device=counts.device).expand_as(counts)
+            found = torch.stack((counts, num_present, mass)).double()
             counts, num_present, mass = self.processes.sum(found).unbind()
             mass = mass.to(dtype)
-        valid = (counts > 0) & (counts < num_present)
+        valid = (counts > 0) & (counts < num_present) & (mass > 0)
         return valid, torch.where(valid, mass, 1)
 
     def _facts_without_reading(self) -> tuple[Tensor, Tensor]:
-        is_query, weights = self._is_query("positives"), self.weights
-        counts, dtype = is_query.sum(1), compute_dtype(self.scores)
-        num_present = is_query.shape[1] if weights is None else (weights > 0).sum(1)
-        valid = (counts > 0) & (counts < num_present)
-        mass = counts if weights is None else torch.where(is_query, weights, 0.0).sum(1)
+        is_query = self._is_query("positives")
+        factor, dtype = product(self.weights, self.value), compute_dtype(self.scores)
+        counts, layout = self.layout.total(is_query), self.layout
+        mass = counts if factor is None else layout.total(torch.where(is_query, factor, 0.0))
+        if self.is_graded and self.value is not None:
+            counts = layout.total(is_query & (self.value == 1))
+        valid = (counts > 0) & (counts < self._num_present()) & (mass > 0)
         return valid, torch.where(valid, mass.to(dtype), 1)
+
+    def _num_present(self) -> int | Tensor:
+        """The rows of each problem, or [C] of weight above 0."""
+        if self.weights is not None:
+            return self.layout.total(self.weights > 0)
+        lengths = self.layout.lengths
+        return self.is_positive.shape[1] if lengths is None else lengths

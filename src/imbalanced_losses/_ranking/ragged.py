@@ -1,137 +1,154 @@
-"""Problems of unequal length, without padding to the longest: a few rectangles of similar ones."""
+"""Soft ranks of problems of unequal length, without padding to the longest.
+
+Small problems of similar length form a rectangle, in which a row below all others fills the shorter
+ones: there is no loop over problems, only one over rectangles, whose number grows with the
+logarithm of the longest problem beside the shortest. Large ones share a line of panels as they lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import bisect
+from collections.abc import Iterator, Sequence
+from operator import neg
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imbalanced_losses._ranking.backends import Backend
-from imbalanced_losses._ranking.plan import Rows
-from imbalanced_losses._ranking.problems import Problems
-from imbalanced_losses._ranking.ranked_sum import Asked
-from imbalanced_losses._ranking.ranks import Ranks
+from imbalanced_losses._ranking.layout import Layout
+from imbalanced_losses._ranking.plan import Canonical, Listed, RankPlan, SlopesOf
 
 # The longest problem of a rectangle beside its shortest: at most so much of it is padding.
 _EVEN = 1.25
 
 
-class RaggedProblems(Problems):
-    """C ranking problems whose rows lie side by side: what a metric is a function of.
+class Part(NamedTuple):
+    """Some of the problems, as a rectangle of the form of others or as a line."""
 
-    Problems of similar length form a rectangle, in which rows of weight 0 fill the shorter ones.
-    There is no loop over problems, only one over rectangles, whose number grows with the logarithm
-    of the longest problem beside the shortest.
+    problems: Tensor  # [k], which
+    rows: Tensor  # [k, m], where their rows are, or [1, s]; the one after the last is padding
+    queries: Tensor  # [q], which of the queries, problem by problem
+    problem: Tensor  # [q], the problem of each in 0..k-1
+    row: Tensor  # [q], its column
+    lengths: Tensor | None  # [k] of a line
 
-    Args:
-        scores: [S] floating, the rows of the first problem first.
-        temperature: τ > 0, a float or [C].
-        is_positive: [S] bool.
-        weights: [S] ≥ 0; None = 1 everywhere.
-        lengths: [C] int64, how many rows each problem has.
-    """
+    def of(self, given: Canonical) -> Canonical:
+        """The same problems as if there were no others."""
+        tau = given.temperature
+        # Padding is below every score, and a σ of 0 beside them.
+        lowest = torch.finfo(given.scores.dtype).min
+        return given._replace(
+            scores=self.taken(given.scores, lowest),
+            is_positive=self.taken(given.is_positive),
+            weights=None if given.weights is None else self.taken(given.weights),
+            temperature=tau[self.problems] if isinstance(tau, Tensor) else tau,
+            num_live=self.rows.shape[1],
+            layout=Layout(self.rows.shape, self.lengths),
+        )
+
+    def listed(self, queries: Listed) -> Listed:
+        """The queries among them."""
+        weights = None if queries.weights is None else queries.weights[self.queries]
+        return Listed(queries.rows, self.problem, self.row, weights, None, len(self.problems))
+
+    def repeated(self, values: Tensor) -> Tensor:
+        """A value [1, S] of each of their rows, that of the first row again for padding."""
+        is_padding = self.rows == values.shape[1]
+        return values[0][torch.where(is_padding, self.rows[:, :1], self.rows)]
+
+    def taken(self, values: Tensor, padding: float = 0) -> Tensor:
+        """A value [1, S, ...] of each of their rows."""
+        last = values.new_full((1, *values.shape[2:]), padding)
+        taken = torch.cat((values[0], last)).index_select(0, self.rows.flatten())
+        return taken.view(*self.rows.shape, *last.shape[1:])
+
+
+class RaggedRanks:
+    """Soft ranks of problems that lie side by side: see `plan.RankPlan` for the contract."""
 
     def __init__(
         self,
-        scores: Tensor,
-        temperature: float | Tensor,
-        is_positive: Tensor,
-        weights: Tensor | None = None,
-        *,
-        lengths: Tensor,
-        backend: Backend = "auto",
+        given: Canonical,
+        queries: Listed,
+        num_sets: int,
+        plans: Sequence[tuple[Part, RankPlan]],
     ) -> None:
-        self.scores, self.is_positive, self.given_weights = scores, is_positive, weights
-        self.temperature, self.backend = temperature, backend
-        self._parts = [
-            _Part(places, index, self._rectangle(places, index, is_real))
-            for places, index, is_real in _rectangles(lengths.to(scores.device))
-        ]
-        order = torch.cat([part.places for part in self._parts])
-        self._order = torch.empty_like(order).scatter_(
-            0, order, torch.arange(len(order), device=order.device)
-        )
+        self._scores, self._num_queries, self._num_sets = given.scores, len(queries.row), num_sets
+        self._plans = plans
 
-    def _rectangle(self, places: Tensor, index: Tensor, is_real: Tensor | None) -> Problems:
-        weights = None if self.given_weights is None else self.given_weights[index]
-        if is_real is not None:
-            ones = torch.ones((), dtype=self.scores.dtype, device=self.scores.device)
-            weights = torch.where(is_real, ones if weights is None else weights, 0)
-        tau = self.temperature
-        if isinstance(tau, Tensor) and tau.dim() > 0:
-            tau = tau[places]
-        return Problems(
-            self.scores[index], tau, self.is_positive[index], weights, backend=self.backend
-        )
+    def ranks(self) -> tuple[Tensor, ...]:
+        ranks = self._empty()
+        for part, plan in self._plans:
+            ranks[:, part.queries] = torch.stack(plan.ranks())
+        return ranks.unbind()
 
-    @property
-    def valid(self) -> Tensor:
-        return torch.cat([part.problems.valid for part in self._parts])[self._order]
+    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
+        ranks, num_rows = self._empty(), self._scores.shape[1]
+        gradient = self._scores.new_zeros(num_rows + 1)
+        for part, plan in self._plans:
+            own, slopes = plan.ranks_and_gradient(
+                lambda found, index, part=part: slopes_of(found, part.queries[index])
+            )
+            ranks[:, part.queries] = torch.stack(own)
+            gradient[part.rows] = slopes
+        return ranks.unbind(), gradient[None, :num_rows]
 
-    def mass(self, rows: Rows) -> Tensor:
-        """The summed weights [C] of rows; 1 where a problem is not valid."""
-        return torch.cat([part.problems.mass(rows) for part in self._parts])[self._order]
-
-    def _ranked(self, asked: Asked) -> Tensor:
-        totals = [part.problems._ranked(_seen_by(asked, part)) for part in self._parts]
-        return torch.cat(totals)[self._order]
+    def _empty(self) -> Tensor:
+        return self._scores.new_empty(self._num_sets, self._num_queries)
 
 
-@dataclass
-class _Part:
-    """Some of the problems as a rectangle."""
-
-    places: Tensor  # [k], which of the problems
-    index: Tensor  # [k, m], where its rows are
-    problems: Problems
-
-
-def _seen_by(asked: Asked, part: _Part) -> Asked:
-    """The same of a part: constants of all problems, or of all rows, are those of its own."""
-    worth, slopes = asked.worth, asked.slopes
-    return Asked(
-        lambda ranks: worth(_RanksOfPart(ranks, part)),
-        asked.queries,
-        asked.among,
-        slopes and (lambda ranks: slopes(_RanksOfPart(ranks, part))),
-        asked.is_mean,
-    )
-
-
-class _RanksOfPart(Ranks):
-    """The ranks of a part."""
-
-    def __init__(self, ranks: Ranks, part: _Part) -> None:
-        self._inner, self._part = ranks, part
-
-    def among(self, rows: Rows) -> Tensor:
-        return self._inner.among(rows)
-
-    def of_problem(self, values: Tensor) -> Tensor:
-        return self._inner.of_problem(values[self._part.places])
-
-    def of_row(self, values: Tensor) -> Tensor:
-        return self._inner.of_row(values[self._part.index])
-
-
-def _rectangles(lengths: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Problems [k] of similar length, where their rows are [k, m], and which are no padding [k, m].
-
-    None where there is no padding. A problem's last row stands in where it has too few.
-    """
+def parts_of(layout: Layout, queries: Listed) -> Iterator[Part]:
+    """Problems of similar length, until every problem that has queries is in one of them."""
+    assert layout.lengths is not None
+    assert layout.problem is not None
+    lengths, problem = layout.lengths, queries.problem
+    num_problems, num_rows = layout.num_problems, int(layout.problem.shape[0])
     starts = lengths.cumsum(0) - lengths
-    sizes, order = lengths.sort(descending=True, stable=True)
+    counts = problem.bincount(minlength=num_problems)
+    sizes, order = torch.where(counts > 0, lengths, 0).sort(descending=True, stable=True)
+    number = torch.empty_like(order).scatter_(
+        0, order, torch.arange(num_problems, device=order.device)
+    )
+    by_size = number[problem]
+    number_of_query, queries_by_size = by_size.sort(stable=True)
+    ends = counts[order].cumsum(0).tolist()
     on_host = sizes.tolist()
     first = 0
-    while first < len(on_host):
-        longest, last = on_host[first], first + 1
-        while last < len(on_host) and on_host[last] * _EVEN >= longest:
-            last += 1
-        places, size = order[first:last], sizes[first:last, None]
-        number = torch.arange(longest, device=lengths.device)
-        is_even = on_host[last - 1] == longest
-        index = starts[places, None] + torch.minimum(number, size - 1)
-        yield places, index, None if is_even else number < size
+    while first < num_problems and on_host[first] > 0:
+        longest = on_host[first]
+        last = bisect.bisect_right(on_host, -longest / _EVEN, first, key=neg)
+        mine = slice(ends[first - 1] if first else 0, ends[last - 1])
+        problems, chosen = order[first:last], queries_by_size[mine]
+        place = torch.arange(longest, device=order.device)
+        rows = starts[problems, None] + place
+        if on_host[last - 1] < longest:
+            rows = torch.where(place < sizes[first:last, None], rows, num_rows)
+        yield Part(
+            problems,
+            rows,
+            chosen,
+            number_of_query[mine] - first,
+            queries.row[chosen] - starts[problem[chosen]],
+            None,
+        )
         first = last
+
+
+def joined(parts: list[Part], layout: Layout) -> Part:
+    """Parts as one line, their problems in turn."""
+    assert layout.lengths is not None
+    assert layout.problem is not None
+    problems, queries = (
+        torch.cat(found) for found in zip(*(part[:1] + part[2:3] for part in parts), strict=True)
+    )
+    rows = torch.cat([part.rows.flatten() for part in parts])
+    rows = rows[rows < layout.problem.shape[0]]
+    lengths = layout.lengths[problems]
+    starts = lengths.cumsum(0) - lengths
+    first, found = 0, []
+    for part in parts:
+        found.append(part.problem + first)
+        first += len(part.problems)
+    problem = torch.cat(found)
+    row = torch.cat([part.row for part in parts]) + starts[problem]
+    return Part(problems, rows[None], queries, problem, row, lengths)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
-from imbalanced_losses._ranking.backends import rank_plan, sigmoid_sums
+from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.operator import traced_ranks
@@ -30,19 +30,25 @@ _ONLY_ALONE = (
 
 
 def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
-    """See `Problems.ranked_sum` and `Problems.ranked_mean`."""
+    """See `Problems.ranked_sum`, `ranked_mean` and `ranked_average`."""
     if is_traced(problems.scores):
         _only_alone(problems)
         queries = problems.queries(asked.queries)
-        ranks = traced_ranks(problems, asked.queries, asked.among)
-        total = queries.total(asked.worth_of(ranks, queries))
-        return total / problems.mass_of_positives() if asked.is_mean else total
+        ranks = traced_ranks(problems, asked.queries, asked.among, asked.by_value)
+        return asked.found(problems, asked.clamped(ranks, queries), queries)
     if is_transformed():
         _only_alone(problems)
         _refuse_batches(problems)
         return _differentiable(problems, asked)
     found: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
     return found
+
+
+class Share(NamedTuple):
+    """By how much each query of an average counts, and the least [C] that it is divided by."""
+
+    of: Worth
+    least: Tensor
 
 
 class Asked:
@@ -53,23 +59,59 @@ class Asked:
         worth: Worth,
         queries: Rows,
         among: tuple[Rows, ...],
-        slopes: Slopes | None,
+        slopes: Slopes | None = None,
         is_mean: bool = False,
+        by_value: bool = False,
+        share: Share | None = None,
     ) -> None:
         _checks.choice("queries", queries, ROWS)
         if not isinstance(among, tuple):
             raise TypeError(f"among must be a tuple of names, got {among!r}")
         for rows in among:
             _checks.choice("among", rows, ROWS)
+        if by_value and (queries != "negatives" or "all" in among):
+            raise ValueError(
+                'by_value=True is for queries="negatives" and among without "all": only beside '
+                f"negatives does a positive count its value; got {queries!r} among {among}"
+            )
         self.worth, self.queries, self.among, self.slopes = worth, queries, among, slopes
-        self.is_mean = is_mean  # over the mass of the queries, which are the positives then
+        self.is_mean = is_mean  # by value, of the queries, which are the positives then
+        self.by_value = by_value  # of the positives that queries are ranked among
+        self.share = share  # of the queries in an average
 
     def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = slice(None)) -> Ranks:
         return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
 
+    def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
+        """What was asked for [C], over all processes."""
+        if self.share is not None:
+            return self.averaged(self.share, problems, ranks, queries)[0]
+        total = problems.summed(queries.total(self.worth_of(ranks, queries), self.is_mean))
+        if not self.is_mean or isinstance(queries, PreparedQueries):  # whose kernels divide
+            return total
+        return total / problems.mass_of_positives()
+
+    def averaged(
+        self, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
+    ) -> tuple[Tensor, Asked]:
+        """An average [C], and a sum that has its slopes."""
+        counted = share.of(self.ranks(ranks, queries))
+        totals = [
+            problems.summed(queries.total(own))
+            for own in (counted * self.worth_of(ranks, queries), counted)
+        ]
+        divisor = torch.maximum(totals[1], share.least)
+        average = totals[0] / divisor
+        # What a share adds is what it is worth beyond the average, unless the divisor stays.
+        usual = torch.where(totals[1] > share.least, average, 0).detach()
+
+        def worth(ranks: Ranks) -> Tensor:
+            beyond = (self.worth(ranks) - ranks.of_problem(usual)) / ranks.of_problem(divisor)
+            return share.of(ranks) * beyond
+
+        return average, Asked(worth, self.queries, self.among)
+
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
-        if queries.weights is not None:
-            ranks = self.possible(ranks)
         worth = self.worth(self.ranks(ranks, queries))
         if worth.shape != ranks[0].shape:
             raise ValueError(
@@ -77,6 +119,11 @@ class Asked:
                 f"{list(worth.shape)}"
             )
         return worth
+
+    def clamped(self, ranks: tuple[Tensor, ...], queries: Queries) -> tuple[Tensor, ...]:
+        if queries.weights is None or isinstance(queries, PreparedQueries):  # clamped by kernels
+            return ranks
+        return self.possible(ranks)
 
     def possible(self, ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Clamped to 0 ≤ R ≤ R among all > 0.
@@ -98,18 +145,18 @@ class _SlopesOf:
 
     def __init__(self, asked: Asked, queries: Queries) -> None:
         self.asked, self.queries = asked, queries
+        self.factor = queries.factor(asked.is_mean)
 
     def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         asked, queries = self.asked, self.queries
-        if queries.weights is not None:
-            ranks = asked.possible(ranks)
+        ranks = asked.clamped(ranks, queries)
         if asked.slopes is not None:
             slopes = asked.slopes(asked.ranks(ranks, queries, index))
         else:
             slopes = self._by_autograd(ranks, index)
-        if queries.weights is None:
+        if self.factor is None:
             return slopes
-        return tuple(slope * queries.weights[index] for slope in slopes)
+        return tuple(slope * self.factor[index] for slope in slopes)
 
     def _by_autograd(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -137,6 +184,8 @@ class _RankedSum(torch.autograd.Function):
         ctx: Any, scores: Tensor, temperature: float | Tensor, problems: Problems, asked: Asked
     ) -> Tensor:
         given, queries = problems.canonical(), problems.queries(asked.queries)
+        if asked.by_value:
+            given = problems.by_value(given)
         per = problems.mass_of_positives() if asked.is_mean else 1
         if isinstance(queries, PreparedQueries) and isinstance(per, Tensor):
             queries, per = queries.per(per), 1
@@ -147,12 +196,17 @@ class _RankedSum(torch.autograd.Function):
         if moves_temperature:  # what τ changes is told from the slopes of all rows
             given = given._replace(num_live=given.scores.shape[1])
         plan = rank_plan(given, queries, asked.among, problems.backend)
-        if not (everywhere or any(ctx.needs_input_grad)):
+        found, summed = None, asked
+        if asked.share is not None:
+            ranks = asked.clamped(plan.ranks(), queries)
+            found, summed = asked.averaged(asked.share, problems, ranks, queries)
+        elif not (everywhere or any(ctx.needs_input_grad)):
             ranks = plan.ranks()
-        else:
-            ranks, slopes = plan.ranks_and_gradient(_SlopesOf(asked, queries))
+        if everywhere or any(ctx.needs_input_grad):
+            ranks, slopes = plan.ranks_and_gradient(_SlopesOf(summed, queries))
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
-            ctx.constants, ctx.asked, ctx.kind = problems.constants(), asked, type(problems)
+            ctx.again, ctx.asked = problems.again(), asked
+            ctx.layout = given.layout
             ctx.is_shared = given.processes is not None
             tensors = [scores, slopes.view(scores.shape)]
             if isinstance(temperature, Tensor):
@@ -160,10 +214,9 @@ class _RankedSum(torch.autograd.Function):
             if by_temperature is not None:
                 tensors.append(by_temperature)
             ctx.save_for_backward(*tensors)
-        total = problems.summed(queries.total(asked.worth_of(ranks, queries)))
-        if asked.is_mean and not isinstance(queries, PreparedQueries):
-            total.div_(per)
-        return total.view(scores.shape[:-1])
+        if found is None:
+            found = asked.found(problems, asked.clamped(ranks, queries), queries)
+        return found.view(()) if scores.dim() == 1 else found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +230,7 @@ class _RankedSum(torch.autograd.Function):
             temperature = rest[0]
             by_temperature = (grads[0] * rest[1]).sum_to_size(temperature.shape)
             by_temperature = by_temperature.to(temperature.dtype)
-        by_scores = (grads[0] if scores.dim() == 1 else grads[0][:, None]) * slopes
+        by_scores = (grads[0] if scores.dim() == 1 else ctx.layout.for_rows(grads[0])) * slopes
         return by_scores.to(scores.dtype), by_temperature, None, None
 
 
@@ -191,9 +244,9 @@ def gradient_of(
     if given.has_extremes:
         # Nothing moves an infinity; where several tie, their slopes would be finite.
         slopes.masked_fill_(given.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-    if not given.by_kernels:
+    if given.sides is None:
         tau = given.temperature * per
-        slopes.div_(tau[:, None] if isinstance(tau, Tensor) else tau)
+        slopes.div_(given.layout.for_rows(tau) if isinstance(tau, Tensor) else tau)
     return slopes, _slopes_in_temperature(given, slopes) if moves_temperature else None
 
 
@@ -201,40 +254,35 @@ def _twice_differentiable_gradient(
     ctx: Any, scores: Tensor, rest: list[Tensor], grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient in scores and temperature as a function that autograd can go through."""
-    tau = {"temperature": rest[0]} if rest else {}
-    problems = ctx.kind(scores=scores, **tau, **ctx.constants)
+    # Views, so that what the temperature owes to the scores is not told twice.
+    wanted = [tensor.view_as(tensor) for tensor in (scores, *rest[:1])]
+    tau = {"temperature": wanted[1]} if rest else {}
+    problems = ctx.again(scores=wanted[0], **tau)
     total = _differentiable(problems, ctx.asked).view(grad.shape)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
-        (by_scores,) = torch.autograd.grad(total, scores, grad, create_graph=True)
+        (by_scores,) = torch.autograd.grad(total, wanted[0], grad, create_graph=True)
     if rest and ctx.needs_input_grad[1]:
-        (by_temperature,) = torch.autograd.grad(total, rest[0], grad, create_graph=True)
+        (by_temperature,) = torch.autograd.grad(total, wanted[1], grad, create_graph=True)
     return by_scores, by_temperature
 
 
 def _differentiable(problems: Problems, asked: Asked) -> Tensor:
     """`ranked_sum` by `sigmoid_sums`: slower, with derivatives of every order."""
     given = canonical(problems, problems.scores, problems.temperature)
+    if asked.by_value:
+        given = problems.by_value(given)
     queries = problems.listed(asked.queries)
     columns = [given.column(rows) for rows in asked.among]
     weights = torch.stack(
         [torch.ones_like(given.scores) if column is None else column for column in columns], dim=-1
     )
-    problem, row = queries.problem, queries.row
-    sums = sigmoid_sums(
-        given.scores[problem, row],
-        problem,
-        given.scores,
-        weights.detach(),
-        given.temperature,
-        backend=problems.backend,
-    )
+    sums = sums_of_queries(given, queries, weights.detach(), problems.backend)
     ranks = tuple(
         own + half_of(queries, rows, given)
         for own, rows in zip(sums.unbind(1), asked.among, strict=True)
     )
-    total = queries.total(asked.worth(asked.ranks(ranks, queries)))
-    return total / problems.mass_of_positives() if asked.is_mean else total
+    return asked.found(problems, ranks, queries)
 
 
 def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
@@ -246,20 +294,21 @@ def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
     """
     # So that no product overflows: slopes are at most 1/τ < 1e155, and scores so many τ from zero
     # are equal or out of reach of each other.
-    temperature = torch.as_tensor(given.temperature, dtype=torch.float64)[:, None]
-    scaled = (given.scores.double() / temperature).clamp(-1e140, 1e140)
+    layout, dtype = given.layout, torch.float64
+    temperature = torch.as_tensor(given.temperature, dtype=dtype)
+    scaled = (given.scores.double() / layout.for_rows(temperature)).clamp(-1e140, 1e140)
     slopes = slopes.double()
     scaled = torch.where(slopes != 0, scaled, 0.0)  # a NaN that no sum has seen counts for nothing
     size = slopes.abs()
-    moments = torch.stack(((size * scaled).sum(1), size.sum(1)))
+    moments = torch.stack((layout.total(size * scaled), layout.total(size)))
     if given.processes is not None:
         moments = given.processes.sum(moments)
     origin = moments[0] / moments[1].clamp(min=1e-300)
-    by_temperature = -((scaled - origin[:, None]) * slopes).sum(1)
+    by_temperature = -layout.total((scaled - layout.for_rows(origin)) * slopes)
     if given.processes is not None:
         by_temperature = given.processes.sum(by_temperature)
     # A temperature that was raised to the smallest moves nothing.
-    return by_temperature.masked_fill(temperature.squeeze(1) <= smallest(given.scores.dtype), 0.0)
+    return by_temperature.masked_fill(temperature <= smallest(given.scores.dtype), 0.0)
 
 
 def _only_alone(problems: Problems) -> None:
@@ -274,6 +323,7 @@ def _refuse_batches(problems: Problems) -> None:
         problems.scores,
         problems.is_positive,
         problems.given_weights,
+        problems.given_value,
         problems.temperature,
     ]
     for value in wrapped:

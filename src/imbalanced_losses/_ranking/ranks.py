@@ -32,6 +32,12 @@ class Ranks:
             )
         return self._ranks[rows]
 
+    @property
+    def weights(self) -> Tensor | float:
+        """ω of each query, in units of the heaviest row of its problem."""
+        weights = self._queries.weights
+        return 1.0 if weights is None else weights[self._index]
+
     def of_problem(self, values: Tensor) -> Tensor:
         """A constant [C], for each query."""
         return self._queries.of_problem(values.detach(), self._index)

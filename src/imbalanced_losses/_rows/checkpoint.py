@@ -41,6 +41,8 @@ class Saved(NamedTuple):
     num_steps: int
     cursor: int
     is_weighted: bool
+    is_valued: bool
+    is_grouped: bool
     slots: Pool  # [size] as they stand; weight 0 and ignore_index at those that are free
 
 
@@ -87,19 +89,16 @@ def _checksum(words: Tensor) -> Tensor:
 
 def pack_ranking(saved: Saved) -> Tensor:
     """The state of a ranking loss as bytes, as many for every state of it."""
-    slots = saved.slots
+    slots = saved.slots.filled_like()
     is_wide = slots.logits.dtype == torch.float64
     form = (slots.logits.shape[1], slots.targets.dim() - 1, is_wide)
     return pack((*form, *saved[:-1]), slots.packed())
 
 
-def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
-    """The state that was packed, if a loss whose state is `now` can take it.
-
-    Raises:
-        AveragedState, TypeError, ValueError: it can't.
-    """
-    (*form, is_wide, temperature, num_steps, cursor, is_weighted), values = unpack(state, 7)
+def unpack_ranking(state: Any, now: Saved, ignore_index: int, num_labels: int) -> Saved:
+    """The state that was packed, if a loss whose state is `now` can take it; raises as `unpack`."""
+    numbers, values = unpack(state, 9)
+    form, (is_wide, temperature, num_steps, cursor, *flags) = numbers[:2], numbers[2:]
     num_classes, is_multilabel = now.slots.logits.shape[1], now.slots.targets.dim() - 1
     if form != [num_classes, is_multilabel]:
         raise ValueError(
@@ -112,7 +111,6 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
     number_above_zero("temperature", temperature)
     saved_count("num_steps", num_steps)
     saved_count("cursor", cursor, max(0, slots.logits.shape[0] - 1))
-    num_labels = 2 if is_multilabel or num_classes == 1 else num_classes
     targets = slots.targets[slots.is_storable(ignore_index)]
     is_bad = ((targets < 0) | (targets >= num_labels)) & (targets != ignore_index)
     if bool(is_bad.any()):
@@ -120,16 +118,16 @@ def unpack_ranking(state: Any, now: Saved, ignore_index: int) -> Saved:
             f"targets must be in 0..{num_labels - 1}, or ignore_index={ignore_index} "
             f"(num_classes and ignore_index of this loss), got {int(targets[is_bad][0])}"
         )
-    return Saved(temperature, int(num_steps), int(cursor), bool(is_weighted), slots)
+    is_weighted, is_valued, is_grouped = map(bool, flags)
+    counts = int(num_steps), int(cursor)
+    return Saved(temperature, *counts, is_weighted, is_valued, is_grouped, slots)
 
 
 def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict[str, Any]:
     """A copy in which a ranking loss saved by a version up to 0.9 has the form of this one.
 
-    Where the queue lacks a part the keys stay as they are, for `strict` to judge.
-
-    Args:
-        now: the state of the loss, for what a version did not save.
+    What a version did not save is as `now`, in the loss. Where the queue lacks a part the keys
+    stay as they are, for `strict` to judge.
 
     Raises:
         TypeError, ValueError: values that no version has saved.
@@ -148,7 +146,8 @@ def in_current_form(state_dict: dict[str, Any], prefix: str, now: Saved) -> dict
         weights = weights[:, None].expand(targets.shape)
     if targets.is_floating_point() and bool((targets != targets.trunc()).any()):
         raise ValueError(f"{prefix}_queue.targets must be integers, as they were saved")
-    numbers = {"temperature": now.temperature, "num_steps": now.num_steps, "is_weighted": False}
+    numbers = {"temperature": now.temperature, "num_steps": now.num_steps}
+    numbers |= {"is_weighted": False, "is_valued": False, "is_grouped": False}
     numbers |= {name: _number(name, found[name]) for name in (*numbers, "cursor") if name in found}
     saved = Saved(**numbers, slots=Pool(logits, targets, weights))  # type: ignore[arg-type]
     return _with_state(state_dict, prefix, keys, pack_ranking(saved))
@@ -213,3 +212,10 @@ def unchanged_on_error(
                 for tensor, where, value in values:
                     tensor[where] = value
         raise
+
+
+def change_tensors(owner: object, change: Callable[[Tensor], Tensor]) -> None:
+    """Put another tensor in the place of each that is an attribute."""
+    with torch.inference_mode(False):  # they outlive it
+        tensors = {k: change(v) for k, v in vars(owner).items() if isinstance(v, Tensor)}
+        vars(owner).update(tensors)

@@ -9,14 +9,15 @@ The only file that knows torch.distributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks.typing import Gather, GradReduce, Reduction, TemperatureUnit
 from imbalanced_losses._ranking import Processes
 from imbalanced_losses._rows.pool import Pool
 
@@ -27,14 +28,11 @@ else:
 
 __all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
-Gather = Literal["rows", "sums"]
-GradReduce = Literal["mean", "sum"]
-
-_DTYPES = (torch.float32, torch.float64)
 # Settings that are words, which travel as their place in this list.
-_WORDS = sorted({*_checks.GATHERS, *_checks.REDUCTIONS, *_checks.TEMPERATURE_UNITS})
+_WORDS = sorted({*get_args(Gather), *get_args(Reduction), *get_args(TemperatureUnit)})
 # What ranks may differ in.
-_OWN = ("failed", "rows", "weighted", "differentiated")
+_OWN = ("failed", "rows", "weighted", "valued", "differentiated")
+_HEADER = (*_OWN, "group", "classes", "target columns", "dtype")  # then the settings
 
 
 class Group:
@@ -63,6 +61,10 @@ class Group:
             return 1
         return dist.get_world_size(self.handle)
 
+    def rank(self) -> int:
+        """This rank's place among them; 0 without torch.distributed."""
+        return 0 if self.size() == 1 else dist.get_rank(self.handle)
+
     def summed(self, numbers: list[int], device: torch.device | str | None) -> list[int]:
         """The sum over ranks of each number; None: on a device that the group can send from."""
         if device is None:
@@ -75,7 +77,7 @@ class Group:
 
 def gather(
     batch: Pool | Exception,
-    settings: dict[str, float | str],
+    settings: Mapping[str, Any],
     device: torch.device,
     group: Group,
     how: Gather,
@@ -83,22 +85,15 @@ def gather(
 ) -> tuple[Pool, Processes | None]:
     """The rows that this rank is to rank, and what it exchanges with others to do so.
 
-    "rows": those of all ranks, in rank order, the same on every rank, and nothing to exchange.
-    "sums": its own, and the sums of all ranks.
-
-    Gradient flows to the rank's own rows. Trainers that average gradients over ranks get it
-    multiplied by the number of ranks: the average of world_size × (own part) is the sum of the
-    parts, which is the gradient of one process with all rows. The value of the loss is not scaled.
-
-    Collectives: a header of fixed size, and for "rows" one payload, padded to the longest rank.
+    Gradient flows to the rank's own rows. A trainer that averages gradients over ranks gets it
+    multiplied by their number: the average of world_size × (own part) is the sum of the parts,
+    which is the gradient of one process with all rows. The value of the loss is not scaled.
 
     Args:
         batch: this rank's rows, or the error that kept it from having any.
         settings: what has to be the same on every rank, by name.
         device: of the collectives.
-        group: the ranks.
-        how: what ranks send each other.
-        grad_reduce: what the trainer does with the gradients of the ranks.
+        group, how, grad_reduce: as the loss was given them.
 
     Raises:
         TypeError, ValueError: on every rank, the error of the first rank that has one.
@@ -118,12 +113,13 @@ def gather(
                 f"ranks disagree on {name}: rank 0, 1, … have {shown}; it has to be the same on all"
             )
 
-    is_weighted = any(header["weighted"] for header in headers)
     is_differentiated = any(header["differentiated"] for header in headers)
     factor = group.size() if grad_reduce == "mean" else 1
+    filled = batch.filled_like()
     own = batch._replace(
         logits=_ScaleGradient.apply(batch.logits, factor),
-        weights=batch.row_weights() if is_weighted else None,
+        weights=filled.weights if any(header["weighted"] for header in headers) else None,
+        value=filled.value if any(header["valued"] for header in headers) else None,
     )
     if how == "sums":
         return own, Shards(group, is_differentiated)
@@ -150,10 +146,7 @@ class Shards:
     def concatenated(self, rows: Tensor) -> Tensor:
         length = torch.tensor([len(rows)], device=rows.device)
         lengths = [int(one) for one in _all_gather(length, self.group)]
-        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = zip(_all_gather(padded, self.group), lengths, strict=True)
-        return torch.cat([part[:length] for part, length in parts])
+        return torch.cat(_all_rows(rows, lengths, self.group))
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -185,48 +178,48 @@ class _ScaleGradient(torch.autograd.Function):
 
 def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     """The rows of all ranks in rank order; the gradient reaches this one's."""
-    rows = own.packed()
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(lengths) - rows.shape[0]))
     parts = [
-        own.unpacked(part[:length], own.logits.dtype)
-        for part, length in zip(_all_gather(rows, group), lengths, strict=True)
+        own.unpacked(rows, own.logits.dtype) for rows in _all_rows(own.packed(), lengths, group)
     ]
     rank = dist.get_rank(group.handle)
     parts[rank] = parts[rank]._replace(logits=own.logits)
-    logits = torch.cat([part.logits for part in parts])
-    targets = torch.cat([part.targets for part in parts])
-    weights = None
-    if own.weights is not None:
-        weights = torch.cat([part.row_weights() for part in parts])
-    return Pool(logits, targets, weights)
+    fields = zip(*(part[:5] for part in parts), strict=True)
+    return Pool.of(None if field[0] is None else torch.cat(field) for field in fields)
+
+
+def _all_rows(rows: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
+    """The rows [n, …] of each rank, sent as many as the longest has."""
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = zip(_all_gather(padded, group), lengths, strict=True)
+    return [part[:length] for part, length in parts]
 
 
 def _exchanged_headers(
-    batch: Pool | Exception, settings: dict[str, float | str], device: torch.device, group: Group
+    batch: Pool | Exception, settings: Mapping[str, Any], device: torch.device, group: Group
 ) -> list[dict[str, float]]:
     """What each rank is about to send."""
-    header: dict[str, float] = {
-        "failed": 1,
-        "rows": 0,
-        "weighted": 0,
-        "differentiated": 0,
-        "classes": 0,
-        "target columns": 0,
-        "dtype": 0,
-    }
+    own: Sequence[float] = (1, *(0 for _ in _HEADER[1:]))
     if isinstance(batch, Pool):
-        header["failed"] = 0
-        header["rows"] = len(batch.logits)
-        header["weighted"] = int(batch.weights is not None)
-        header["differentiated"] = int(torch.is_grad_enabled() and batch.logits.requires_grad)
-        header["classes"] = batch.logits.shape[1]
-        header["target columns"] = batch.targets.shape[1:].numel()
-        header["dtype"] = 32 << _DTYPES.index(batch.logits.dtype)  # bits
-    for name, value in settings.items():
-        header[name] = _WORDS.index(value) if isinstance(value, str) else value
+        logits, targets, weights, value, ids, *_ = batch
+        is_differentiated = torch.is_grad_enabled() and logits.requires_grad
+        own = (0, len(logits), weights is not None, value is not None, is_differentiated)
+        own += (ids is not None, logits.shape[1])
+        own += (targets.shape[1:].numel(), torch.finfo(logits.dtype).bits)
+    header = dict(zip(_HEADER, own, strict=True))
+    header |= {name: _as_number(setting) for name, setting in settings.items()}
     values = torch.tensor(list(header.values()), dtype=torch.float64, device=device)
     rows = [row.tolist() for row in _all_gather(values, group)]
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _as_number(setting: str | float | tuple[float, ...] | None) -> float:
+    """What tells settings apart: 0 for none, the place of a word, a checksum of several numbers."""
+    if isinstance(setting, str):
+        return _WORDS.index(setting)
+    if isinstance(setting, tuple):
+        return setting[0] if len(setting) == 1 else zlib.crc32(repr(setting).encode())
+    return setting or 0
 
 
 def _raise_first_error(own: Exception | None, group: Group) -> None:

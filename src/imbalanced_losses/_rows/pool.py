@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
 from imbalanced_losses._ranking.cuda import rows as kernels
+from imbalanced_losses._ranking.weighting import gain_of
+from imbalanced_losses._rows.groups import Groups
 
 
 class Columns(NamedTuple):
@@ -17,7 +20,21 @@ class Columns(NamedTuple):
     scores: Tensor  # [C, M] float32 or float64
     is_positive: Tensor  # [C, M] bool
     weights: Tensor | None  # [C, M] ≥ 0, 0 = not in this problem; None = 1 everywhere
+    value: Tensor | None  # [C, M] ≥ 0, what finding a positive is worth; None = 1 everywhere
+    draws: Tensor | None  # [C or 1, M], how many rows each was drawn for; None = 1 everywhere
     num_live: int  # the rows from here on are constants, without a gradient
+
+    def within(self, groups: Groups) -> Columns:
+        """The same rows [1, C·M] side by side, group by group of each class."""
+        num_classes = self.scores.shape[0]
+        scores, is_positive, *rest, _ = self
+
+        def lined_up(field: Tensor) -> Tensor:
+            return groups.side_by_side(field.expand(num_classes, -1))
+
+        weights, value, draws = (None if field is None else lined_up(field) for field in rest)
+        rows = lined_up(scores)
+        return Columns(rows, lined_up(is_positive), weights, value, draws, rows.shape[1])
 
 
 class Pool(NamedTuple):
@@ -25,35 +42,48 @@ class Pool(NamedTuple):
 
     logits: Tensor  # [M, C] float32 or float64
     targets: Tensor  # [M] int64, or [M, C] for multi-label
-    weights: Tensor | None  # as targets, ≥ 0, in the dtype of the logits; None = 1 everywhere
+    weights: Tensor | None = None  # as targets, ≥ 0, like the logits; None = 1 everywhere
+    value: Tensor | None = None  # as targets, like the logits, below 0 = the default; None = all
+    group: Tensor | None = None  # [M] int64, rows are ranked within groups; None = one group
     num_constant: int = 0  # the last of the rows, which have no gradient
+    draws: Tensor | None = None  # [M], how many rows each was drawn for; None = 1 everywhere
+
+    @classmethod
+    def of(cls, fields: Iterable[Tensor | None], num_constant: int = 0) -> Pool:
+        """From the five fields that rows have."""
+        logits, targets, weights, value, group = fields
+        assert logits is not None
+        assert targets is not None
+        return cls(logits, targets, weights, value, group, num_constant)
 
     def select(self, index: Tensor) -> Pool:
         """The rows at index [k] int64, ascending where some are constants."""
-        weights = None if self.weights is None else self.weights.index_select(0, index)
         num_constant = self.num_constant
         if num_constant > 0:
             num_constant = int((index >= len(self.targets) - num_constant).sum())
-        return Pool(
-            self.logits.index_select(0, index),
-            self.targets.index_select(0, index),
-            weights,
-            num_constant,
-        )
+        fields = [field if field is None else field.index_select(0, index) for field in self[:5]]
+        return Pool.of(fields, num_constant)
 
     def extend(self, rows: Pool) -> Pool:
         """These rows, then those; constants if they need no gradient."""
-        weights = None
-        if self.weights is not None or rows.weights is not None:
-            weights = torch.cat((self.row_weights(), rows.row_weights()))
+        pools = self.filled_like(rows), rows.filled_like(self)
         # Class by class in memory, as they will be ranked.
-        logits = torch.cat((self.logits.T, rows.logits.T), dim=1).T
+        logits = torch.cat([pool.logits.T for pool in pools], dim=1).T
+        rest = zip(*(pool[1:5] for pool in pools), strict=True)
+        fields = [None if field[0] is None else torch.cat(field) for field in rest]
         num_constant = 0 if rows.logits.requires_grad else rows.targets.shape[0]
-        return Pool(logits, torch.cat((self.targets, rows.targets)), weights, num_constant)
+        return Pool.of((logits, *fields), num_constant)
 
-    def row_weights(self) -> Tensor:
-        """As targets, ones where the pool has none."""
-        return self.logits.new_ones(self.targets.shape) if self.weights is None else self.weights
+    def filled_like(self, rows: Pool | None = None) -> Pool:
+        """With weights and value, by default, where others have them; None: and with groups."""
+        weights, value, group = self[2:5]
+        if weights is None and (rows is None or rows.weights is not None):
+            weights = self.logits.new_ones(self.targets.shape)
+        if value is None and (rows is None or rows.value is not None):
+            value = self.logits.new_full(self.targets.shape, -1.0)
+        if group is None and rows is None:
+            group = self.targets.new_zeros(self.targets.shape[0])
+        return self._replace(weights=weights, value=value, group=group)
 
     def is_present(self, ignore_index: int) -> Tensor:
         """[M] bool: rows with a target that counts and a weight above zero."""
@@ -74,58 +104,99 @@ class Pool(NamedTuple):
         present = self.is_present(ignore_index)
         return self if present.all() else self.select(present.nonzero().squeeze(1))
 
-    def zero_with_gradient_of_mean(self, ignore_index: int) -> Tensor:
+    def zero_with_gradient_of_mean(self, ignore_index: int, group: Tensor | None = None) -> Tensor:
         """[C] zeros whose gradient is that of each class's mean live score.
 
         AP does not change when all scores move together, but rows of the queue are detached and
-        would stay behind; added to them, this lets them move along in the gradient alone.
+        would stay behind; added to them, this lets them move along in the gradient alone. With
+        groups [m, C], the mean of each row's own group; 0 where that has no live rows.
         """
         weights = self.problems(ignore_index).weights
         usable = self.logits.isfinite()  # [M, C]
         if weights is not None:
             usable &= weights.T > 0
-        share = usable / usable.sum(0).clamp(min=1).double()  # [M, C]
-        mean = (torch.where(usable, self.logits, 0.0) * share).sum(0)
-        return (mean - mean.detach()).to(self.logits.dtype)
+        scores = torch.where(usable, self.logits, 0.0).double()
+        if self.group is None:
+            mean = scores.sum(0) / usable.sum(0).clamp(min=1)
+            return (mean - mean.detach()).to(self.logits.dtype)
+        assert group is not None
+        # The place of a group's first row, of the rows sorted by group, stands for the group.
+        ids = self.group.sort().values
+        own, theirs = (
+            torch.searchsorted(ids, one).clamp(max=len(ids) - 1) for one in (self.group, group)
+        )
+        total, number = (
+            torch.zeros_like(scores).index_add(0, own, one) for one in (scores, usable.double())
+        )
+        mean = (total / number.clamp(min=1))[theirs]  # [m, C]
+        return torch.where((ids[theirs] == group)[:, None], mean - mean.detach(), 0).to(
+            self.logits.dtype
+        )
 
     def packed(self) -> Tensor:
-        """[M, columns] float64: logits, targets and, where there are any, weights; exact."""
-        fields = (self.logits.detach(), self.targets, self.weights)
+        """[M, columns] float64: logits, targets and what else there is; exact."""
+        fields = [self.logits.detach(), *self[1:4]]
+        if self.group is not None:  # in two halves, which are below 2⁵³
+            fields += [self.group >> 32, self.group & 0xFFFFFFFF]
         return torch.cat([_columns(field).double() for field in fields if field is not None], dim=1)
 
     def unpacked(self, rows: Tensor, dtype: torch.dtype) -> Pool:
         """Packed rows [n, columns] as a pool of the form of this one, its floats of a dtype."""
-        num_classes, per_label = self.logits.shape[1], _columns(self.targets).shape[1]
-        widths = [num_classes, per_label] + [per_label] * (self.weights is not None)
-        logits, *labels = rows.split(widths, dim=1)
-        targets, *weights = (
-            columns if self.targets.dim() == 2 else columns.squeeze(1) for columns in labels
-        )
-        own = weights[0].to(dtype) if weights else None
-        return Pool(logits.to(dtype), targets.to(torch.int64), own)
+        logits, rows = rows.tensor_split([self.logits.shape[1]], dim=1)
+        fields: list[Tensor | None] = []
+        for field in self[1:4]:
+            if field is None:
+                fields.append(None)
+                continue
+            own, rows = rows.tensor_split([_columns(field).shape[1]], dim=1)
+            fields.append(
+                (own if field.dim() == 2 else own.squeeze(1)).to(
+                    field.dtype if len(fields) == 0 else dtype
+                )
+            )
+        group = None if self.group is None else (rows[:, 0].long() << 32) | rows[:, 1].long()
+        return Pool.of((logits.to(dtype), *fields, group))
 
-    def problems(self, ignore_index: int) -> Columns:
-        """One problem a class: one-vs-rest, or each label by itself for multi-label targets."""
-        num_classes = self.logits.shape[1]
+    def problems(self, ignore_index: int, is_graded: bool = False) -> Columns:
+        """One problem a class: one-vs-rest, or each label by itself for multi-label targets.
+
+        Targets that are grades are worth what `gain_of` says.
+        """
+        num_classes, value = self.logits.shape[1], None
         labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
-        num_live = self.targets.shape[0] - self.num_constant
-        if kernels.serves(self.logits):
-            given = None if self.weights is None else _columns(self.weights).T
-            found = kernels.labelled(labels, given, num_classes, ignore_index, self.logits)
-            return Columns(self.logits.T, *found, num_live)
-        if num_classes == 1 or self.targets.dim() == 2:
+        weights = None
+        if is_graded:
+            value = gain_of(labels.masked_fill(labels == ignore_index, 0), None, self.logits.dtype)
+            is_positive = value > 0
+        elif kernels.serves(self.logits):
+            own = None if self.weights is None else _columns(self.weights).T
+            given = labels, own, num_classes, ignore_index, self.logits
+            is_positive, weights = kernels.labelled(*given)
+        elif num_classes == 1 or self.targets.dim() == 2:
             is_positive = labels == 1
         else:
             classes = torch.arange(num_classes, device=labels.device)
             is_positive = labels == classes[:, None]
-        counts = labels != ignore_index
-        weights = None
+        if self.value is not None:
+            own = self.value if self.value.dim() == 1 else self.value.T
+            default = self.logits.new_ones(()) if value is None else value
+            value = torch.where(is_positive & (own >= 0), own, default)
+        if weights is None:
+            weights = self._counted(labels != ignore_index)
+        num_live = self.targets.shape[0] - self.num_constant
+        draws = None if self.draws is None else self.draws[None]
+        return Columns(self.logits.T, is_positive, weights, value, draws, num_live)
+
+    def _counted(self, counts: Tensor) -> Tensor | None:
+        """The weights [C, M] of labels [C or 1, M], 0 where they do not count; None = all 1."""
         if self.weights is not None:
             own = self.weights if self.weights.dim() == 1 else self.weights.T
-            weights = (own * counts).expand(num_classes, -1)
-        elif not (is_on_host(counts) and counts.all()):
-            weights = counts.to(self.logits.dtype).expand(num_classes, -1)
-        return Columns(self.logits.T, is_positive, weights, num_live)
+            weights = own * counts
+        elif is_on_host(counts) and counts.all():
+            return None
+        else:
+            weights = counts.to(self.logits.dtype)
+        return weights.expand(self.logits.shape[1], -1)
 
 
 def _columns(field: Tensor) -> Tensor:

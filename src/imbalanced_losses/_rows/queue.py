@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
 from imbalanced_losses._ranking.cuda import rows as kernels
-from imbalanced_losses._rows.checkpoint import unchanged_on_error
+from imbalanced_losses._rows.checkpoint import Saved, change_tensors, unchanged_on_error
 from imbalanced_losses._rows.pool import Pool
 
 
@@ -32,13 +31,16 @@ class MemoryQueue:
     logits: Tensor  # [size + 1, C]; the row at `size` is where rows go that take no slot
     targets: Tensor  # [size + 1] or [size + 1, C]
     weights: Tensor  # as targets
+    value: Tensor  # as targets, below 0 = the default
+    group: Tensor  # [size + 1] int64
     cursor: Tensor  # [] int64, the slot that the next row takes
     pushed_at: Tensor  # [size + 1] int64, the push that wrote each slot; the last: how many
 
     def __init__(self, size: int, num_classes: int, ignore_index: int, multilabel: bool) -> None:
         self.size = size
         self.ignore_index = ignore_index
-        self.is_weighted = False  # whether rows with weights were ever pushed
+        # Whether rows with weights, with values, with groups, and whether any were ever pushed.
+        self.is_weighted = self.is_valued = self.is_grouped = self.is_used = False
         self.num_steps = 0  # training-mode forward passes, the counter of the draws
         shape = (size + 1, num_classes) if multilabel else (size + 1,)
         device = torch.empty(0).device
@@ -48,30 +50,46 @@ class MemoryQueue:
             self.logits = torch.zeros(size + 1, num_classes, dtype=torch.float32, device=device)
             self.targets = torch.full(shape, ignore_index, dtype=torch.int64, device=device)
             self.weights = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.value = torch.full(shape, -1.0, dtype=torch.float32, device=device)
+            self.group = torch.zeros(size + 1, dtype=torch.int64, device=device)
             self.cursor = torch.zeros((), dtype=torch.int64, device=device)
             self.pushed_at = torch.zeros(size + 1, dtype=torch.int64, device=device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of what another process sent: no memory is shared."""
         vars(self).update(state)
-        self._change(torch.clone)
+        change_tensors(self, torch.clone)
 
     def slots(self) -> Pool:
         """All slots [size], free ones included, as they stand."""
-        logits, targets, weights = (field[: self.size] for field in self._stored())
-        return Pool(logits, targets, weights)
+        return Pool.of(field[: self.size] for field in self._stored())
 
     def rows_beside(self, batch: Pool) -> Pool:
         """All slots as constants to rank with a batch, in its dtype; without values as it is."""
         fields = [field[: self.size] for field in self._stored()]
         if batch.logits.is_meta:
             fields = [field.to("meta") for field in fields]
-        logits, targets, weights = fields
+        logits, targets, weights, value, group = fields
         dtype = batch.logits.dtype
         if dtype != logits.dtype:  # what a narrower dtype can't hold is not infinite
             logits, largest = logits.to(dtype), torch.finfo(dtype).max
-            weights = weights.to(dtype).clamp(max=largest)
-        return Pool(logits, targets, weights if self.is_weighted else None)
+            weights, value = (field.to(dtype).clamp(max=largest) for field in (weights, value))
+        return Pool(
+            logits,
+            targets,
+            weights if self.is_weighted else None,
+            value if self.is_valued else None,
+            None if batch.group is None else group,
+        )
+
+    def require_same_grouping(self, is_grouped: bool) -> None:
+        """Raise where rows with groups would be ranked with rows without."""
+        if self.size > 0 and self.is_used and self.is_grouped != is_grouped:
+            held, given = ("with", "without") if self.is_grouped else ("without", "with")
+            raise ValueError(
+                f"group must be given in every call or in none: the queue holds rows {held} group, "
+                f"and this call comes {given}; to change that call reset_queue() first"
+            )
 
     def push(self, rows: Pool, *, is_step: bool = False) -> None:
         """Store the rows that are present and finite, over the oldest ones; others take no slot.
@@ -85,32 +103,33 @@ class MemoryQueue:
         rows = rows._replace(logits=rows.logits.detach())
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
-        # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
         if kernels.serves(rows.logits):
-            kernels.push(
-                (rows.logits, rows.targets, rows.weights),
-                self._stored(),
-                *(self.cursor, self.pushed_at, self.ignore_index),
-            )
+            kernels.push(rows[:5], self._stored(), self.cursor, self.pushed_at, self.ignore_index)
             self.num_steps += is_step
             self.is_weighted |= rows.weights is not None
+            self.is_valued |= rows.value is not None
+            self.is_grouped, self.is_used = rows.group is not None, True
             return
+        # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
         on_host = is_on_host(rows.logits)
         slots: Tensor | slice
         rows, slots, count = self._placed_on_host(rows) if on_host else self._placed(rows)
         is_weighted = self.is_weighted
         if rows.weights is not None and not is_weighted:
             is_weighted = not on_host or bool((rows.weights != 1).any())
-        new_rows = (rows.logits, rows.targets, rows.row_weights())
+        is_valued, is_grouped = self.is_valued or rows.value is not None, rows.group is not None
+        new_rows = rows.filled_like()[:5]
         cursor = (self.cursor + count).remainder_(self.size)
         with self.unchanged_on_error(slots):
             self.num_steps += is_step
-            self.is_weighted = is_weighted
+            self.is_weighted, self.is_valued = is_weighted, is_valued
+            self.is_grouped = is_grouped
+            self.is_used = self.is_used or not on_host or int(count) > 0
             number = self.pushed_at[self.size] + 1
             self.pushed_at[slots] = number
             self.pushed_at[self.size] = number
             for field, new in zip(self._stored(), new_rows, strict=True):
-                field[slots] = new.to(field.dtype)
+                field[slots] = new.to(field.dtype)  # type: ignore[union-attr]
             self.cursor.copy_(cursor)
 
     def _placed_on_host(self, rows: Pool) -> tuple[Pool, Tensor | slice, int]:
@@ -152,15 +171,24 @@ class MemoryQueue:
             self.logits.zero_()
             self.targets.fill_(self.ignore_index)
             self.weights.zero_()
+            self.value.fill_(-1)
+            self.group.zero_()
             self.cursor.zero_()
+            self.is_used = False
 
     def to(self, device: torch.device) -> None:
         """Take on a device, one with values: the queue stays where it is beside `meta`."""
         if device not in (self.logits.device, torch.device("meta")):
-            self._change(lambda tensor: tensor.to(device))
+            change_tensors(self, lambda tensor: tensor.to(device))
 
-    def restore(self, rows: Pool, cursor: int, is_weighted: bool) -> None:
-        """Take the slots [n] of a queue of any size as they stood; of more rows the newest."""
+    def saved(self, temperature: float) -> Saved:
+        """What goes into a checkpoint, with the temperature of the loss."""
+        flags = self.is_weighted, self.is_valued, self.is_grouped
+        return Saved(temperature, self.num_steps, int(self.cursor), *flags, self.slots())
+
+    def restore(self, saved: Saved) -> None:
+        """Take the state of a queue of any size as it stood; of more rows the newest."""
+        rows, cursor = saved.slots, saved.cursor
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
         place = source = rows.is_storable(self.ignore_index).nonzero().squeeze(1)
@@ -170,26 +198,23 @@ class MemoryQueue:
             place = torch.arange(len(source), device="cpu")
             cursor = len(source) % max(1, self.size)
         rows = rows.select(source)
-        weights = rows.row_weights()
         self.reset()
-        for field, kept in zip(self._stored(), (rows.logits, rows.targets, weights), strict=True):
-            field[place.to(field.device)] = kept.to(field)
+        for field, kept in zip(self._stored(), rows[:5], strict=True):
+            field[place.to(field.device)] = kept.to(field)  # type: ignore[union-attr]
         self.cursor.fill_(cursor)
         self.pushed_at.fill_(self.pushed_at[self.size])
-        self.is_weighted = is_weighted or bool((weights != 1).any())
+        self.is_weighted = saved.is_weighted or bool((self.weights[place] != 1).any())
+        self.is_valued, self.is_grouped = saved.is_valued, saved.is_grouped
+        self.num_steps, self.is_used = saved.num_steps, len(place) > 0
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.logits, self.targets, self.weights
+    def _stored(self) -> tuple[Tensor, ...]:
+        """In the order of a pool's."""
+        return self.logits, self.targets, self.weights, self.value, self.group
 
     def _widen(self) -> None:
         with torch.inference_mode(False):  # the queue outlives it
-            self.weights = self.weights.double()
+            self.weights, self.value = self.weights.double(), self.value.double()
             self.logits = self.logits.double()  # last: its dtype tells whether this has been done
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        with torch.inference_mode(False):  # the queue outlives it
-            tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-            vars(self).update({name: change(tensor) for name, tensor in tensors.items()})
 
     def unchanged_on_error(self, slots: Any = ...) -> AbstractContextManager[None]:
         """Put the queue back as it was if the block, which writes to some slots, raises."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["mean", "sum", "none"]
+from imbalanced_losses._checks.typing import Reduction
+
+
+class PerClass(NamedTuple):
+    """What a ranking loss makes of C problems."""
+
+    losses: Tensor  # [C], any finite value where not valid
+    valid: Tensor  # [C] bool
 
 
 def reduce_valid(losses: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:

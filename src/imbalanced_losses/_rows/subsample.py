@@ -19,16 +19,18 @@ class Sample(NamedTuple):
     weights: Tensor  # [k] float64, one over the row's probability of being drawn
 
 
-def capped(pool: Pool, limit: int, seed: int, step: int) -> Pool:
+def capped(pool: Pool, limit: int, seed: int, step: int, num_labels: int = 2) -> Pool:
     """At most `limit` rows of a pool, each weighted by one over its chance of being drawn."""
     if pool.targets.shape[0] <= limit:
         return pool
-    sample = quota_indices(strata_of(pool.targets), limit, seed, step)
+    sample = quota_indices(strata_of(pool.targets, num_labels), limit, seed, step)
     drawn = pool.select(sample.rows)
-    weights = drawn.row_weights()
+    weights = drawn.filled_like().weights
+    assert weights is not None
     factor = sample.weights.to(weights.dtype)
     weights = weights * (factor if weights.dim() == 1 else factor[:, None])
-    return drawn._replace(weights=weights.clamp_(max=torch.finfo(weights.dtype).max))
+    weights = weights.clamp_(max=torch.finfo(weights.dtype).max)
+    return drawn._replace(weights=weights, draws=sample.weights)
 
 
 def quota_indices(strata: Tensor, limit: int, seed: int, step: int) -> Sample:
@@ -64,14 +66,14 @@ def quota_indices(strata: Tensor, limit: int, seed: int, step: int) -> Sample:
     return Sample(drawn, 1 / probability[stratum[drawn]])
 
 
-def strata_of(targets: Tensor) -> Tensor:
+def strata_of(targets: Tensor, num_labels: int = 2) -> Tensor:
     """The stratum [M] of each row: its class, or for multi-label targets [M, C] its rarest label.
 
-    Rows without a positive label form one stratum of their own.
+    Rows without a positive label, 1 to `num_labels` − 1, form one stratum of their own.
     """
     if targets.dim() == 1:
         return targets
-    positive = targets == 1  # [M, C]
+    positive = (targets > 0) & (targets < num_labels)  # [M, C]
     rarity = positive.sum(0).argsort(stable=True).argsort()  # [C], 0 = the rarest
     num_classes = targets.shape[1]
     return torch.where(positive, rarity, num_classes).amin(1)

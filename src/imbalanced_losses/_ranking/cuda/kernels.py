@@ -73,6 +73,7 @@ def prepare(
     valid,  # [C] uint8
     masses,  # [3, C, blocks]: of all, positives, negatives; where not valid they add up to 1
     rates,  # [C]: 1 / τ
+    units,  # [C]: the largest weight, 1 where there is none
     fixed_bits,  # int64: those of τ as a float64, where FIXED
     score_strides,
     score_stride,
@@ -84,6 +85,7 @@ def prepare(
     num_rows,
     WEIGHTED: tl.constexpr,
     FIXED: tl.constexpr,
+    ONE_SIDED: tl.constexpr,  # whether a problem without negatives is valid
     SMALLEST: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -129,7 +131,8 @@ def prepare(
     unit = weight
     if WEIGHTED:
         # One too small beside the largest for its rank to have a reciprocal counts a little.
-        unit = (weight / tl.where(largest > 0, largest, 1.0)).to(score.dtype)
+        largest = tl.where(largest > 0, largest, 1.0)
+        unit = (weight / largest).to(score.dtype)
         unit = tl.where(present, tl.where(unit < SMALLEST, SMALLEST, unit), 0.0)
         tl.store(unit_weights + target, unit, mask=inside)
     tl.store(sides + target, tl.where(positive, unit, -unit), mask=inside)
@@ -143,7 +146,9 @@ def prepare(
     place = tl.where(positive, positives_before + positives_up_to - 1, place)
     tl.store(order + problem * num_rows + place, row.to(tl.int32), mask=inside)
 
-    is_valid = (num_positives > 0) & (num_positives < num_present)
+    is_valid = num_positives > 0
+    if not ONE_SIDED:
+        is_valid = is_valid & (num_positives < num_present)
     wide = unit.to(tl.float64)
     positive_mass = tl.sum(tl.where(positive, wide, 0.0), 0)
     mass = tl.sum(wide, 0)
@@ -162,6 +167,8 @@ def prepare(
         else:
             tau = tl.load(temperature + problem * temperature_stride).to(tl.float64)
         tl.store(rates + problem, 1.0 / tau)
+        if WEIGHTED:
+            tl.store(units + problem, largest)
 
 
 @triton.jit
@@ -560,12 +567,16 @@ def store_rows(
     logits,
     targets,
     weights,
+    values,  # [N, L], or anything where not VALUED
+    groups,  # [N, 1], or anything where not GROUPED
     keep,
     counts,
     before,
     stored_logits,  # [size + 1, C]
     stored_targets,  # [size + 1, L]
     stored_weights,  # [size + 1, L]
+    stored_values,  # [size + 1, L]
+    stored_groups,  # [size + 1]
     cursor,
     pushed_at,
     logit_stride,
@@ -574,11 +585,16 @@ def store_rows(
     target_strides,
     weight_stride,
     weight_strides,
+    value_stride,
+    value_strides,
+    group_stride,
     size,
     num_rows,
     num_classes,
     num_labels,
     WEIGHTED: tl.constexpr,
+    VALUED: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCKS: tl.constexpr,  # a power of two, at least as many as there are
@@ -612,8 +628,18 @@ def store_rows(
     else:
         weight = tl.where(mask, 1.0, 0.0)
     tl.store(stored_weights + target_place, weight, mask=mask)
+    if VALUED:
+        found = row[:, None] * value_stride + column[None, :] * value_strides
+        value = tl.load(values + found, mask=mask, other=0.0)
+    else:
+        value = tl.where(mask, -1.0, 0.0)
+    tl.store(stored_values + target_place, value, mask=mask)
     if tl.program_id(1) == 0:
         tl.store(pushed_at + slot, pushes + slot * 0, mask=is_stored)
+        group = slot * 0
+        if GROUPED:
+            group = tl.load(groups + row * group_stride, mask=is_stored, other=0)
+        tl.store(stored_groups + slot, group, mask=is_stored)
         if block == 0:
             tl.store(cursor, (start + total - surplus) % size)
             tl.store(pushed_at + size, pushes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
-from imbalanced_losses._ranking.canonical import compute_dtype, smallest
+from imbalanced_losses._ranking.canonical import InUnits, compute_dtype, smallest
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ _MOST_PROBLEMS = (1 << 16) - 1
 def prepared(problems: Problems) -> Prepared | None:
     """Problems for the kernels; None where others compute."""
     scores = problems.scores
-    if problems.processes is not None or not has_kernels(scores, problems.is_positive.shape):
+    if problems.processes is not None or problems.layout.lengths is not None:
+        return None
+    if not has_kernels(scores, problems.is_positive.shape):
         return None
     return None if is_traced(scores) or is_transformed() else Prepared(problems)
 
@@ -61,9 +63,11 @@ class Prepared:
     """What is known before anything is ranked.
 
     Attributes:
-        given: the problems in canonical form.
+        given: the problems in canonical form, with `sides` [C, M]: the weight of a positive, minus
+            that of a negative, 0 of a row left out.
+        in_units: their weights and values.
         valid: [C] bool.
-        sides: [C, M], the weight of a positive, minus that of a negative, 0 of a row left out.
+        mass_by_value: [C], Σ ω v of the positives; 1 where not valid.
         order: [C, M] int32, the positives, then the negatives, then the others.
         numbers: [2, C] int32, how many are positive, and how many there are; 0 where not valid.
         rates: [C], 1 / τ.
@@ -86,12 +90,12 @@ class Prepared:
             tau = max(tau, smallest(dtype))
             (bits,) = struct.unpack("q", struct.pack("d", tau))
         block, num_blocks = blocks_of(num_rows)
-        ready, self.sides, unit_weights = torch.empty(3, *shape, dtype=dtype, device=device)
+        ready, sides, unit_weights = torch.empty(3, *shape, dtype=dtype, device=device)
         self.order = torch.empty(shape, dtype=torch.int32, device=device)
         self.numbers = self.order.new_empty(2, num_problems)
         self.valid = torch.empty(num_problems, dtype=torch.bool, device=device)
-        self._masses = ready.new_empty(3, num_problems, num_blocks)
-        self.rates = ready.new_empty(num_problems)
+        masses = ready.new_empty(3, num_problems, num_blocks)
+        self.rates, units = ready.new_empty(2, num_problems)
         labels = is_positive.view(torch.uint8)
         strides = (*labels.stride(), *weights.stride())
         facts = ready
@@ -107,21 +111,43 @@ class Prepared:
         launch(
             "prepare",
             (num_blocks, num_problems),
-            *(scores, labels, weights, by_problem, facts, ready, self.sides, unit_weights),
-            *(self.order, self.numbers, self.valid.view(torch.uint8), self._masses, self.rates),
+            *(scores, labels, weights, by_problem, facts, ready, sides, unit_weights),
+            *(self.order, self.numbers, self.valid.view(torch.uint8), masses, self.rates, units),
             *(bits, *scores.stride(), *strides, by_problem.stride(0), num_rows),
             WEIGHTED=is_weighted,
             FIXED=not isinstance(tau, Tensor),
+            ONE_SIDED=problems.is_graded,
             SMALLEST=smallest(dtype),
             LARGEST=torch.finfo(dtype).max / 2,
             BLOCK=block,
             BLOCKS=1 << (num_blocks - 1).bit_length(),
             num_warps=8,
         )
-        own = unit_weights if is_weighted else None
+        self._masses = masses
+        own = InUnits(unit_weights, units, None) if is_weighted else InUnits(None, None, None)
         self.given = Canonical(
-            *(ready, False, is_positive, own, tau, problems.num_live, None), by_kernels=True
+            *(ready, False, is_positive, own.weights, tau, problems.num_live, None),
+            *(problems.layout, sides),
         )
+        self.in_units, self.mass_by_value = own, self.mass("positives")
+        if problems.given_value is not None:
+            self._count_by_value(problems.given_value.detach(), problems.is_graded)
+
+    def _count_by_value(self, value: Tensor, is_graded: bool) -> None:
+        """Positives are worth their value: where it is 0 of all of them, nothing is valid."""
+        layout, scores = self.given.layout, self.given.scores
+        value = torch.where(PreparedQueries("positives", self).mask, value, 0)  # [C, M]
+        largest = layout.largest(value)
+        unit = torch.where(largest > 0, largest, 1)
+        value = (value / layout.for_rows(unit)).to(scores.dtype)
+        self.in_units = self.in_units._replace(value=value)
+        mass = PreparedQueries("positives", self).total(torch.ones_like(scores), by_value=True)
+        valid = self.valid & (mass > 0)
+        if is_graded:
+            valid &= layout.total(value == 1) < self.numbers[1]
+        self.mass_by_value = torch.where(valid, mass, 1)
+        self.masses = tuple(torch.where(valid, own, 1) for own in self.masses)
+        self.numbers, self.valid = torch.where(valid, self.numbers, 0), valid
 
     @cached_property
     def masses(self) -> tuple[Tensor, ...]:
@@ -135,6 +161,15 @@ class Prepared:
     def mass(self, rows: Rows) -> Tensor:
         return self.masses[ROWS.index(rows)]
 
+    def mean_weight(self, rows: Rows) -> Tensor:
+        """[C], 1 where not valid."""
+        if self.given.weights is None:
+            return torch.ones_like(self.rates)
+        positives, present = self.numbers
+        number = {"all": present, "positives": positives, "negatives": present - positives}[rows]
+        mean: Tensor = self.mass(rows) / number.clamp(min=1)
+        return mean
+
 
 class PreparedQueries:
     """The rows of a set in valid problems, known to the kernels alone.
@@ -143,11 +178,12 @@ class PreparedQueries:
     to them is done by kernels.
     """
 
-    weights = None
     weighs_slopes = True  # by the weight of the query
 
     def __init__(self, rows: Rows, prepared: Prepared, divisor: Tensor | None = None) -> None:
         self.rows, self.prepared, self.divisor = rows, prepared, divisor
+        self.weights = prepared.given.weights
+        self.value = prepared.in_units.value if rows == "positives" else None
 
     def per(self, divisor: Tensor) -> PreparedQueries:
         """The same, whose totals, and the slopes of these, are divided by a value [C]."""
@@ -156,29 +192,35 @@ class PreparedQueries:
     @property
     def mask(self) -> Tensor:
         """[C, M]."""
-        sides = self.prepared.sides
+        own, sides = self.prepared.given, self.prepared.given.sides
+        assert sides is not None
         chosen: Tensor = {"all": sides != 0, "positives": sides > 0, "negatives": sides < 0}[
             self.rows
         ]
-        return chosen & self.prepared.valid[:, None]
+        return chosen & own.layout.for_rows(self.prepared.valid)
 
     def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value [C] for each row [C, 1]."""
-        return values[:, None]
+        return self.prepared.given.layout.for_rows(values)
 
     def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
         """A value for each row [C, M]."""
         return values
 
-    def total(self, values: Tensor) -> Tensor:
+    def factor(self, by_value: bool) -> Tensor | None:
+        return self.value if by_value else None  # the kernels know the weights
+
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The weighted sum [C] of values [C, M] over the queries of each problem."""
+        if by_value and self.value is not None:
+            values = values * self.value
         own, (num_problems, num_rows) = self.prepared, values.shape
         block, num_blocks = blocks_of(num_rows)
         totals = values.new_empty(num_problems, num_blocks)
         launch(
             "weighted_totals",
             (num_blocks, num_problems),
-            *(values.contiguous(), own.sides, own.numbers),
+            *(values.contiguous(), own.given.sides, own.numbers),
             *(own.rates if self.divisor is None else self.divisor, totals, num_rows),
             QUERIES=self.rows,
             DIVIDED=self.divisor is not None,

@@ -111,7 +111,7 @@ class FusedDense(_FusedRanks):
     def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         super().__init__(given, queries, among)
         own = queries.prepared
-        self._geometry = given.scores, own.sides, own.order, own.numbers, own.rates
+        self._geometry = given.scores, given.sides, own.order, own.numbers, own.rates
         # Queries of a program: few of a small pool, so that it fills the device.
         num_scores = given.scores.numel()
         self._size = next((size for size in (16, 4) if num_scores >= size * _PROGRAMS), 1)
@@ -160,13 +160,14 @@ class FusedLinear(_FusedRanks):
         powers = _POWERS[dtype]
         self._moments = scores.new_empty(4, powers, *counts.shape, dtype=torch.float64)
         self._coefficients = _coefficients(_DEGREES[dtype], powers, scores.device)
-        self._lists = own.sides, ordered, index, own.numbers, own.rates, picked, counts
+        assert given.sides is not None
+        self._lists = given.sides, ordered, index, own.numbers, own.rates, picked, counts
         # Farther apart, no power but the first is above 0.
         limit = -math.log(torch.finfo(dtype).tiny) + 100
         self._constants = {"LIMIT": limit, "POWERS": powers, "BLOCK": _ROWS}
 
     def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
-        sides = self.queries.prepared.sides
+        sides = self._lists[0]
         kind = {"QUERIES": self.queries.rows, "WEIGHS": False}
         self._make_moments([sides] * 3, SLOPES=False, **kind | {r.upper(): False for r in ROWS})
         launch(

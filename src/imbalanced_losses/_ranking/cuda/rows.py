@@ -25,11 +25,12 @@ def check_values(
     weights: Tensor | None,
     num_labels: int,
     ignore_index: int,
+    is_graded: bool = False,
 ) -> None:
     """`_checks.row_values`; of good values on a device in one launch and one read."""
     values = targets, sample_weight, weights, num_labels, ignore_index
     if not (serves(targets) and _are_good(*values)):
-        _checks.row_values(*values)
+        _checks.row_values(*values, is_graded)
 
 
 def _are_good(
@@ -86,8 +87,8 @@ def labelled(
 
 
 def push(
-    rows: tuple[Tensor, Tensor, Tensor | None],
-    stored: tuple[Tensor, Tensor, Tensor],
+    rows: tuple[Tensor | None, ...],
+    stored: tuple[Tensor, ...],
     cursor: Tensor,
     pushed_at: Tensor,
     ignore_index: int,
@@ -95,36 +96,39 @@ def push(
     """Store the rows that are present and finite in a ring; see `MemoryQueue.push`.
 
     Args:
-        rows: logits [N, C], targets and weights [N] or [N, C].
+        rows: logits [N, C], targets, weights and values [N] or [N, C], groups [N].
         stored: the same of the ring, [size + 1, ...].
     """
-    logits, targets, weights = (field if field is None else _wide(field) for field in rows)
+    logits, targets, *rest = (field if field is None else _wide(field) for field in rows)
     assert logits is not None
     assert targets is not None
+    weights, values, groups = rest
     num_rows, num_classes = logits.shape
     num_labels = targets.shape[1]
-    given = targets if weights is None else weights
+    given = [targets if field is None else field for field in rest]
     block, num_blocks = _STORED, ceil(num_rows, _STORED)
     keep = torch.empty(num_rows, dtype=torch.uint8, device=logits.device)
     counts = torch.empty(num_blocks, dtype=torch.int32, device=logits.device)
     before = torch.empty(2, dtype=torch.int64, device=logits.device)
-    strides = (*logits.stride(), *targets.stride(), *given.stride())
+    strides = [stride for field in (logits, targets, *given) for stride in field.stride()]
     columns = min(_STORED, 1 << (num_classes - 1).bit_length())
     options = {"WEIGHTED": weights is not None, "BLOCK": block, "COLUMNS": columns}
     size = pushed_at.shape[0] - 1
     launch(
         "choose_rows",
         (num_blocks, 1),
-        *(logits, targets, given, keep, counts, before, cursor, pushed_at, *strides),
+        *(logits, targets, given[0], keep, counts, before, cursor, pushed_at, *strides[:6]),
         *(size, num_rows, num_classes, num_labels, ignore_index),
         **options,
     )
     launch(
         "store_rows",
         (num_blocks, ceil(num_classes, columns)),
-        *(logits, targets, given, keep, counts, before, *stored, cursor, pushed_at, *strides),
+        *(logits, targets, *given, keep, counts, before, *stored, cursor, pushed_at, *strides[:9]),
         *(size, num_rows, num_classes, num_labels),
         BLOCKS=1 << (num_blocks - 1).bit_length(),
+        VALUED=values is not None,
+        GROUPED=groups is not None,
         **options,
     )
 

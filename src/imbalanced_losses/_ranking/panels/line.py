@@ -120,7 +120,10 @@ class Line(NamedTuple):
             return self.origin, self.per_panel
         if len(self.origin) == 1:
             return self.origin[0], self.per_panel[0]
-        return self.origin[problem, 0], self.per_panel[problem, 0]
+        return (
+            self.origin[:, 0].index_select(0, problem),
+            self.per_panel[:, 0].index_select(0, problem),
+        )
 
     def _locate_in_segments(self, scores: Tensor, problem: Tensor | None) -> tuple[Tensor, Tensor]:
         slot = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
@@ -192,7 +195,8 @@ def lay_line(
     gets by with few panels beside the rows. `temperature` is [C, 1] float64. Processes that hold
     rows of the same problems lay the same line. Reads the range of the scores back to the host.
     """
-    num_problems, num_rows = len(sources), sources.shape[1] + len(queries)
+    num_problems = len(sources)
+    num_rows = sources.shape[1] + len(queries) // num_problems
     low, high, holds_nan = _range(sources, queries, problem)
     is_asked = is_asked.double()
     if processes is not None:

@@ -47,6 +47,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.panels.line import Line, Precision, lay_line
 from imbalanced_losses._ranking.panels.table import table_spectrum, translation_table
 from imbalanced_losses._ranking.plan import (
@@ -55,6 +56,7 @@ from imbalanced_losses._ranking.plan import (
     Processes,
     Rows,
     SlopesOf,
+    at,
     half_of,
     is_in,
 )
@@ -136,6 +138,7 @@ class Panels:
         problem: Tensor,
         sources: Tensor,
         temperature: float | Tensor,
+        layout: Layout | None = None,
         for_ranks: bool = False,
         processes: Processes | None = None,
         precisions: Sequence[Precision] | None = None,
@@ -144,24 +147,33 @@ class Panels:
         # Ranks: queries are sources, and vmap, which cannot write to given memory, stays outside.
         self._is_plain = for_ranks
         self.is_single = sources.dtype == torch.float32
+        num_problems = len(sources) if layout is None else layout.num_problems
         if not isinstance(temperature, Tensor):
-            temperature = sources.new_full((len(sources),), temperature, dtype=torch.float64)
-        strangers = slice(0, 0) if for_ranks else slice(None)
+            temperature = sources.new_full((num_problems,), temperature, dtype=torch.float64)
+        rectangle = sources
+        strangers = queries, problem
+        if for_ranks:
+            strangers = queries[:0], problem[:0]
         precisions = precisions or PRECISIONS[sources.dtype]
         if processes is not None:
             precisions = precisions[-1:]  # the fewest moments to exchange
         if is_asked is None:
-            is_asked = problem.new_zeros(len(sources)).index_fill_(0, problem, 1)
+            is_asked = problem.new_zeros(num_problems).index_fill_(0, problem[-1:], 1)
+            if num_problems > 1:
+                is_asked.index_fill_(0, problem, 1)
+        source_problem = None if layout is None else layout.problem
+        if source_problem is not None:  # side by side, as queries are
+            sources, rectangle = sources[0], sources.new_empty(num_problems, 0)
+            strangers = sources, source_problem
         self.precision, self.line = lay_line(
-            sources,
-            queries[strangers],
-            problem[strangers],
+            rectangle,
+            *strangers,
             is_asked,
             temperature.double()[:, None],
             precisions,
             processes,
         )
-        self.sources = _Cloud(sources, None, self.line)
+        self.sources = _Cloud(sources, source_problem, self.line)
         self.queries = _Cloud(queries, problem, self.line)
 
     def _scratch(self, place: Place, shape: tuple[int, ...]) -> Tensor | None:
@@ -209,8 +221,19 @@ class Panels:
 
     def evaluated(self, field: Tensor, cloud: _Cloud, dtype: torch.dtype) -> Tensor:
         """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, *cloud] of a dtype."""
+        out = field.new_empty((len(field), *cloud.scores.shape), dtype=dtype)
+        for columns, values in self.values(field, cloud):
+            target = _columns(out, columns)
+            target.copy_(values.view(target.shape))
+        return out
+
+    def values(self, field: Tensor, cloud: _Cloud) -> Iterator[tuple[slice, Tensor]]:
+        """The same a block at a time: columns of the cloud, and [K, rows of the block] float64.
+
+        In memory that the next block takes.
+        """
         num_fields, degree, _ = field.shape
-        out = field.new_empty((num_fields, *cloud.scores.shape), dtype=dtype)
+        poison = self.line.poison
         flat = field.reshape(num_fields * degree, -1)
         for columns, (slot, place) in cloud.blocks():
             shape = (len(flat), len(slot))
@@ -220,12 +243,11 @@ class Panels:
             *rest, values = coefficients.unbind(1)
             for coefficient in reversed(rest):
                 values = coefficient.addcmul_(values, place)
-            target = _columns(out, columns)
-            target.copy_(values.view(target.shape))
-        poison = self.line.poison
-        if poison is not None:
-            out += poison[:, None] if cloud.problem is None else poison[cloud.problem]
-        return out
+            if poison is not None and cloud.problem is not None:
+                values = values + poison[cloud.problem[columns]]
+            elif poison is not None:
+                values = (values.unflatten(1, (len(poison), -1)) + poison[:, None]).flatten(1)
+            yield columns, values
 
 
 def _columns(tensor: Tensor, columns: slice) -> Tensor:
@@ -310,6 +332,16 @@ class PanelPlan:
         return self.sums(order, weights), self.transposed_sums(order, cotangent)
 
 
+class _Moved(NamedTuple):
+    """Queries [n] that have a gradient."""
+
+    cloud: _Cloud
+    problem: Tensor
+    row: Tensor
+    weights: Tensor | None
+    cotangent: Tensor  # [K, n], the slopes by their ranks
+
+
 class PanelRanks:
     """Soft ranks in linear time: see `plan.RankPlan` for the contract."""
 
@@ -321,12 +353,23 @@ class PanelRanks:
             problem,
             given.scores,
             given.temperature,
+            given.layout,
             for_ranks=True,
             processes=given.processes,
         )
         self._own = None if queries.weights is None else queries.weights[None]  # [1, Q]
+        self._ranks: tuple[Tensor, ...] | None = None
+        # Beside negatives positives are few: as a list of their own.
+        self._positives: Listed | None = None
+        if queries.rows == "negatives":
+            self._positives = _positives_of(given, self.panels.line.is_asked)
 
     def ranks(self) -> tuple[Tensor, ...]:
+        if self._ranks is None:
+            self._ranks = self._ranked()
+        return self._ranks
+
+    def _ranked(self) -> tuple[Tensor, ...]:
         panels, given, queries = self.panels, self.given, self.queries
         moments = torch.cat([self._moments_of(rows) for rows in self.among])  # [K, p, S]
         self._moments = moments if given.processes is None else given.processes.sum(moments)
@@ -342,20 +385,24 @@ class PanelRanks:
         panels = self.panels
         if rows == self.queries.rows:
             return panels.moments(panels.queries, self._own)
+        if rows == "positives" and self._positives is not None:
+            own = self._positives
+            weights = None if own.weights is None else own.weights[None]
+            return panels.moments(self._cloud_of(own), weights)
         column = self.given.column(rows)
         return panels.moments(panels.sources, None if column is None else column[None])
 
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
         ranks = self.ranks()
         slopes = slopes_of(ranks, slice(None))
-        return ranks, self._gradient(torch.stack(slopes).double())
+        return ranks, self._gradient(torch.stack(slopes))
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
         """[K, Q], the slopes by the ranks, -> [C, M]."""
         given, panels, own = self.given, self.panels, self._own
-        scores, weights, is_positive = given.scores, given.weights, given.is_positive
+        scores, weights = given.scores, given.weights
         sources, queries = panels.sources, panels.queries
-        problem, row, num_sums = self.queries.problem, self.queries.row, len(cotangent)
+        problem, row = self.queries.problem, self.queries.row
         for_queries = panels.field(self._moments, 1)  # [K, p, S]
         slopes = panels.moments(queries, cotangent)
         if given.processes is not None:
@@ -363,9 +410,10 @@ class PanelRanks:
         for_sources = panels.field(slopes, 1, transposed=True)
         num_constant = scores.shape[1] - given.num_live
         if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
-            live = (row < given.num_live).nonzero().squeeze(1)
-            problem, row, cotangent = problem[live], row[live], cotangent[:, live]
+            live = (self.queries.row < given.num_live).nonzero().squeeze(1)
+            cotangent = cotangent[:, live]
             sources = _Cloud(scores[:, : given.num_live], None, panels.line)
+            problem, row = problem[live], row[live]
             queries = _Cloud(queries.scores[live], problem, panels.line)
             weights = None if weights is None else weights[:, : given.num_live]
             own = None if own is None else own[:, live]
@@ -374,27 +422,70 @@ class PanelRanks:
         others = [k for k, rows in enumerate(self.among) if rows == "all" or members[k] is False]
         if self.queries.rows == "all" or not others:
             out = scores.new_zeros(len(scores), given.num_live)
+        elif self._positives is not None:
+            out = self._slopes_of_positives(for_sources[others].sum(0, keepdim=True))
         else:
             field = for_sources[others].sum(0, keepdim=True)
             out = panels.evaluated(field, sources, scores.dtype)[0]  # [C, num_live]
+            out = out.view(len(scores), -1)
             if weights is not None:
                 out *= weights
-            if len(out) > 1:  # a problem without queries has a gradient of exactly zero
-                out *= panels.line.is_asked[:, None].to(out.dtype)
-        # A query is a source of the sets that it is in. These cancel: summed in float64.
-        fields = torch.cat((for_queries, for_sources))
-        as_query, as_source = panels.evaluated(fields, queries, torch.float64).split(num_sums)
-        for k, (member, rows) in enumerate(zip(members, self.among, strict=True)):
-            if member is None:
-                chosen = is_positive[problem, row]
-                as_source[k] *= chosen if rows == "positives" else ~chosen
-            elif not member:
-                as_source[k] = 0
-        if own is not None:
-            as_source *= own
-        change = as_source.sum(0) - (as_query * cotangent).sum(0)
+            if given.layout.num_problems > 1:  # one without queries has a gradient of exactly zero
+                out *= given.layout.for_rows(panels.line.is_asked.to(out.dtype))
+        moved = _Moved(queries, problem, row, None if own is None else own[0], cotangent)
+        change = self._change_of_queries(moved, for_queries, for_sources)
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))
-        place = row + problem * out.shape[1]
-        out.view(-1).index_copy_(0, place, change.to(out.dtype))
+        places = row if len(out) == 1 else row + problem * out.shape[1]
+        out.view(-1).index_copy_(0, places, change)
         return out
+
+    def _change_of_queries(self, moved: _Moved, for_queries: Tensor, for_sources: Tensor) -> Tensor:
+        """[n]. A query is a source of the sets that it is in, and moves its own ranks.
+
+        These cancel: summed in float64.
+        """
+        members = [is_in(self.queries.rows, rows) for rows in self.among]
+        own_sets = [k for k, member in enumerate(members) if member is not False]
+        fields = torch.cat((for_queries, for_sources[own_sets]))
+        change = self.given.scores.new_empty(len(moved.row))
+        for columns, values in self.panels.values(fields, moved.cloud):
+            as_query, as_source = values.split((len(for_queries), len(own_sets)))
+            for number, k in enumerate(own_sets):
+                if members[k] is None:
+                    of_row = at(self.given.is_positive, moved.problem[columns], moved.row[columns])
+                    as_source[number] *= of_row == (self.among[k] == "positives")
+            total = as_source[0] if len(own_sets) == 1 else as_source.sum(0)
+            if moved.weights is not None:
+                total *= moved.weights[columns]
+            for slope, one in zip(as_query, moved.cotangent, strict=True):
+                total.addcmul_(slope, one[columns], value=-1)
+            change[columns] = total
+        return change
+
+    def _slopes_of_positives(self, field: Tensor) -> Tensor:
+        """[C, num_live], what a field [1, p, S] gives to positives as sources."""
+        given, own = self.given, self._positives
+        assert own is not None
+        values = self.panels.evaluated(field, self._cloud_of(own), given.scores.dtype)[0]
+        if own.weights is not None:
+            values *= own.weights
+        out = torch.zeros_like(given.scores, memory_format=torch.contiguous_format)
+        out.view(-1).index_copy_(0, own.places(out.shape), values)
+        return out[:, : given.num_live]
+
+    def _cloud_of(self, rows: Listed) -> _Cloud:
+        return _Cloud(rows.of_row(self.given.scores), rows.problem, self.panels.line)
+
+
+def _positives_of(given: Canonical, is_asked: Tensor) -> Listed:
+    """The positives of problems that have queries."""
+    chosen = given.is_positive if given.weights is None else given.is_positive & (given.weights > 0)
+    layout = given.layout
+    if layout.num_problems > 1:
+        chosen = chosen & (layout.for_rows(is_asked) > 0)
+    problem, row = layout.places_of(chosen)
+    listed = Listed("positives", problem, row, None, None, layout.num_problems)
+    if given.weights is None:
+        return listed
+    return listed._replace(weights=listed.of_row(given.weights))

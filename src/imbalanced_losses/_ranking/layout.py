@@ -1,0 +1,54 @@
+"""Which rows make up each of C problems: as many each, or stretches of one line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """The shape that tensors of rows have: [C, M], or [1, S] where the rows lie side by side.
+
+    Attributes:
+        num_problems: C.
+        lengths: [C] int64, the rows of each problem, the first problem first; None: M each.
+        problem: [S] int64 ascending, the problem of each row; None: M each.
+    """
+
+    def __init__(self, shape: tuple[int, ...], lengths: Tensor | None = None) -> None:
+        self.lengths = lengths
+        self.num_problems = shape[0] if lengths is None else lengths.shape[0]
+        self.problem: Tensor | None = None
+        if lengths is not None:
+            number = torch.arange(self.num_problems, device=lengths.device)
+            self.problem = number.repeat_interleave(lengths, output_size=shape[1])
+
+    def places_of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Problem and column [Q] of the rows that are True."""
+        if mask.shape[0] > 1:
+            problem, row = mask.nonzero().unbind(1)
+            return problem, row
+        row = mask[0].nonzero().squeeze(1)
+        if self.problem is not None:
+            return self.problem.index_select(0, row), row
+        return row.new_zeros(1).expand(row.shape), row
+
+    def for_rows(self, values: Tensor) -> Tensor:
+        """A value [C] for each row, [C, 1] or [1, S]."""
+        if self.problem is None:
+            return values[:, None]
+        return values.index_select(0, self.problem)[None]  # a third of the time of an index
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum [C] of a value of each row."""
+        if self.problem is None:
+            return values.sum(1)
+        values = values.long() if values.dtype == torch.bool else values
+        return values.new_zeros(self.num_problems).index_add(0, self.problem, values[0])
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest [C] of a value ≥ 0 of each row; 0 without rows."""
+        if self.problem is not None:
+            none = values.new_zeros(self.num_problems)
+            return none.scatter_reduce(0, self.problem, values[0], "amax")
+        return values.amax(1) if values.shape[1] > 0 else values.new_zeros(len(values))

@@ -1,0 +1,67 @@
+"""Normalised discounted cumulative gain."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from imbalanced_losses._ranking.budget import Budget
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
+from imbalanced_losses._ranking.panels.line import _cumulated
+from imbalanced_losses._ranking.plan import Listed, Masked
+from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranks import Ranks
+
+
+def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
+    """Σ ω g / log₂(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0."""
+    unit = problems.unit
+
+    def discounted(ranks: Ranks) -> Tensor:
+        rank = ranks.among("all") * ranks.of_problem(unit)
+        discount = math.log(2) / torch.log1p(rank)
+        return discount if budget is None else discount * budget.holds(ranks)
+
+    return problems.ranked_mean(discounted) / _ideal(problems, unit, budget)
+
+
+def _ideal(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:
+    """The same of rows in descending order of gain, the lighter first among equals; 1 if not valid.
+
+    With a budget of those within it, and of the first.
+    """
+    problem, gain, weights = _rows_with_gain(problems)
+    order = weights.argsort(stable=True)
+    order = order[gain[order].argsort(descending=True, stable=True)]
+    order = order[problem[order].argsort(stable=True)]
+    problem, gain, weights = problem[order], gain[order], weights[order]
+    zeros = gain.new_zeros(problems.layout.num_problems)
+    mass = zeros.index_add(0, problem, weights)
+    place = _cumulated(weights) - (_cumulated(mass) - mass)[problem]
+    terms = weights * gain * math.log(2) / torch.log1p(place * unit[problem])
+    if budget is not None:
+        is_first = torch.cat((torch.ones_like(problem[:1]), problem.diff())) > 0
+        is_within = place <= budget.number[problem] + 0.5 * weights
+        terms = torch.where(is_within | is_first, terms, 0)
+    total, mass = zeros.index_add(0, problem, terms), problems.mass("positives", by_value=True)
+    return torch.where(problems.valid, total / mass, 1).to(mass.dtype)
+
+
+def _rows_with_gain(problems: Problems) -> tuple[Tensor, Tensor, Tensor]:
+    """Problem int64, gain and weight float64 [n] of the rows with a gain, of all processes."""
+    queries, layout = problems.queries("positives"), problems.layout
+    assert queries.value is not None
+    weights = torch.ones_like(queries.value) if queries.weights is None else queries.weights
+    if not isinstance(queries, Listed):
+        assert isinstance(queries, Masked | PreparedQueries)
+        number = torch.arange(layout.num_problems, device=weights.device)
+        problem = layout.for_rows(number).expand(weights.shape).flatten()
+        gain = torch.where(queries.mask, queries.value, 0)
+        return problem, gain.flatten().double(), weights.flatten().double()
+    rows = torch.stack((queries.problem.double(), queries.value.double(), weights.double()))
+    if problems.processes is not None:
+        rows = problems.processes.concatenated(rows.T).T
+    problem, gain, weights = rows
+    return problem.long(), gain, weights
