@@ -197,7 +197,7 @@ class RankingLoss(RankingState):
         groups = None if pool.group is None else Groups.of(pool.group)
         losses, valid = self._per_class(self._problems(pool, processes, groups))
         if groups is not None and batch.group is not None:
-            losses, valid = groups.mean(losses, valid, batch.group)
+            losses, valid = groups.mean(losses, valid, batch.group, self.num_classes)
         self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
         return (loss, mark_invalid(losses, valid), valid) if return_per_class else loss
@@ -250,7 +250,7 @@ class RankingLoss(RankingState):
         metric, budget = 1 - self._per_class(problems).losses, self._budget(problems)
         means = None
         if groups is not None and batch.group is not None:
-            means = partial(groups.mean, live=batch.group)
+            means = partial(groups.mean, live=batch.group, num_classes=self.num_classes)
         return _diagnosed(problems, metric, budget, in_batch, self._queue.ages(), means)
 
     def metric(self, problems: Problems) -> Tensor:

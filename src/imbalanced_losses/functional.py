@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
@@ -16,6 +17,7 @@ from imbalanced_losses._ranking.average_precision import average_precision
 from imbalanced_losses._ranking.canonical import compute_dtype
 from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.weighting import gain_of, spread, weights_at_prior
+from imbalanced_losses._rows.groups import Groups
 
 __all__ = [
     "Backend",
@@ -62,6 +64,7 @@ def smooth_ap(
     *,
     sample_weight: Tensor | None = None,
     value: Tensor | None = None,
+    group: Tensor | None = None,
     backend: Backend = "auto",
 ) -> SmoothAP:
     """Average Precision with every step function replaced by a sigmoid.
@@ -87,14 +90,16 @@ def smooth_ap(
         value: [M] or the shape of scores, finite and ≥ 0: what finding each positive is worth,
             such as money. It weights the mean over positives and leaves ranks alone. Of negatives
             it is not looked at. None = 1.
+        group: [M] integers of any dtype and value: each group of rows is ranked by itself, at no
+            extra cost. How many there are is read, which waits for a device.
         backend: "dense" is the definition, O(|P|·M) time; "panel" is exact to rounding in O(M)
             time; "auto" takes the faster one. All need O(M) memory.
 
     Returns:
-        SmoothAP(ap, valid), [] for scores [M] and [C] for [C, M]; ap is float32, float64 for
-        float64 scores. A class without a positive or without a negative (of weight > 0), or whose
-        positives are all worth 0, has valid = False and ap = 0 with gradient 0: zero, not NaN, so
-        that masking it is safe.
+        SmoothAP(ap, valid), [] for scores [M] and [C] for [C, M], with group [G] and [C, G], one
+        for each id in ascending order; ap is float32, float64 for float64 scores. A class without
+        a positive or without a negative (of weight > 0), or whose positives are all worth 0, has
+        valid = False and ap = 0 with gradient 0: zero, not NaN, so that masking it is safe.
 
     Raises:
         TypeError: scores not floating, is_positive not bool.
@@ -112,8 +117,8 @@ def smooth_ap(
     Source: Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval",
     ECCV 2020, arXiv 2007.12163, eq. 5; the weights are ours.
     """
-    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
-    return SmoothAP(*_of(average_precision, problems))
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
+    return SmoothAP(*_of(average_precision, problems, scores))
 
 
 def recall_at_k(
@@ -125,6 +130,7 @@ def recall_at_k(
     softness: float = 0.25,
     sample_weight: Tensor | None = None,
     value: Tensor | None = None,
+    group: Tensor | None = None,
     backend: Backend = "auto",
 ) -> RankingMetric:
     """The share of positives among the k highest scores, with sigmoids for steps.
@@ -136,7 +142,8 @@ def recall_at_k(
     Precision among the k highest is the same up to the constant factor Σ_{i∈P} ω_i / k.
 
     Args:
-        scores, is_positive, temperature, sample_weight, value, backend: as for `smooth_ap`.
+        scores, is_positive, temperature, sample_weight, value, group, backend: as for
+            `smooth_ap`.
         k: an int ≥ 1 is a number of rows, counted by weight; a float in (0, 1) the share of the
             rows (of their summed weight), no fewer than one row of mean weight. Where k is all the
             rows, all is found, and recall is 1 up to softness.
@@ -160,9 +167,9 @@ def recall_at_k(
     CVPR 2022, arXiv 2108.11179; the share, weights and values are ours.
     """
     k, softness = _checks.budget("k", k), _checks.number_above_zero("softness", softness)
-    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
     return RankingMetric(
-        *_of(lambda p: _budget.recall(p, _budget.of_all(p, k, softness)), problems)
+        *_of(lambda p: _budget.recall(p, _budget.of_all(p, k, softness)), problems, scores)
     )
 
 
@@ -175,6 +182,7 @@ def recall_at_fpr(
     softness: float = 0.25,
     sample_weight: Tensor | None = None,
     value: Tensor | None = None,
+    group: Tensor | None = None,
     backend: Backend = "auto",
 ) -> RankingMetric:
     """The share of positives found before a share of the negatives, with sigmoids for steps.
@@ -188,7 +196,8 @@ def recall_at_fpr(
         recall = Σ_{i∈P} ω_i v_i σ((k + ½ω̄⁻ − R⁻_i) / (softness · max(k, ω̄⁻)))  ÷  Σ_{i∈P} ω_i v_i
 
     Args:
-        scores, is_positive, temperature, sample_weight, value, backend: as for `smooth_ap`.
+        scores, is_positive, temperature, sample_weight, value, group, backend: as for
+            `smooth_ap`.
         max_fpr: share of the negatives, in (0, 1). Below one negative it asks for positives above
             all of them.
         softness: width of the step at k, as a share of k; finite and > 0.
@@ -209,9 +218,13 @@ def recall_at_fpr(
     """
     max_fpr = _checks.between_0_and_1("max_fpr", max_fpr)
     softness = _checks.number_above_zero("softness", softness)
-    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
     return RankingMetric(
-        *_of(lambda p: _budget.recall(p, _budget.of_negatives(p, max_fpr, softness)), problems)
+        *_of(
+            lambda p: _budget.recall(p, _budget.of_negatives(p, max_fpr, softness)),
+            problems,
+            scores,
+        )
     )
 
 
@@ -225,6 +238,7 @@ def partial_auc(
     softness: float = 0.25,
     sample_weight: Tensor | None = None,
     value: Tensor | None = None,
+    group: Tensor | None = None,
     backend: Backend = "auto",
 ) -> RankingMetric:
     """The mean share of positives above a negative, over negatives of a range of ranks.
@@ -243,7 +257,7 @@ def partial_auc(
     standardisation, over max_fpr, of distinct scores and whole negatives.
 
     Args:
-        scores, is_positive, temperature, sample_weight, backend: as for `smooth_ap`.
+        scores, is_positive, temperature, sample_weight, group, backend: as for `smooth_ap`.
         max_fpr: where the range ends, min_fpr < max_fpr ≤ 1.
         min_fpr: where it begins, from 0 on.
         softness: width of the steps at k₁ and k₀, as a share of each; finite and > 0.
@@ -269,9 +283,9 @@ def partial_auc(
     """
     min_fpr, max_fpr = _checks.fpr_range(min_fpr, max_fpr)
     softness = _checks.number_above_zero("softness", softness)
-    problems = _problems(scores, is_positive, temperature, sample_weight, value, backend)
+    problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
     return RankingMetric(
-        *_of(lambda p: _partial_auc.partial_auc(p, max_fpr, min_fpr, softness), problems)
+        *_of(lambda p: _partial_auc.partial_auc(p, max_fpr, min_fpr, softness), problems, scores)
     )
 
 
@@ -284,6 +298,7 @@ def ndcg(
     softness: float = 0.25,
     sample_weight: Tensor | None = None,
     value: Tensor | None = None,
+    group: Tensor | None = None,
     backend: Backend = "auto",
 ) -> RankingMetric:
     """Normalised discounted cumulative gain, with sigmoids for steps.
@@ -297,8 +312,8 @@ def ndcg(
     place_i ≤ k + ½ω_i.
 
     Args:
-        scores, temperature, sample_weight, backend: as for `smooth_ap`. log₂(1 + R) takes weights
-            in the caller's units.
+        scores, temperature, sample_weight, group, backend: as for `smooth_ap`. log₂(1 + R) takes
+            weights in the caller's units.
         grades: integers 0 to 31 of any dtype, same shape as scores.
         k: as for `recall_at_k`: only the k highest scores count. None = all.
         softness: width of the step at k, as a share of k; finite and > 0.
@@ -325,13 +340,15 @@ def ndcg(
     """
     k = None if k is None else _checks.budget("k", k)
     softness = _checks.number_above_zero("softness", softness)
-    problems = _problems(scores, grades, temperature, sample_weight, value, backend, is_graded=True)
+    problems = _problems(
+        scores, grades, temperature, sample_weight, value, group, backend, is_graded=True
+    )
 
     def metric(problems: Problems) -> Tensor:
         budget = None if k is None else _budget.of_all(problems, k, softness)
         return _ndcg.ndcg(problems, budget)
 
-    return RankingMetric(*_of(metric, problems))
+    return RankingMetric(*_of(metric, problems, scores))
 
 
 def _problems(
@@ -340,6 +357,7 @@ def _problems(
     temperature: float | Tensor,
     sample_weight: Tensor | None,
     value: Tensor | None,
+    group: Tensor | None,
     backend: Backend,
     is_graded: bool = False,
 ) -> Problems:
@@ -350,23 +368,39 @@ def _problems(
     if is_graded:
         value = gain_of(labels, value, compute_dtype(scores))
         labels = value > 0
+    fields, lengths = [scores, labels, sample_weight, value], None
+    if group is not None:
+        ids = _checks.group_ids(group, ("scores", scores), scores.shape[-1])
+        if group.dtype == torch.uint64:  # in ascending order, though they may have wrapped
+            ids = ids ^ torch.iinfo(torch.int64).min
+        groups = Groups.of(ids, read=True)
+        shape = (scores.shape[0] if scores.dim() == 2 else 1, scores.shape[-1])
+        fields = [None if own is None else groups.side_by_side(own.expand(shape)) for own in fields]
+        lengths = groups.lengths.repeat(shape[0])
+        if isinstance(temperature, Tensor):
+            temperature = temperature.expand(shape[:1]).repeat_interleave(len(groups.lengths))
+    scores, labels, sample_weight, value = fields  # type: ignore[assignment]
     return Problems(
         scores,
         temperature,
         labels,
         sample_weight,
+        lengths=lengths,
         value=value,
         is_graded=is_graded,
         backend=backend,
     )
 
 
-def _of(metric: Callable[[Problems], Tensor], problems: Problems) -> tuple[Tensor, Tensor]:
-    """A metric and where it is valid, of the scores' own dimensions."""
+def _of(
+    metric: Callable[[Problems], Tensor], problems: Problems, scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A metric and where it is valid, of the scores' own dimensions, and one for groups."""
+    shape = scores.shape[:-1] if problems.layout.lengths is None else (*scores.shape[:-1], -1)
     found, valid = metric(problems), problems.valid
-    if problems.scores.dim() == 1:
-        found, valid = found if found.dim() == 0 else found.squeeze(0), valid.squeeze(0)
-    return found, valid
+    if problems.layout.num_problems == 0:
+        shape = (*scores.shape[:-1], 0)
+    return found.view(shape), valid.view(shape)
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
