@@ -20,7 +20,15 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses import (
+    CrossEntropy,
+    MixedLoss,
+    NDCGLoss,
+    PartialAUCLoss,
+    RecallAtFPRLoss,
+    RecallAtKLoss,
+    SmoothAPLoss,
+)
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._ranking import Problems, Ranks
 from imbalanced_losses._ranking.cuda import prepared
@@ -92,7 +100,7 @@ class Crossings(TorchDispatchMode):
         if kwargs.get("device") is not None:
             is_far = torch.device(kwargs["device"]).type == FAR
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        self._note(name, args, bool(far), is_far)
+        self._note(name, args, kwargs, bool(far), is_far)
         if is_far and not func.is_view and not name.startswith(NO_LAUNCH):
             self.launches.append(name)
         if name != "copy_" and far and any(t.dim() for t in tensors if type(t) is Tensor):
@@ -109,12 +117,14 @@ class Crossings(TorchDispatchMode):
         )
         return tree_map(wrapped, func(*near_args, **near_kwargs))
 
-    def _note(self, name: str, args: Any, was_far: bool, is_far: bool) -> None:
+    def _note(self, name: str, args: Any, kwargs: Any, was_far: bool, is_far: bool) -> None:
         if name == "copy_":
             is_far, was_far = (isinstance(tensor, FarTensor) for tensor in args[:2])
         if name in ("copy_", "_to_copy"):
             if was_far != is_far:
                 self.found.append("to the device" if is_far else "to the host")
+            return
+        if name == "repeat_interleave" and kwargs.get("output_size") is not None:
             return
         has_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype == torch.bool for index in args[1]
@@ -183,6 +193,12 @@ def losses_of(num_classes: int) -> dict[str, Loss]:
         "recall": Recall(**queue),
         "capped": SmoothAPLoss(num_classes, 0, 0.1, max_pool_size=40),
         "linear": SmoothAPLoss(**queue),
+        "groups": SmoothAPLoss(**queue),
+        "values": SmoothAPLoss(**queue),
+        "recall at k": RecallAtKLoss(k=0.1, **queue),
+        "recall at FPR": RecallAtFPRLoss(max_fpr=0.1, **queue),
+        "partial AUC": PartialAUCLoss(max_fpr=0.1, **queue),
+        "NDCG": NDCGLoss(num_classes, k=9, queue_size=64, multilabel=num_classes > 1),
     }
 
 
@@ -209,17 +225,25 @@ def main() -> None:
         for name, loss_fn in losses_of(num_classes).items():
             RankingLoss.backend = "panel" if name == "linear" else "dense"
             case = {"loss": name, "classes": num_classes, "checked": checked, "weighted": weighted}
-            print(json.dumps(case | crossings_of(loss_fn, weighted)))
+            print(json.dumps(case | crossings_of(name, loss_fn, weighted)))
 
 
-def crossings_of(loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
+def fields_of(name: str, weights: Tensor) -> dict[str, Tensor]:
+    """What a loss of `losses_of` is called with beside weights."""
+    if name == "groups":
+        return {"group": (9 * weights).long()}
+    return {"value": weights} if name == "values" else {}
+
+
+def crossings_of(name: str, loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
     """{"forward": …, "backward": …, "launches": …} of the last step."""
     ranking = loss_fn.main_loss if isinstance(loss_fn, MixedLoss) else loss_fn
-    prepared._kernels = NoKernels
+    prepared._kernels = lambda name: NoKernels()
     with Crossings() as crossings:
         for logits, targets, weights in batches(ranking.num_classes, ranking.multilabel):
             leaf, labels = logits.to(FAR).requires_grad_(), targets.to(FAR)
-            options = {"sample_weight": weights.to(FAR)} if is_weighted else {}
+            given = fields_of(name, weights) | ({"sample_weight": weights} if is_weighted else {})
+            options = {name: field.to(FAR) for name, field in given.items()}
             crossings.found, crossings.launches = [], []
             loss = loss_fn(leaf, labels, **options)
             forward, crossings.found = crossings.found, []

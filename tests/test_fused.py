@@ -9,13 +9,21 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import CrossEntropy, SmoothAPLoss
+from imbalanced_losses import (
+    CrossEntropy,
+    NDCGLoss,
+    PartialAUCLoss,
+    RecallAtFPRLoss,
+    RecallAtKLoss,
+    SmoothAPLoss,
+)
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._ranking.choose import choose_fused
 from imbalanced_losses.functional import smooth_ap
@@ -237,6 +245,62 @@ def test_a_loss_is_that_of_the_host(
     torch.testing.assert_close(own_state, state)
 
 
+FAMILY: dict[str, Callable[..., RankingLoss]] = {
+    "AP": partial(SmoothAPLoss, 2),
+    "AP, spread and prior": partial(
+        SmoothAPLoss, 2, temperature_unit="spread", target_prior=[0.1, 0.2]
+    ),
+    "AP of labels": partial(SmoothAPLoss, 2, multilabel=True),
+    "recall at k": partial(RecallAtKLoss, 1, 2),
+    "recall at FPR": partial(RecallAtFPRLoss, 1, 0.4),
+    "partial AUC": partial(PartialAUCLoss, 1, 0.4),
+    "NDCG": partial(NDCGLoss, k=4),
+}
+
+
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["one group", "groups"])
+@pytest.mark.parametrize("loss", FAMILY.values(), ids=FAMILY)
+def test_the_family_is_that_of_the_host(
+    loss: Callable[..., RankingLoss],
+    is_grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """With weights, values and a queue."""
+    monkeypatch.setattr(RankingLoss, "backend", "dense")
+
+    def trained(device: str) -> tuple[list[Tensor], dict[str, Any]]:
+        loss_fn, found, generator = loss(queue_size=9, temperature=0.3), [], seeded(0)
+        num_classes, num_labels = loss_fn.num_classes, loss_fn._num_labels()
+        for _ in range(2):
+            shape = (24, num_classes)
+            leaf = torch.randn(shape, generator=generator).to(device).requires_grad_()
+            targets = torch.randint(
+                0,
+                min(num_labels, 4),
+                shape if loss_fn.multilabel else shape[:1],
+                generator=generator,
+            )
+            targets[1] = IGNORED
+            weights, value = torch.rand(2, 24, generator=generator)
+            group = torch.randint(-3, 0, (24,), generator=generator)
+            given = {"sample_weight": weights, "value": value}
+            given |= {"group": group} if is_grouped else {}
+            given = {name: field.to(device) for name, field in given.items()}
+            value_of_loss = loss_fn(leaf, targets.to(device), **given)
+            value_of_loss.backward()
+            assert leaf.grad is not None
+            found += [value_of_loss.detach().cpu(), leaf.grad.cpu()]
+        return found, state_of(loss_fn.cpu())
+
+    expected, state = trained("cpu")
+    assert 0 < expected[0] < 1
+    got, own_state = trained(request.getfixturevalue("device"))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own_state, state)
+
+
 @pytest.fixture(scope="module")
 def crossings() -> list[dict[str, Any]]:
     """What a training step sends between host and device: a row a configuration."""
@@ -249,12 +313,17 @@ def crossings() -> list[dict[str, Any]]:
 
 DENSE = {"label_rows", "prepare", "soft_ranks", "score_slopes", "weighted_totals"}
 LINEAR = {"label_rows", "prepare", "block_moments", "far_ranks", "far_slopes"}
+SEGMENTS = {"label_rows", "segment_facts", "segment_ranks", "segment_slopes", "segment_totals"}
 # Kernels, copies and fills of a step, with values unchecked: of one class, and of several.
 MOST_LAUNCHES = {
     "plain": (20, 24),
     "queue": (24, 28),
     "labels": (24, 28),
     "recall": (36, 40),
+    "recall at k": (40, 46),
+    "recall at FPR": (40, 46),
+    "partial AUC": (64, 72),
+    "groups": (64, 72),
 }
 
 
@@ -271,17 +340,18 @@ def test_a_step_on_a_device(
     Launches are few: each costs more than the arithmetic of a small pool.
     """
     rows = [row for row in crossings if (row["classes"], row["checked"]) == (num_classes, checked)]
-    assert len(rows) == 18
+    assert len(rows) == 30
     record_property("cases", len(rows))
     for row in rows:
         expected = ["_local_scalar_dense"] * checked
-        if row["loss"] == "mixed":
+        if row["loss"] in ("mixed", "values"):
             expected *= 2
         elif row["loss"] == "capped":
             expected += ["_local_scalar_dense", "nonzero", "to the device", "_unique2"]
         assert row["forward"] == expected, row
         assert row["backward"] == [], row
-        assert set(row["launches"]) >= (LINEAR if row["loss"] == "linear" else DENSE)
+        kernels = {"linear": LINEAR, "groups": SEGMENTS, "NDCG": DENSE - {"label_rows"}}
+        assert set(row["launches"]) >= kernels.get(row["loss"], DENSE)
         if row["loss"] in MOST_LAUNCHES:
             most = MOST_LAUNCHES[row["loss"]][num_classes > 1] + 3 * (checked + row["weighted"])
             assert len(row["launches"]) <= most, row
@@ -341,6 +411,25 @@ SIGNATURES = {
         {"WEIGHTED": True, "VALUED": True, "GROUPED": True, "BLOCK": 32, "COLUMNS": 32}
         | {"BLOCKS": 64},
     ),
+    "segment_facts": (
+        "*{f} *u8 *{f} *{f} *i64 *i64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32" * 4,
+        {"WEIGHTED": True, "FIXED": True, "ONE_SIDED": False, "SMALLEST": 1e-19, "LARGEST": 1e38}
+        | {"BLOCK": 512},
+    ),
+    "segment_ranks": (
+        OF_PLAN + " *i64 *i64 *i64 *{f} *fp64 i32 i32",
+        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
+        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64},
+    ),
+    "segment_slopes": (
+        OF_PLAN + " *i64 *i64 *i64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
+        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64},
+    ),
+    "segment_totals": (
+        "*{f} *{f} *i32 *i64 *i64 *{f} *{f}",
+        {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 512},
+    ),
     "block_moments": (
         "*{f} *{f} *{f} " + IN_ORDER + " *i32 *i32 *fp64 i32",
         {"QUERIES": "positives", "SLOPES": True, "ALL": True, "POSITIVES": True}
@@ -374,10 +463,10 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from imbalanced_losses._ranking.cuda import kernels
+from imbalanced_losses._ranking.cuda import kernels, segments
 
 for name, types, constants in json.loads(sys.argv[1]):
-    kernel = getattr(kernels, name)
+    kernel = getattr(segments if name.startswith("segment") else kernels, name)
     names = [n for n in kernel.arg_names if n not in constants]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -482,12 +571,13 @@ def test_how_often_a_step_waits(
     for name, loss_fn in far_device.losses_of(num_classes).items():
         monkeypatch.setattr(RankingLoss, "backend", "panel" if name == "linear" else "dense")
         batches = far_device.batches(num_classes, name == "labels")
-        for logits, targets, _ in batches:
+        for logits, targets, weights in batches:
             leaf, labels = logits.cuda().requires_grad_(), targets.cuda()
-            loss, of_forward = waiting(lambda: loss_fn(leaf, labels))  # noqa: B023
+            fields = far_device.fields_of(name, weights.cuda())
+            loss, of_forward = waiting(lambda: loss_fn(leaf, labels, **fields))  # noqa: B023
             _, of_backward = waiting(loss.backward)
         if name != "capped":
-            assert of_forward == checked * (1 + (name == "mixed")), name
+            assert of_forward == checked * (1 + (name in ("mixed", "values"))), name
         assert of_backward == 0, name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -86,6 +86,8 @@ class Problems:
             "backend": backend,
         }
         self._in_units: InUnits | None = None
+        self._for_kernels: Prepared | None = None
+        self._is_prepared = False
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._number_of: dict[Rows, Tensor] | None = None
@@ -235,9 +237,11 @@ class Problems:
 
     # --- What is made of it beneath ----------------------------------------------------------
 
-    @cached_property
+    @property
     def _prepared(self) -> Prepared | None:
-        return prepared(self)
+        if not self._is_prepared:  # a cached_property has a lock, which compilers refuse
+            self._for_kernels, self._is_prepared = prepared(self), True
+        return self._for_kernels
 
     def _ranked(self, asked: Asked) -> Tensor:
         return ranked_sum(self, asked)

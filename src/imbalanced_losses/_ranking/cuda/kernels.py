@@ -31,6 +31,38 @@ def _row_facts(is_positive, weights, row, inside, positive_stride, weight_stride
 
 
 @triton.jit
+def _finite(score, LARGEST: tl.constexpr):
+    """Scores, infinite ones as the largest: two infinities tie, and a NaN stays."""
+    score = tl.where(score > LARGEST, LARGEST, score)
+    return tl.where(score < -LARGEST, -LARGEST, score)
+
+
+@triton.jit
+def _units(weight, largest, like, WEIGHTED: tl.constexpr, SMALLEST: tl.constexpr):
+    """Weights as parts of the largest.
+
+    One too small beside it for its rank to have a reciprocal counts a little.
+    """
+    unit = weight
+    if WEIGHTED:
+        unit = (weight / tl.where(largest > 0, largest, 1.0)).to(like.dtype)
+        unit = tl.where(weight > 0, tl.where(unit < SMALLEST, SMALLEST, unit), 0.0)
+    return unit
+
+
+@triton.jit
+def _places(positive, present, row, num_positives, num_present, positives_before, present_before):
+    """Where the rows of a block stand in `order`."""
+    one_of = positive.to(tl.int32) + (present & ~positive).to(tl.int32) * 65536
+    up_to = tl.cumsum(one_of, 0)  # of both, in one number
+    positives_up_to, negatives_up_to = up_to % 65536, up_to // 65536
+    place = row - present_before - positives_up_to - negatives_up_to + num_present
+    negatives_before = present_before - positives_before
+    place = tl.where(present, num_positives + negatives_before + negatives_up_to - 1, place)
+    return tl.where(positive, positives_before + positives_up_to - 1, place)
+
+
+@triton.jit
 def block_facts(
     is_positive,  # [C, M] uint8
     weights,  # [C, M], or anything where not WEIGHTED
@@ -124,26 +156,16 @@ def prepare(
 
     target = problem * num_rows + row
     score = tl.load(scores + problem * score_strides + row * score_stride, mask=inside, other=0.0)
-    score = tl.where(present, score, 0.0).to(ready.dtype.element_ty)
-    score = tl.where(score > LARGEST, LARGEST, score)  # two infinities tie, and a NaN stays
-    score = tl.where(score < -LARGEST, -LARGEST, score)
+    score = _finite(tl.where(present, score, 0.0).to(ready.dtype.element_ty), LARGEST)
     tl.store(ready + target, score, mask=inside)
-    unit = weight
+    unit = _units(weight, largest, score, WEIGHTED, SMALLEST)
     if WEIGHTED:
-        # One too small beside the largest for its rank to have a reciprocal counts a little.
-        largest = tl.where(largest > 0, largest, 1.0)
-        unit = (weight / largest).to(score.dtype)
-        unit = tl.where(present, tl.where(unit < SMALLEST, SMALLEST, unit), 0.0)
         tl.store(unit_weights + target, unit, mask=inside)
     tl.store(sides + target, tl.where(positive, unit, -unit), mask=inside)
 
-    one_of = positive.to(tl.int32) + (present & ~positive).to(tl.int32) * 65536
-    up_to = tl.cumsum(one_of, 0)  # of both, in one number
-    positives_up_to, negatives_up_to = up_to % 65536, up_to // 65536
-    place = row - present_before - positives_up_to - negatives_up_to + num_present
-    negatives_before = present_before - positives_before
-    place = tl.where(present, num_positives + negatives_before + negatives_up_to - 1, place)
-    place = tl.where(positive, positives_before + positives_up_to - 1, place)
+    place = _places(
+        positive, present, row, num_positives, num_present, positives_before, present_before
+    )
     tl.store(order + problem * num_rows + place, row.to(tl.int32), mask=inside)
 
     is_valid = num_positives > 0
@@ -168,7 +190,7 @@ def prepare(
             tau = tl.load(temperature + problem * temperature_stride).to(tl.float64)
         tl.store(rates + problem, 1.0 / tau)
         if WEIGHTED:
-            tl.store(units + problem, largest)
+            tl.store(units + problem, tl.where(largest > 0, largest, 1.0))
 
 
 @triton.jit

@@ -25,6 +25,10 @@ DEVICES = ("cuda",)
 _OLDEST_TRITON = (3, 2)
 # Rows that one program prepares or sums up, at most.
 _BLOCK = 1 << 12
+# The same of a problem of unequal length, which one program goes through.
+_SEGMENT = 1 << 9
+# Rows of problems of unequal length, of which the longest is not known.
+_MOST_UNREAD = 1 << 18
 # The last two dimensions of a grid.
 _MOST_PROBLEMS = (1 << 16) - 1
 
@@ -32,11 +36,24 @@ _MOST_PROBLEMS = (1 << 16) - 1
 def prepared(problems: Problems) -> Prepared | None:
     """Problems for the kernels; None where others compute."""
     scores = problems.scores
-    if problems.processes is not None or problems.layout.lengths is not None:
+    if problems.processes is not None or not has_kernels(scores, problems.is_positive.shape):
         return None
-    if not has_kernels(scores, problems.is_positive.shape):
+    if is_traced(scores) or is_transformed():
         return None
-    return None if is_traced(scores) or is_transformed() else Prepared(problems)
+    if problems.layout.lengths is not None and not _are_short(problems):
+        return None
+    return Prepared(problems)
+
+
+def _are_short(problems: Problems) -> bool:
+    """Whether all pairs of problems of unequal length are compared, which nobody has to read.
+
+    Linear ranks of those are for others, who read the lengths.
+    """
+    if problems.backend != "auto":
+        return problems.backend == "dense"
+    is_few = problems.is_positive.shape[1] <= _MOST_UNREAD
+    return is_few or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def has_kernels(scores: Tensor, shape: tuple[int, ...]) -> bool:
@@ -65,6 +82,8 @@ class Prepared:
     Attributes:
         given: the problems in canonical form, with `sides` [C, M]: the weight of a positive, minus
             that of a negative, 0 of a row left out.
+        segments: where problems of unequal length are in [1, S]: the problem [S] of each row, the
+            lengths and the ends [C].
         in_units: their weights and values.
         valid: [C] bool.
         mass_by_value: [C], Σ ω v of the positives; 1 where not valid.
@@ -76,7 +95,11 @@ class Prepared:
     def __init__(self, problems: Problems) -> None:
         scores, is_positive = problems.scores.detach(), problems.is_positive
         shape, dtype, device = is_positive.shape, compute_dtype(scores), scores.device
-        num_problems, num_rows = shape
+        layout, num_rows = problems.layout, shape[1]
+        num_problems = layout.num_problems
+        self.segments: tuple[Tensor, ...] = ()
+        if layout.lengths is not None and layout.problem is not None:
+            self.segments = layout.problem, layout.lengths, layout.lengths.cumsum(0)
         scores = scores.expand(shape)
         weights = problems.given_weights
         is_weighted = weights is not None
@@ -89,7 +112,7 @@ class Prepared:
         else:
             tau = max(tau, smallest(dtype))
             (bits,) = struct.unpack("q", struct.pack("d", tau))
-        block, num_blocks = blocks_of(num_rows)
+        block, num_blocks = (_SEGMENT, 1) if self.segments else blocks_of(num_rows)
         ready, sides, unit_weights = torch.empty(3, *shape, dtype=dtype, device=device)
         self.order = torch.empty(shape, dtype=torch.int32, device=device)
         self.numbers = self.order.new_empty(2, num_problems)
@@ -98,31 +121,44 @@ class Prepared:
         self.rates, units = ready.new_empty(2, num_problems)
         labels = is_positive.view(torch.uint8)
         strides = (*labels.stride(), *weights.stride())
-        facts = ready
-        if num_blocks > 1:
-            facts = torch.empty(3, num_problems, num_blocks, dtype=torch.float64, device=device)
+        options: dict[str, Any] = {
+            "WEIGHTED": is_weighted,
+            "FIXED": not isinstance(tau, Tensor),
+            "ONE_SIDED": problems.is_graded,
+            "SMALLEST": smallest(dtype),
+            "LARGEST": torch.finfo(dtype).max / 2,
+            "BLOCK": block,
+        }
+        made = ready, sides, unit_weights, self.order, self.numbers, self.valid.view(torch.uint8)
+        made += (masses, self.rates, units)  # type: ignore[assignment]
+        if self.segments:
             launch(
-                "block_facts",
-                (num_blocks, num_problems),
-                *(labels, weights, facts, *strides, num_rows),
-                WEIGHTED=is_weighted,
-                BLOCK=block,
+                "segment_facts",
+                (num_problems, 1),
+                *(scores, labels, weights, by_problem, *self.segments[1:], *made, bits),
+                *(scores.stride(1), labels.stride(1), weights.stride(1), by_problem.stride(0)),
+                **options,
             )
-        launch(
-            "prepare",
-            (num_blocks, num_problems),
-            *(scores, labels, weights, by_problem, facts, ready, sides, unit_weights),
-            *(self.order, self.numbers, self.valid.view(torch.uint8), masses, self.rates, units),
-            *(bits, *scores.stride(), *strides, by_problem.stride(0), num_rows),
-            WEIGHTED=is_weighted,
-            FIXED=not isinstance(tau, Tensor),
-            ONE_SIDED=problems.is_graded,
-            SMALLEST=smallest(dtype),
-            LARGEST=torch.finfo(dtype).max / 2,
-            BLOCK=block,
-            BLOCKS=1 << (num_blocks - 1).bit_length(),
-            num_warps=8,
-        )
+        else:
+            facts = ready
+            if num_blocks > 1:
+                facts = torch.empty(3, num_problems, num_blocks, dtype=torch.float64, device=device)
+                launch(
+                    "block_facts",
+                    (num_blocks, num_problems),
+                    *(labels, weights, facts, *strides, num_rows),
+                    WEIGHTED=is_weighted,
+                    BLOCK=block,
+                )
+            launch(
+                "prepare",
+                (num_blocks, num_problems),
+                *(scores, labels, weights, by_problem, facts, *made, bits),
+                *(*scores.stride(), *strides, by_problem.stride(0), num_rows),
+                BLOCKS=1 << (num_blocks - 1).bit_length(),
+                num_warps=8,
+                **options,
+            )
         self._masses = masses
         own = InUnits(unit_weights, units, None) if is_weighted else InUnits(None, None, None)
         self.given = Canonical(
@@ -215,16 +251,27 @@ class PreparedQueries:
         if by_value and self.value is not None:
             values = values * self.value
         own, (num_problems, num_rows) = self.prepared, values.shape
+        divisor = own.rates if self.divisor is None else self.divisor
+        options: dict[str, Any] = {"QUERIES": self.rows, "DIVIDED": self.divisor is not None}
+        given = values.contiguous(), own.given.sides, own.numbers
+        if own.segments:
+            totals = values.new_empty(own.given.layout.num_problems)
+            launch(
+                "segment_totals",
+                (len(totals), 1),
+                *(*given, *own.segments[1:], divisor, totals),
+                BLOCK=_SEGMENT,
+                **options,
+            )
+            return totals
         block, num_blocks = blocks_of(num_rows)
         totals = values.new_empty(num_problems, num_blocks)
         launch(
             "weighted_totals",
             (num_blocks, num_problems),
-            *(values.contiguous(), own.given.sides, own.numbers),
-            *(own.rates if self.divisor is None else self.divisor, totals, num_rows),
-            QUERIES=self.rows,
-            DIVIDED=self.divisor is not None,
+            *(*given, divisor, totals, num_rows),
             BLOCK=block,
+            **options,
         )
         return totals[:, 0] if num_blocks == 1 else totals.sum(1)
 
@@ -241,11 +288,11 @@ def ceil(number: int, step: int) -> int:
 
 def launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
     """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
-    getattr(_kernels(), name)[grid](*arguments, **constants, enable_fp_fusion=True)
+    getattr(_kernels(name), name)[grid](*arguments, **constants, enable_fp_fusion=True)
 
 
-def _kernels() -> Any:
-    """The module of the kernels, which imports Triton."""
-    from imbalanced_losses._ranking.cuda import kernels
+def _kernels(name: str) -> Any:
+    """The module of a kernel, which imports Triton."""
+    from imbalanced_losses._ranking.cuda import kernels, segments
 
-    return kernels
+    return segments if name.startswith("segment") else kernels

@@ -45,6 +45,8 @@ def fused_plan(
     given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...], backend: str
 ) -> _FusedRanks:
     """Soft ranks of the rows that are queries; `backend` is "auto", "dense" or "panel"."""
+    if queries.prepared.segments:
+        return FusedSegments(given, queries, among)
     if backend == "auto":
         backend = choose_fused(*given.scores.shape)
     make: type[_FusedRanks] = FusedLinear if backend == "panel" else FusedDense
@@ -142,6 +144,39 @@ class FusedDense(_FusedRanks):
             BM=sources,
             BLOCKS=max(1, _CHUNK * sources // (2 * _TILE)),
             DIVIDED=DIVIDED,
+            **kind,
+        )
+
+
+class FusedSegments(_FusedRanks):
+    """The same of problems of unequal length: each pays for its own pairs alone."""
+
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
+        super().__init__(given, queries, among)
+        own = queries.prepared
+        self._geometry = given.scores, given.sides, own.order, own.numbers, own.rates, *own.segments
+
+    def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
+        num_rows = self.given.scores.shape[1]
+        launch(
+            "segment_ranks",
+            (ceil(num_rows, 16), 1),
+            *(*self._geometry, ranks, sums, num_rows, self.given.layout.num_problems),
+            **{"BQ": 16, "BM": 64},
+            **options,
+        )
+
+    def _slopes(
+        self, slopes: list[Tensor], rest: tuple[Tensor, ...], kind: dict[str, Any], DIVIDED: bool
+    ) -> None:
+        num_rows, num_problems = self.given.scores.shape[1], self.given.layout.num_problems
+        launch(
+            "segment_slopes",
+            (ceil(num_rows, 64), 1),
+            *(*self._geometry, *slopes, *rest, num_rows, self.given.num_live, num_problems),
+            LARGEST=torch.finfo(self.given.scores.dtype).max / 2,
+            DIVIDED=DIVIDED,
+            **{"BQ": 16, "BM": 64},
             **kind,
         )
 
