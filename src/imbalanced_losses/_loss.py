@@ -23,6 +23,7 @@ from imbalanced_losses._module import arguments_of
 from imbalanced_losses._options import COMPARED, RankingOptions, RowValues, complete_signature
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
 from imbalanced_losses._ranking.budget import Budget
+from imbalanced_losses._ranking.cuda.rows import check_values
 from imbalanced_losses._rows.gather import Group, ProcessGroup, gather
 from imbalanced_losses._rows.groups import Groups
 from imbalanced_losses._rows.pool import Pool
@@ -341,7 +342,8 @@ class RankingLoss(RankingState):
         _checks.boolean("return_per_class", return_per_class)
         _checks.backend(self.backend, BACKENDS, self.gather)
         fields = values.get("sample_weight"), values.get("group"), values.get("value")
-        rows = Pool(*_checks.rows(self, logits, targets, *fields, num_grades=self._num_grades))
+        options: dict[str, Any] = {"num_grades": self._num_grades, "check": check_values}
+        rows = Pool(*_checks.rows(self, logits, targets, *fields, **options))
         if rows.group is not None and self.gather == "sums":
             raise ValueError('group must be None with gather="sums": use gather="rows"')
         self._queue.require_same_grouping(rows.group is not None)

@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import LossModule, arguments_of
+from imbalanced_losses._ranking.cuda.rows import check_values
 
 __all__ = ["CrossEntropy"]
 
@@ -109,7 +110,9 @@ class CrossEntropy(LossModule):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit.
         """
-        logits, targets, weights, *_ = _checks.rows(self, logits, targets, sample_weight)
+        logits, targets, weights, *_ = _checks.rows(
+            self, logits, targets, sample_weight, check=check_values
+        )
         if weights is None:
             weights = logits.new_ones(targets.shape)
         self._follow(logits.device)

@@ -156,9 +156,10 @@ def rows(
     value: Any = None,
     *,
     num_grades: int = 0,
+    check: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The rows of a call: logits float32 or float64, targets int64, weights and value like the
-    logits, group int64.
+    logits, group int64. Their values are checked by `row_values` or what stands for it.
     """
     logits = _logits(logits, loss.num_classes, targets)
     targets = _targets(targets, logits, loss.multilabel)
@@ -172,7 +173,7 @@ def rows(
     if loss.check_values and not logits.is_meta:
         num_labels = 2 if loss.multilabel or loss.num_classes == 1 else loss.num_classes
         labels = num_grades or num_labels, loss.ignore_index, num_grades > 0
-        row_values(targets, sample_weight, weights, *labels)
+        (check or row_values)(targets, sample_weight, weights, *labels)
     targets = targets.detach().to(torch.int64)
     if value is not None:
         value = value.detach().to(logits.dtype)

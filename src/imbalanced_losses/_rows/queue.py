@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.cuda import rows as kernels
 from imbalanced_losses._rows.checkpoint import Saved, change_tensors, unchanged_on_error
 from imbalanced_losses._rows.pool import Pool
 
@@ -103,6 +104,13 @@ class MemoryQueue:
         rows = rows._replace(logits=rows.logits.detach())
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
+        if kernels.serves(rows.logits):
+            kernels.push(rows[:5], self._stored(), self.cursor, self.pushed_at, self.ignore_index)
+            self.num_steps += is_step
+            self.is_weighted |= rows.weights is not None
+            self.is_valued |= rows.value is not None
+            self.is_grouped, self.is_used = rows.group is not None, True
+            return
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
         on_host = is_on_host(rows.logits)
         slots: Tensor | slice
