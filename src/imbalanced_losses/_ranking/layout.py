@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 # Columns from which indices that lie close together are worth another call.
 _FEW = 1 << 13
 
