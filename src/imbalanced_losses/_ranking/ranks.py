@@ -20,7 +20,7 @@ class Ranks:
         self,
         ranks: dict[Rows, Tensor],
         queries: Queries,
-        index: Any = slice(None),
+        index: Any = ...,
     ) -> None:
         self._ranks, self._queries, self._index = ranks, queries, index
 

@@ -235,11 +235,11 @@ class PreparedQueries:
         ]
         return chosen & own.layout.for_rows(self.prepared.valid)
 
-    def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor:
+    def of_problem(self, values: Tensor, index: Any = ...) -> Tensor:
         """A value [C] for each row [C, 1]."""
         return self.prepared.given.layout.for_rows(values)
 
-    def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor:
+    def of_row(self, values: Tensor, index: Any = ...) -> Tensor:
         """A value for each row [C, M]."""
         return values
 
