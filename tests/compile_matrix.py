@@ -1,7 +1,7 @@
 """torch.compile of the losses on whatever torch is installed: needs nothing but torch.
 
-`python -m tests.compile_matrix` prints a line for each configuration, and exits with 1 if any fails;
-`python -m tests.compile_matrix NDCG queue` for those whose line has these words.
+`python -m tests.compile_matrix` prints a line for each configuration, and exits with 1 if any
+fails; `python -m tests.compile_matrix NDCG queue` for those whose line has these words.
 """
 
 from __future__ import annotations

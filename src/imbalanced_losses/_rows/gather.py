@@ -183,7 +183,7 @@ def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
     ]
     rank = dist.get_rank(group.handle)
     parts[rank] = parts[rank].with_logits(own.logits)
-    fields = [*zip(*parts, strict=True)][:5]
+    fields = zip(*(part.fields() for part in parts), strict=True)
     return Pool.of(None if field[0] is None else torch.cat(field) for field in fields)
 
 
