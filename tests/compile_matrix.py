@@ -27,7 +27,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "NDCG": lambda *args, **options: NDCGLoss(*args, k=8, **options),
 }
 LENGTHS = (40, 40, 32, 25)  # the rows of each step
-MOST_GRAPHS = 3
+MOST_GRAPHS = 2
 
 
 class Configuration(NamedTuple):

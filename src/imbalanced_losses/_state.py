@@ -52,9 +52,10 @@ class RankingState(StatefulLoss):
     @temperature.setter
     def temperature(self, value: float) -> None:
         number = _checks.number_above_zero("temperature", value)
-        # For compiled code, to which a float is a constant: a new one would compile it anew.
+        # For compiled code, to which a float is a constant: a new one would compile it anew. Of a
+        # tensor [] it would make a float too, and then begin again.
         with torch.inference_mode(False):  # it outlives it
-            now = self._queue.cursor.new_full((), number, dtype=torch.float64)  # no copy
+            now = self._queue.cursor.new_full((1,), number, dtype=torch.float64)  # no copy
         self._temperature, self._temperature_now = number, now
 
     def reset_queue(self) -> None:
