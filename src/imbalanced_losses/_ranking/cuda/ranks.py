@@ -41,6 +41,8 @@ _QUERIES, _SCANNED = 1 << 4, 1 << 11
 # e^(−k·distance), k from 0 on: enough for σ to 1e-11 and 1e-16.
 _POWERS = {torch.float32: 16, torch.float64: 32}
 _DEGREES = {torch.float32: 15, torch.float64: 22}
+# What the linear kernels have been launched for.
+_LOADED: set[tuple[Any, ...]] = set()
 
 
 def fused_plan(
@@ -49,10 +51,29 @@ def fused_plan(
     """Soft ranks of the rows that are queries; `backend` is "auto", "dense" or "panel"."""
     if queries.prepared.segments:
         return FusedSegments(given, queries, among)
+    kind = given.scores.dtype, given.scores.device, queries.rows, among
     if backend == "auto":
-        backend = choose_fused(*given.scores.shape)
-    make: type[_FusedRanks] = FusedLinear if backend == "panel" else FusedDense
-    return make(given, queries, among)
+        num_problems, num_rows = given.scores.shape
+        backend = choose_fused(num_problems, num_rows)
+        if backend == "dense" and _is_for_a_graph(kind):
+            backend = choose_fused(num_problems, num_rows, is_captured=True)
+    if backend != "panel":
+        return FusedDense(given, queries, among)
+    _LOADED.add(kind)
+    return FusedLinear(given, queries, among)
+
+
+def _is_for_a_graph(kind: tuple[Any, ...]) -> bool:
+    """Whether calls are captured, or rehearse that on a stream of their own.
+
+    What no rehearsal has loaded can't be captured.
+    """
+    device = kind[1]
+    if device.type != "cuda":
+        return False
+    if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        return False
+    return kind in _LOADED or not torch.cuda.is_current_stream_capturing()
 
 
 class _FusedRanks:
