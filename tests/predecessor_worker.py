@@ -79,7 +79,8 @@ def main(folder: str, cases_file: str, results_file: str) -> None:
     torch.set_num_threads(1)
     cases = torch.load(cases_file, weights_only=True)
     results = [
-        run_case(getattr(imbalanced_losses, case.get("loss", "SmoothAPLoss")), case) for case in cases
+        run_case(getattr(imbalanced_losses, case.get("loss", "SmoothAPLoss")), case)
+        for case in cases
     ]
     torch.save(results, results_file)
 
