@@ -18,14 +18,3 @@ def sigmoids(out, rounds, BLOCK: tl.constexpr):
         total += tl.where(x >= 0, inverse, small * inverse)
         x += 1e-3
     tl.store(out + index, total)
-
-
-@triton.jit
-def polynomials(out, rounds, BLOCK: tl.constexpr):
-    """out[i] = 1 + x + x² + … (rounds powers), x = i·10⁻⁹: float64, as the panels are evaluated."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = index.to(tl.float64) * 1e-9
-    value = tl.full([BLOCK], 1.0, dtype=tl.float64)
-    for _ in range(rounds):
-        value = value * x + 1.0
-    tl.store(out + index, value)

@@ -41,15 +41,15 @@ CROSSING_SIZES = tuple(1 << power for power in range(12, 18))
 PEER_SIZES = tuple(1 << power for power in range(10, 20))
 GOALS = ((1 << 20, "eager_ms", 1.0), (4096, "graph_ms", 0.1))
 
-# What one row costs. Dense: scores and labels in, the gradient out. Linear: beside them a place
-# (float64) and a panel (int32), a radix sort of four passes over panels and row numbers (int64),
-# the gather by row number of places and two columns for moments, twice, and the evaluation of four
-# sums (float64) and of two slopes.
-BYTES_OF_A_ROW = {"dense": 4 + 1 + 4, "panel": 9 + 12 + 96 + 2 * 2 * 20 + 4 * 21 + 2 * 20}
-# Sigmoids of a pair of a positive and a row, once for ranks and once for slopes; multiply-adds of a
-# row and coefficient, twice two moments (a product and a sum) and two sums, at ten coefficients.
+# What one row costs. Dense: scores and labels in, the gradient out. Linear: beside them scores,
+# sides and order made ready, a radix sort of four passes over scores and row numbers (int64), and
+# four kernels that read a score, its row and its side in this order; σ′ sums out and in.
+BYTES_OF_A_ROW = {"dense": 4 + 1 + 4, "panel": 9 + 13 + 96 + 4 * 16 + 16}
+# Sigmoids of a pair of a positive and a row, once for ranks and once for slopes; linear, those of
+# a block alone, and of each row three times 32 exponentials, half a sigmoid each.
 SIGMOIDS_OF_A_PAIR = 2
-MULTIPLY_ADDS_OF_A_ROW = 10 * (2 * 2 * 2 + 2)
+ROWS_OF_A_BLOCK = 256
+SIGMOIDS_OF_A_ROW = 48
 
 
 class Series(NamedTuple):
@@ -124,13 +124,14 @@ def with_bounds(row: Row, rates: Row) -> Row:
         return row
     rows = int(row["num_rows"]) + int(row["queue_size"] or 0)
     scores = rows * int(row["num_classes"])
+    positives = scores * float(row["positive_rate"])
     if row["backend"] == "dense":
-        positives = scores * float(row["positive_rate"])
         if int(row["num_classes"]) > 1:
             positives = rows  # one class is positive in each row
-        operations = SIGMOIDS_OF_A_PAIR * positives * rows / rates["sigmoids_per_s"]
+        sigmoids = SIGMOIDS_OF_A_PAIR * positives * rows
     else:
-        operations = MULTIPLY_ADDS_OF_A_ROW * scores / rates["multiply_adds_per_s"]
+        sigmoids = SIGMOIDS_OF_A_PAIR * positives * ROWS_OF_A_BLOCK + SIGMOIDS_OF_A_ROW * scores
+    operations = sigmoids / rates["sigmoids_per_s"]
     moved = BYTES_OF_A_ROW[row["backend"]] * scores / rates["bytes_per_s"]
     return row | {"bytes_bound_ms": 1e3 * moved, "operations_bound_ms": 1e3 * operations}
 

@@ -31,7 +31,7 @@ def assert_sound(loss_fn: SmoothAPLoss) -> None:
     """The queue holds rows that may be there, and nothing else."""
     queue = loss_fn._queue
     assert 0 <= int(queue.cursor) < max(1, queue.size), f"cursor {queue.cursor}"
-    logits, targets, weights, _ = queue.slots()
+    logits, targets, weights, *_ = queue.slots()
     assert weights is not None
     assert weights.shape == targets.shape
     assert bool(logits.isfinite().all()), "a row that is not finite is in the queue"

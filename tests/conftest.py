@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from imbalanced_losses._checks import tracing
 from imbalanced_losses._ranking import PLANS
+from imbalanced_losses._ranking.cuda import prepared
 from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from imbalanced_losses._ranking.panels.panels import PRECISIONS
 from tests.ranks import Ranks
@@ -110,6 +111,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     pytest.importorskip("triton", minversion="3.2")
     if torch.cuda.is_available():
         return "cuda"
-    monkeypatch.setattr(kernel_ranks, "DEVICES", ("cpu",))
+    monkeypatch.setattr(prepared, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernel_ranks, "_PROGRAMS", 1)  # few and large: each is slow here
+    monkeypatch.setattr(kernel_ranks, "_ROWS", 64)
     monkeypatch.setattr(tracing, "HOSTS", ())
     return "cpu"

@@ -20,8 +20,18 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
+from imbalanced_losses import (
+    CrossEntropy,
+    MixedLoss,
+    NDCGLoss,
+    PartialAUCLoss,
+    RecallAtFPRLoss,
+    RecallAtKLoss,
+    SmoothAPLoss,
+)
+from imbalanced_losses._loss import RankingLoss
+from imbalanced_losses._ranking import Problems, Ranks
+from imbalanced_losses._ranking.cuda import prepared
 from tests.cases import seeded
 
 FAR = "far"
@@ -38,7 +48,9 @@ WAITS = {
     "equal",
     "repeat_interleave",
 }
-Loss = SmoothAPLoss | MixedLoss
+# They compute nothing.
+NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "_reshape_alias")
+Loss = RankingLoss | MixedLoss
 CLASSES = (1, 10, 100)
 ROWS, STEPS = 60, 3
 
@@ -74,6 +86,7 @@ class Crossings(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.launches: list[str] = []
         Crossings.now = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +100,9 @@ class Crossings(TorchDispatchMode):
         if kwargs.get("device") is not None:
             is_far = torch.device(kwargs["device"]).type == FAR
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        self._note(name, args, bool(far), is_far)
+        self._note(name, args, kwargs, bool(far), is_far)
+        if is_far and not func.is_view and not name.startswith(NO_LAUNCH):
+            self.launches.append(name)
         if name != "copy_" and far and any(t.dim() for t in tensors if type(t) is Tensor):
             raise RuntimeError(f"{name}: tensors of the host beside tensors of the device")
         own = {id(tensor.near): tensor for tensor in far}  # what is written in place stays itself
@@ -102,12 +117,14 @@ class Crossings(TorchDispatchMode):
         )
         return tree_map(wrapped, func(*near_args, **near_kwargs))
 
-    def _note(self, name: str, args: Any, was_far: bool, is_far: bool) -> None:
+    def _note(self, name: str, args: Any, kwargs: Any, was_far: bool, is_far: bool) -> None:
         if name == "copy_":
             is_far, was_far = (isinstance(tensor, FarTensor) for tensor in args[:2])
         if name in ("copy_", "_to_copy"):
             if was_far != is_far:
                 self.found.append("to the device" if is_far else "to the host")
+            return
+        if name == "repeat_interleave" and kwargs.get("output_size") is not None:
             return
         has_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype == torch.bool for index in args[1]
@@ -127,18 +144,39 @@ def tolist(tensor: Tensor) -> Any:
 _tolist = Tensor.tolist
 
 
+class Recall(RankingLoss):
+    """Of the first 100 rows: a metric whose slopes autograd takes."""
+
+    def metric(self, problems: Problems) -> Tensor:
+        budget = problems.mass("all") / 100
+
+        def worth(ranks: Ranks) -> Tensor:
+            own = ranks.of_problem(budget)
+            return torch.sigmoid((own - ranks.among("all")) / (0.25 * own))
+
+        return problems.ranked_mean(worth)
+
+
 class NoKernels:
-    """Stands in for the kernels, and notes which are launched."""
+    """Stands in for the kernels, which are launched as well."""
 
-    def __init__(self) -> None:
-        self.launched: set[str] = set()
+    def __getattr__(self, name: str) -> Any:
+        Crossings.now.launches.append(name)
+        return _NoKernel(name)
 
-    def __getattr__(self, name: str) -> NoKernels:
-        self.launched.add(name)
-        return self
+
+class _NoKernel:
+    """Finds all values good, and computes nothing else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **__: None
+        return self
+
+    def __call__(self, *arguments: Any, **_: Any) -> None:
+        if self.name == "check_rows":
+            arguments[3].near.fill_(True)
 
 
 def losses_of(num_classes: int) -> dict[str, Loss]:
@@ -152,8 +190,15 @@ def losses_of(num_classes: int) -> dict[str, Loss]:
         "spread": SmoothAPLoss(**queue, **shift),
         "prior": SmoothAPLoss(**queue, target_prior=[0.01] * num_classes),
         "mixed": MixedLoss(CrossEntropy(num_classes), SmoothAPLoss(**queue), main_weight=0.5),
+        "recall": Recall(**queue),
         "capped": SmoothAPLoss(num_classes, 0, 0.1, max_pool_size=40),
         "linear": SmoothAPLoss(**queue),
+        "groups": SmoothAPLoss(**queue),
+        "values": SmoothAPLoss(**queue),
+        "recall at k": RecallAtKLoss(k=0.1, **queue),
+        "recall at FPR": RecallAtFPRLoss(max_fpr=0.1, **queue),
+        "partial AUC": PartialAUCLoss(max_fpr=0.1, **queue),
+        "NDCG": NDCGLoss(num_classes, k=9, queue_size=64, multilabel=num_classes > 1),
     }
 
 
@@ -173,31 +218,41 @@ def main() -> None:
     """What the last of some steps sends, for every configuration."""
     backend_registration._setup_privateuseone_for_python_backend(FAR)
     Tensor.tolist = tolist  # type: ignore[method-assign,assignment]
-    kernel_ranks.DEVICES = (FAR,)
-    kernel_ranks._has_triton = lambda: True
+    prepared.DEVICES = (FAR,)
+    prepared._has_triton = lambda: True
     for num_classes, checked, weighted in itertools.product(CLASSES, (False, True), (False, True)):
-        SmoothAPLoss.check_values = CrossEntropy.check_values = checked
+        RankingLoss.check_values = CrossEntropy.check_values = checked
         for name, loss_fn in losses_of(num_classes).items():
-            SmoothAPLoss.backend = "panel" if name == "linear" else "dense"
+            RankingLoss.backend = "panel" if name == "linear" else "dense"
             case = {"loss": name, "classes": num_classes, "checked": checked, "weighted": weighted}
-            print(json.dumps(case | crossings_of(loss_fn, weighted)))
+            print(json.dumps(case | crossings_of(name, loss_fn, weighted)))
 
 
-def crossings_of(loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
-    """{"forward": …, "backward": …, "kernels": …} of the last step."""
+def fields_of(name: str, weights: Tensor) -> dict[str, Tensor]:
+    """What a loss of `losses_of` is called with beside weights."""
+    if name == "groups":
+        return {"group": (9 * weights).long()}
+    return {"value": weights} if name == "values" else {}
+
+
+def crossings_of(name: str, loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
+    """{"forward": …, "backward": …, "launches": …} of the last step."""
     ranking = loss_fn.main_loss if isinstance(loss_fn, MixedLoss) else loss_fn
-    kernels = NoKernels()
-    kernel_ranks._kernels = lambda: kernels
+    prepared._kernels = lambda name: NoKernels()
     with Crossings() as crossings:
         for logits, targets, weights in batches(ranking.num_classes, ranking.multilabel):
             leaf, labels = logits.to(FAR).requires_grad_(), targets.to(FAR)
-            options = {"sample_weight": weights.to(FAR)} if is_weighted else {}
-            crossings.found = []
+            given = fields_of(name, weights) | ({"sample_weight": weights} if is_weighted else {})
+            options = {name: field.to(FAR) for name, field in given.items()}
+            crossings.found, crossings.launches = [], []
             loss = loss_fn(leaf, labels, **options)
             forward, crossings.found = crossings.found, []
             loss.backward()
-    found = {"forward": forward, "backward": crossings.found}
-    return found | {"kernels": sorted(kernels.launched)}
+    return {
+        "forward": forward,
+        "backward": crossings.found,
+        "launches": crossings.launches,
+    }
 
 
 if __name__ == "__main__":

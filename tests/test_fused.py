@@ -9,13 +9,22 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import CrossEntropy, SmoothAPLoss
+from imbalanced_losses import (
+    CrossEntropy,
+    NDCGLoss,
+    PartialAUCLoss,
+    RecallAtFPRLoss,
+    RecallAtKLoss,
+    SmoothAPLoss,
+)
+from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._ranking.choose import choose_fused
 from imbalanced_losses.functional import smooth_ap
 from tests import far_device
@@ -236,6 +245,62 @@ def test_a_loss_is_that_of_the_host(
     torch.testing.assert_close(own_state, state)
 
 
+FAMILY: dict[str, Callable[..., RankingLoss]] = {
+    "AP": partial(SmoothAPLoss, 2),
+    "AP, spread and prior": partial(
+        SmoothAPLoss, 2, temperature_unit="spread", target_prior=[0.1, 0.2]
+    ),
+    "AP of labels": partial(SmoothAPLoss, 2, multilabel=True),
+    "recall at k": partial(RecallAtKLoss, 1, 2),
+    "recall at FPR": partial(RecallAtFPRLoss, 1, 0.4),
+    "partial AUC": partial(PartialAUCLoss, 1, 0.4),
+    "NDCG": partial(NDCGLoss, k=4),
+}
+
+
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["one group", "groups"])
+@pytest.mark.parametrize("loss", FAMILY.values(), ids=FAMILY)
+def test_the_family_is_that_of_the_host(
+    loss: Callable[..., RankingLoss],
+    is_grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """With weights, values and a queue."""
+    monkeypatch.setattr(RankingLoss, "backend", "dense")
+
+    def trained(device: str) -> tuple[list[Tensor], dict[str, Any]]:
+        loss_fn, found, generator = loss(queue_size=9, temperature=0.3), [], seeded(0)
+        num_classes, num_labels = loss_fn.num_classes, loss_fn._num_labels()
+        for _ in range(2):
+            shape = (24, num_classes)
+            leaf = torch.randn(shape, generator=generator).to(device).requires_grad_()
+            targets = torch.randint(
+                0,
+                min(num_labels, 4),
+                shape if loss_fn.multilabel else shape[:1],
+                generator=generator,
+            )
+            targets[1] = IGNORED
+            weights, value = torch.rand(2, 24, generator=generator)
+            group = torch.randint(-3, 0, (24,), generator=generator)
+            given = {"sample_weight": weights, "value": value}
+            given |= {"group": group} if is_grouped else {}
+            given = {name: field.to(device) for name, field in given.items()}
+            value_of_loss = loss_fn(leaf, targets.to(device), **given)
+            value_of_loss.backward()
+            assert leaf.grad is not None
+            found += [value_of_loss.detach().cpu(), leaf.grad.cpu()]
+        return found, state_of(loss_fn.cpu())
+
+    expected, state = trained("cpu")
+    assert 0 < expected[0] < 1
+    got, own_state = trained(request.getfixturevalue("device"))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own_state, state)
+
+
 @pytest.fixture(scope="module")
 def crossings() -> list[dict[str, Any]]:
     """What a training step sends between host and device: a row a configuration."""
@@ -246,7 +311,20 @@ def crossings() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-DENSE, LINEAR = {"rank_sums", "source_slopes"}, {"panel_moments", "panel_totals", "panel_values"}
+DENSE = {"label_rows", "prepare", "soft_ranks", "score_slopes", "weighted_totals"}
+LINEAR = {"label_rows", "prepare", "block_moments", "far_ranks", "far_slopes"}
+SEGMENTS = {"label_rows", "segment_facts", "segment_ranks", "segment_slopes", "segment_totals"}
+# Kernels, copies and fills of a step, with values unchecked: of one class, and of several.
+MOST_LAUNCHES = {
+    "plain": (20, 24),
+    "queue": (24, 28),
+    "labels": (24, 28),
+    "recall": (36, 40),
+    "recall at k": (40, 46),
+    "recall at FPR": (40, 46),
+    "partial AUC": (64, 72),
+    "groups": (64, 72),
+}
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["values unchecked", "values checked"])
@@ -258,22 +336,25 @@ def test_a_step_on_a_device(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Nothing is copied to the device; one value is read for each loss that checks some, none
-    otherwise, and one more of a linear pool; a cap on the pool reads some, whatever the classes.
+    otherwise; a cap on the pool reads some, whatever the classes.
+    Launches are few: each costs more than the arithmetic of a small pool.
     """
     rows = [row for row in crossings if (row["classes"], row["checked"]) == (num_classes, checked)]
-    assert len(rows) == 16
+    assert len(rows) == 30
     record_property("cases", len(rows))
     for row in rows:
         expected = ["_local_scalar_dense"] * checked
-        if row["loss"] == "mixed":
+        if row["loss"] in ("mixed", "values"):
             expected *= 2
-        elif row["loss"] == "linear":
-            expected.append("to the host")
         elif row["loss"] == "capped":
             expected += ["_local_scalar_dense", "nonzero", "to the device", "_unique2"]
         assert row["forward"] == expected, row
         assert row["backward"] == [], row
-        assert set(row["kernels"]) == (LINEAR if row["loss"] == "linear" else DENSE)
+        kernels = {"linear": LINEAR, "groups": SEGMENTS, "NDCG": DENSE - {"label_rows"}}
+        assert set(row["launches"]) >= kernels.get(row["loss"], DENSE)
+        if row["loss"] in MOST_LAUNCHES:
+            most = MOST_LAUNCHES[row["loss"]][num_classes > 1] + 3 * (checked + row["weighted"])
+            assert len(row["launches"]) <= most, row
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -286,24 +367,94 @@ def test_choice_by_rows_alone() -> None:
     assert choose_fused(1, 1 << 20) == choose_fused(100, 16384) == "panel"
 
 
+OF_PLAN, IN_ORDER = "*{f} *{f} *i32 *i32 *{f}", "*{f} *{f} *i64 *i32 *{f}"
+POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 256}
 SIGNATURES = {
-    "rank_sums": (
-        "*{f} *{f} *u8 *i32 *i32 *{f} *fp64 i32 i32 i32 i32",
-        {"WEIGHTED": True, "WITH_SLOPES": True, "BQ": 16, "BM": 64, "CHUNK": 512},
+    "block_facts": ("*u8 *{f} *fp64 i32 i32 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
+    "prepare": (
+        "*{f} *u8 *{f} *{f} *fp64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32" * 8,
+        {
+            "WEIGHTED": True,
+            "FIXED": True,
+            "ONE_SIDED": False,
+            "SMALLEST": 1e-19,
+            "LARGEST": 1e38,
+            "BLOCK": 4096,
+        }
+        | {"LARGEST": 1e38, "BLOCKS": 32},
     ),
-    "source_slopes": (
-        "*{f} *{f} *u8 *i32 *i32 *{f} *{f} *{f} *fp64 i32 i32 i32 i32",
-        {"WEIGHTED": True, "BQ": 16, "BM": 64, "BLOCKS": 16},
+    "soft_ranks": (
+        OF_PLAN + " *{f} *fp64 i32",
+        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
+        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64, "CHUNK": 512},
     ),
-    "panel_moments": (
-        "*i64 *fp64 *{f} *i64 *i64 *i64 *fp64 i32 i32 i32",
-        {"DEGREE": 10, "ROWS": 128},
+    "score_slopes": (
+        OF_PLAN + " *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
+        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64, "BLOCKS": 16},
     ),
-    "panel_totals": ("*fp64 *i64 *fp64 i32 i32", {"DEGREE": 10, "BLOCK": 128}),
-    "panel_values": (
-        "*i32 *fp64 *u8 *fp64 *fp64 i32 i32",
-        {"MASKED": True, "DEGREE": 10, "BLOCK": 256},
+    "weighted_totals": (
+        "*{f} *{f} *i32 *{f} *{f} i32",
+        {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 4096},
     ),
+    "check_rows": ("*i64 *{f} *{f} *u8 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
+    "label_rows": (
+        "*i64 *{f} *u8 *{f}" + " i32" * 6,
+        {"WEIGHTED": True, "BY_CLASS": True, "BY_LABEL": False, "BLOCK": 4096},
+    ),
+    "choose_rows": (
+        "*{f} *i64 *{f} *u8 *i32 *i64 *i64 *i64" + " i32" * 11,
+        {"WEIGHTED": True, "BLOCK": 32, "COLUMNS": 32},
+    ),
+    "store_rows": (
+        "*{f} *i64 *{f} *{f} *i64 *u8 *i32 *i64 *{f} *i64 *{f} *{f} *i64 *i64 *i64" + " i32" * 13,
+        {"WEIGHTED": True, "VALUED": True, "GROUPED": True, "BLOCK": 32, "COLUMNS": 32}
+        | {"BLOCKS": 64},
+    ),
+    "segment_facts": (
+        "*{f} *u8 *{f} *{f} *i64 *i64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32" * 4,
+        {"WEIGHTED": True, "FIXED": True, "ONE_SIDED": False, "SMALLEST": 1e-19, "LARGEST": 1e38}
+        | {"BLOCK": 512},
+    ),
+    "segment_ranks": (
+        OF_PLAN + " *i64 *i64 *i64 *{f} *fp64 i32 i32",
+        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
+        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64},
+    ),
+    "segment_slopes": (
+        OF_PLAN + " *i64 *i64 *i64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
+        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64},
+    ),
+    "segment_totals": (
+        "*{f} *{f} *i32 *i64 *i64 *{f} *{f}",
+        {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 512},
+    ),
+    "block_moments": (
+        "*{f} *{f} *{f} " + IN_ORDER + " *i32 *i32 *fp64 i32",
+        {"QUERIES": "positives", "SLOPES": True, "ALL": True, "POSITIVES": True}
+        | {"NEGATIVES": False, "WEIGHS": True, "STEP": 64}
+        | POWERS,
+    ),
+    "scan_blocks": ("*fp64 *{f} *{f} i32 i32", POWERS | {"CHUNK": 1024}),
+    "far_ranks": (
+        IN_ORDER + " *i32 *i32 *fp64 *fp64 *{f} *fp64 i32",
+        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
+        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64}
+        | POWERS,
+    ),
+    "far_slopes": (
+        IN_ORDER + " *i32 *i32 *fp64 *fp64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
+        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64}
+        | POWERS,
+    ),
+}
+VARIANTS = {
+    "block_moments": [{}, {"SLOPES": False}],
+    "prepare": [{}, {"BLOCKS": 1, "FIXED": False, "WEIGHTED": False}],
+    "soft_ranks": [{}, {"BQ": 4, "BM": 256}, {"BQ": 1, "BM": 1024, "CHUNK": 1024}],
+    "score_slopes": [{}, {"BQ": 64, "BM": 16, "BLOCKS": 4}, {"BQ": 256, "BM": 4, "BLOCKS": 1}],
 }
 
 COMPILE = """
@@ -312,29 +463,37 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from imbalanced_losses._ranking.cuda import kernels
+from imbalanced_losses._ranking.cuda import kernels, segments
 
 for name, types, constants in json.loads(sys.argv[1]):
-    kernel = getattr(kernels, name)
-    names = [n for n in kernel.arg_names if n not in constants or n == "splits"]
+    kernel = getattr(segments if name.startswith("segment") else kernels, name)
+    names = [n for n in kernel.arg_names if n not in constants]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"], name
     assert "atom" not in compiled.asm["ptx"] and ".local" not in compiled.asm["ptx"], name
+    print(name, constants.get("BQ"), compiled.metadata.shared, len(compiled.asm["ptx"]))
 """
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_kernels_compile_without_atomics_and_spills(dtype: str) -> None:
-    """For a device of compute capability 9.0, which needs none; also of one split, a constant."""
+    """For a device of compute capability 9.0, which needs none; also small tiles."""
     variants = [
         (name, types.format(f=dtype).split(), constants | own)
         for name, (types, constants) in SIGNATURES.items()
-        for own in ([{}, {"splits": 1}] if "i32 i32 i32 i32" in types else [{}])
+        for own in VARIANTS.get(name, [{}])
     ]
-    assert len(variants) == 7
+    variants = [
+        (
+            name,
+            types,
+            constants | {"POWERS": 32} if "POWERS" in constants and dtype == "fp64" else constants,
+        )
+        for name, types, constants in variants
+    ]
     command = [sys.executable, "-c", COMPILE, json.dumps(variants)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=_environment_of_compilers()
@@ -407,17 +566,18 @@ def test_how_often_a_step_waits(
     num_classes: int, checked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `test_a_step_on_a_device` says, told by CUDA."""
-    for kind in (SmoothAPLoss, CrossEntropy):
+    for kind in (RankingLoss, CrossEntropy):
         monkeypatch.setattr(kind, "check_values", checked)
     for name, loss_fn in far_device.losses_of(num_classes).items():
-        monkeypatch.setattr(SmoothAPLoss, "backend", "panel" if name == "linear" else "dense")
+        monkeypatch.setattr(RankingLoss, "backend", "panel" if name == "linear" else "dense")
         batches = far_device.batches(num_classes, name == "labels")
-        for logits, targets, _ in batches:
+        for logits, targets, weights in batches:
             leaf, labels = logits.cuda().requires_grad_(), targets.cuda()
-            loss, of_forward = waiting(lambda: loss_fn(leaf, labels))  # noqa: B023
+            fields = far_device.fields_of(name, weights.cuda())
+            loss, of_forward = waiting(lambda: loss_fn(leaf, labels, **fields))  # noqa: B023
             _, of_backward = waiting(loss.backward)
         if name != "capped":
-            assert of_forward == checked * (1 + (name == "mixed")) + (name == "linear"), name
+            assert of_forward == checked * (1 + (name in ("mixed", "values"))), name
         assert of_backward == 0, name
 
 

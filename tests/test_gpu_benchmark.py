@@ -21,7 +21,6 @@ RATES = {
     "device": "Made Up 3000 (80 GB)",
     "bytes_per_s": 3e12,
     "sigmoids_per_s": 1e12,
-    "multiply_adds_per_s": 1e13,
 }
 
 
@@ -75,7 +74,7 @@ def test_a_series_of_ours(series: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["eager_ms"] > 0
         is_linear = series == "ours, panel"
         assert row["backend"] == ("panel" if is_linear else "dense")
-        assert (row["graph_ms"] == "") == is_linear
+        assert row["graph_ms"] != ""
         assert set(row) <= set(gpu.COLUMNS)
 
 
@@ -115,7 +114,7 @@ def test_every_series_has_a_worker_and_the_sizes_of_the_goals() -> None:
 
 def test_rates() -> None:
     found = _gpu_worker.rates(StandIn(), 1 << 12, programs=1, rounds=2)
-    assert set(found) == {"bytes_per_s", "sigmoids_per_s", "multiply_adds_per_s"}
+    assert set(found) == {"bytes_per_s", "sigmoids_per_s"}
     assert all(rate > 0 for rate in found.values())
 
 
@@ -128,10 +127,6 @@ def test_the_loops_compute_what_they_claim() -> None:
     _gpu_rates.sigmoids[(2,)](out, 3, BLOCK=32, enable_fp_fusion=True)
     expected = sum(torch.sigmoid(1e-6 * x + 1e-3 * r) for r in range(3))
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-6, atol=0)
-    wide = torch.empty(64, dtype=torch.float64, device=device)
-    _gpu_rates.polynomials[(2,)](wide, 3, BLOCK=32, enable_fp_fusion=True)
-    expected = 1 + 1e-9 * x * (1 + 1e-9 * x * (1 + 1e-9 * x))
-    torch.testing.assert_close(wide.cpu(), expected, rtol=1e-15, atol=0)
 
 
 def row(series: str, num_rows: int, eager_ms: float | str, **more: Any) -> dict[str, Any]:
@@ -147,8 +142,9 @@ def test_bounds() -> None:
     assert dense["operations_bound_ms"] == pytest.approx(2 * 409.6 * 4096 / 1e12 * 1e3)
     linear = gpu.with_bounds(row("ours, panel", 1 << 20, 0.1, num_classes=3), RATES)
     scores = 3 * (1 << 20)
-    assert linear["bytes_bound_ms"] == pytest.approx(scores * 321 / 3e12 * 1e3)
-    assert linear["operations_bound_ms"] == pytest.approx(scores * 100 / 1e13 * 1e3)
+    assert linear["bytes_bound_ms"] == pytest.approx(scores * 198 / 3e12 * 1e3)
+    sigmoids = scores * (48 + 2 * 0.1 * 256)
+    assert linear["operations_bound_ms"] == pytest.approx(sigmoids / 1e12 * 1e3)
     case = {"num_classes": 10, "queue_size": 1024, "backend": "dense"}
     classes = gpu.with_bounds(row("ours, loss", 3072, 1, **case), RATES)
     assert classes["operations_bound_ms"] == pytest.approx(2 * 4096 * (4096 / 1e12) * 1e3)

@@ -15,7 +15,12 @@ from imbalanced_losses._ranking.plan import Listed
 from imbalanced_losses._ranking.ragged import parts_of
 from tests.cases import seeded
 
-LENGTHS = {"unequal": [5, 1, 40, 3, 7, 300, 41, 6], "equal": [20, 20, 20], "one": [30]}
+LENGTHS = {
+    "unequal": [5, 1, 40, 3, 7, 300, 41, 6],
+    "equal": [20, 20, 20],
+    "one": [30],
+    "some empty": [0, 21, 0, 0, 9, 0],
+}
 
 
 def partial_auc(problems: Problems, limits: Tensor, values: Tensor) -> Tensor:
@@ -35,7 +40,16 @@ METRICS: dict[str, Callable[[Problems, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "dense", "panel"])
+WAYS: dict[str, tuple[Backend, bool]] = {
+    "auto": ("auto", False),
+    "dense": ("dense", False),
+    "panel": ("panel", False),
+    "kernels": ("dense", True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -43,26 +57,17 @@ def test_each_problem_is_what_it_is_by_itself(
     lengths: list[int],
     metric: Callable[[Problems, Tensor, Tensor], Tensor],
     is_weighted: bool,
-    backend: Backend,
+    way: tuple[Backend, bool],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Value, validity, and the slopes in scores and in a temperature for each."""
+    backend, has_kernels = way
     size, generator = sum(lengths), seeded(0)
     scores = torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
     is_positive = torch.rand(size, generator=generator) < 0.3
     values, weights = torch.rand(2, size, generator=generator, dtype=torch.float64)
     tau = (0.1 + torch.rand(len(lengths), generator=generator).double()).requires_grad_()
     limits = torch.arange(1.0, len(lengths) + 1, dtype=torch.float64)
-    own = weights if is_weighted else None
-    together = Problems(
-        scores[None],
-        tau,
-        is_positive[None],
-        None if own is None else own[None],
-        lengths=torch.tensor(lengths),
-        backend=backend,
-    )
-    found = metric(together, limits, values[None])
-
     alone, valid = [], []
     for c, rows in enumerate(torch.arange(size).split(lengths)):
         problems = Problems(
@@ -74,15 +79,25 @@ def test_each_problem_is_what_it_is_by_itself(
         alone.append(metric(problems, limits[c : c + 1], values[None, rows]))
         valid.append(problems.valid)
     expected = torch.cat(alone)
-    assert together.valid.equal(torch.cat(valid))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     pull = torch.rand(len(lengths), generator=generator).double()
-    for one, other in zip(
-        torch.autograd.grad(found @ pull, (scores, tau)),
-        torch.autograd.grad(expected @ pull, (scores, tau)),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    slopes = torch.autograd.grad(expected @ pull, (scores, tau))
+
+    device = request.getfixturevalue("device") if has_kernels else "cpu"
+    given = [one.detach().to(device).requires_grad_() for one in (scores, tau)]
+    together = Problems(
+        given[0][None],
+        given[1],
+        is_positive[None].to(device),
+        weights[None].to(device) if is_weighted else None,
+        lengths=torch.tensor(lengths, device=device),
+        backend=backend,
+    )
+    found = metric(together, limits.to(device), values[None].to(device))
+    own = torch.autograd.grad(found @ pull.to(device), given)
+    assert together.valid.cpu().equal(torch.cat(valid))
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-12, atol=1e-14)
+    for one, other in zip(own, slopes, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-10, atol=1e-13)
 
 
 def test_rectangles_hold_every_row_once_and_little_else() -> None:

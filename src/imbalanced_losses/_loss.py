@@ -23,6 +23,7 @@ from imbalanced_losses._module import arguments_of
 from imbalanced_losses._options import COMPARED, RankingOptions, RowValues, complete_signature
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
 from imbalanced_losses._ranking.budget import Budget
+from imbalanced_losses._ranking.cuda.rows import check_values
 from imbalanced_losses._rows.gather import Group, ProcessGroup, gather
 from imbalanced_losses._rows.groups import Groups
 from imbalanced_losses._rows.pool import Pool
@@ -196,7 +197,7 @@ class RankingLoss(RankingState):
         groups = None if pool.group is None else Groups.of(pool.group)
         losses, valid = self._per_class(self._problems(pool, processes, groups))
         if groups is not None and batch.group is not None:
-            losses, valid = groups.mean(losses, valid, batch.group)
+            losses, valid = groups.mean(losses, valid, batch.group, self.num_classes)
         self._remember(batch)
         loss = reduce_valid(losses, valid, self.reduction)
         return (loss, mark_invalid(losses, valid), valid) if return_per_class else loss
@@ -249,7 +250,7 @@ class RankingLoss(RankingState):
         metric, budget = 1 - self._per_class(problems).losses, self._budget(problems)
         means = None
         if groups is not None and batch.group is not None:
-            means = partial(groups.mean, live=batch.group)
+            means = partial(groups.mean, live=batch.group, num_classes=self.num_classes)
         return _diagnosed(problems, metric, budget, in_batch, self._queue.ages(), means)
 
     def metric(self, problems: Problems) -> Tensor:
@@ -341,7 +342,8 @@ class RankingLoss(RankingState):
         _checks.boolean("return_per_class", return_per_class)
         _checks.backend(self.backend, BACKENDS, self.gather)
         fields = values.get("sample_weight"), values.get("group"), values.get("value")
-        rows = Pool(*_checks.rows(self, logits, targets, *fields, num_grades=self._num_grades))
+        options: dict[str, Any] = {"num_grades": self._num_grades, "check": check_values}
+        rows = Pool(*_checks.rows(self, logits, targets, *fields, **options))
         if rows.group is not None and self.gather == "sums":
             raise ValueError('group must be None with gather="sums": use gather="rows"')
         self._queue.require_same_grouping(rows.group is not None)

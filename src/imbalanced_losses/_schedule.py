@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_in_backward
+from imbalanced_losses._checks.training import temperature_schedule
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import StatefulLoss
 from imbalanced_losses._options import RowValues
@@ -44,7 +45,7 @@ class Schedule(NamedTuple):
             weight,
             _checks.integer("warmup_steps", warmup_steps, minimum=0),
             _checks.integer("blend_steps", blend_steps, minimum=0),
-            _checks.maybe(_checks.temperature_schedule, "temperature", temperature),
+            _checks.maybe(temperature_schedule, "temperature", temperature),
         )
         if weight == 1 and schedule.warmup_steps == schedule.blend_steps == 0:
             raise ValueError(

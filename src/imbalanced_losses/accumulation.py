@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from imbalanced_losses._checks import arguments as _checks
+from imbalanced_losses._checks import training as _checks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

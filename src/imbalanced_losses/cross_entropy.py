@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._module import LossModule, arguments_of
+from imbalanced_losses._ranking.cuda.rows import check_values
 
 __all__ = ["CrossEntropy"]
 
@@ -79,7 +80,9 @@ class CrossEntropy(LossModule):
         super().__init__()
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=1)
         self.multilabel = _checks.boolean("multilabel", multilabel)
-        self.ignore_index = _checks.ignore_index(ignore_index, self.multilabel or num_classes == 1)
+        self.ignore_index = _checks.ignore_index(
+            ignore_index, 2 if self.multilabel or num_classes == 1 else 0
+        )
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
         # On the device of the module or a batch.
         self.class_weight = _checks.maybe(
@@ -107,7 +110,9 @@ class CrossEntropy(LossModule):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a shape or a value that does not fit.
         """
-        logits, targets, weights, *_ = _checks.rows(self, logits, targets, sample_weight)
+        logits, targets, weights, *_ = _checks.rows(
+            self, logits, targets, sample_weight, check=check_values
+        )
         if weights is None:
             weights = logits.new_ones(targets.shape)
         self._follow(logits.device)

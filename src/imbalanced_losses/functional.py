@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -396,10 +397,10 @@ def _of(
     metric: Callable[[Problems], Tensor], problems: Problems, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A metric and where it is valid, of the scores' own dimensions, and one for groups."""
-    shape = scores.shape[:-1] if problems.layout.lengths is None else (*scores.shape[:-1], -1)
     found, valid = metric(problems), problems.valid
-    if problems.layout.num_problems == 0:
-        shape = (*scores.shape[:-1], 0)
+    shape: tuple[int, ...] = scores.shape[:-1]
+    if problems.layout.lengths is not None:
+        shape = (*shape, problems.layout.num_problems // max(1, math.prod(shape)))
     return found.view(shape), valid.view(shape)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tensors import plain
+from imbalanced_losses._checks.training import losses_to_mix
 from imbalanced_losses._checks.typing import typed_as
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import arguments_of
@@ -109,7 +110,7 @@ class MixedLoss(ScheduledLoss):
         """See the class for the arguments."""
         super().__init__()
         ranking = getattr(main_loss, "_orig_mod", main_loss)  # of a compiled loss
-        _checks.losses_to_mix(auxiliary_loss, ranking, RankingLoss)
+        losses_to_mix(auxiliary_loss, ranking, RankingLoss)
         self.auxiliary_loss, self.main_loss = auxiliary_loss, main_loss
         schedule = Schedule.of(main_weight, warmup_steps, blend_steps, temperature)
         self.final_main_weight, self.warmup_steps, self.blend_steps, annealing = schedule

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking.choose import choose
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.cuda.ranks import fused_plan
 from imbalanced_losses._ranking.dense import DensePlan
 from imbalanced_losses._ranking.panels.panels import PanelPlan, PanelRanks
-from imbalanced_losses._ranking.plan import (
-    Canonical,
-    Listed,
-    Masked,
-    Plan,
-    Queries,
-    RankPlan,
-    Rows,
-)
+from imbalanced_losses._ranking.plan import Canonical, Listed, Plan, Queries, RankPlan, Rows
 from imbalanced_losses._ranking.ragged import Part, RaggedRanks, joined, parts_of
 from imbalanced_losses._ranking.sums import differentiable_sums
 from imbalanced_losses._ranking.tiles import DenseRanks, DenseRanksOfMany
@@ -97,8 +90,9 @@ def rank_plan(
     given: Canonical, queries: Queries, among: tuple[Rows, ...], backend: Backend
 ) -> RankPlan:
     """The plan for soft ranks of queries: what training asks for at every step."""
-    if isinstance(queries, Masked):
+    if isinstance(queries, PreparedQueries):
         return fused_plan(given, queries, among, backend)
+    assert isinstance(queries, Listed)
     if given.layout.lengths is not None:
         return _ragged_plan(given, queries, among, backend)
     is_linear = given.processes is not None or _is_linear(

@@ -13,15 +13,9 @@ _PAIRS_OF = {
 }
 
 
-# C·M² up to which a CUDA device compares all pairs. A guess from rates: `make gpu` measures where
-# both ways take as long, and prints what should stand here.
-# With a tenth of the rows positive, ranks and slopes take 2 · 0.1 · C·M² sigmoids. An H100 computes
-# some 10¹² of them a second: 132 multiprocessors of 16 exponentials or reciprocals a cycle at
-# 1.75 GHz make 1.8 · 10¹² pairs of one each, of which a loop with loads gets half. The linear way
-# launches some 130 operations, the dense one 50: called one by one, at 5 µs, that is 0.4 ms.
-# 2 · 0.1 · C·M² / 10¹² s = 0.4 ms at C·M² = 2 · 10⁹; a quarter of that allows for pools of which
-# four tenths are positive.
-MOST_FUSED_PAIRS = 1 << 29
+# C·M² up to which a CUDA device compares all pairs. With a tenth of the rows positive both ways
+# took as long at M = 84,652 on an H200; `make gpu` measures it, and prints what should stand here.
+MOST_FUSED_PAIRS = 1 << 33
 # Rows of a pool so small that it is all launches, of which the dense way has fewer.
 FEW_FUSED_ROWS = 1 << 11
 

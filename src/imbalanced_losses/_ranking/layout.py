@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Columns from which indices that lie close together are worth another call.
+_FEW = 1 << 13
+
 
 class Layout:
     """The shape that tensors of rows have: [C, M], or [1, S] where the rows lie side by side.
@@ -25,7 +28,8 @@ class Layout:
 
     def places_of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Problem and column [Q] of the rows that are True."""
-        if mask.shape[0] > 1:
+        is_line = mask.shape[0] == 1 and mask.shape[1] > _FEW
+        if self.problem is None and not is_line:
             problem, row = mask.nonzero().unbind(1)
             return problem, row
         row = mask[0].nonzero().squeeze(1)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking.budget import Budget
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.panels.line import _cumulated
-from imbalanced_losses._ranking.plan import Listed
+from imbalanced_losses._ranking.plan import Listed, Masked
 from imbalanced_losses._ranking.problems import Problems
 from imbalanced_losses._ranking.ranks import Ranks
 
@@ -54,6 +55,7 @@ def _rows_with_gain(problems: Problems) -> tuple[Tensor, Tensor, Tensor]:
     assert queries.value is not None
     weights = torch.ones_like(queries.value) if queries.weights is None else queries.weights
     if not isinstance(queries, Listed):
+        assert isinstance(queries, Masked | PreparedQueries)
         number = torch.arange(layout.num_problems, device=weights.device)
         problem = layout.for_rows(number).expand(weights.shape).flatten()
         gain = torch.where(queries.mask, queries.value, 0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.backends import Backend, rank_plan
 from imbalanced_losses._ranking.canonical import compute_dtype
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.plan import Listed, Rows
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
             lambda ranks, index: at_queries[:, index].unbind()
         )
     else:
-        masked = torch.where(queries.mask, grad, 0.0)
-        _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: masked.unbind())
+        assert isinstance(queries, PreparedQueries)
+        queries.weighs_slopes = False  # `worth` is traced, and with it its weights
+        _, by_scores = asked.plan.ranks_and_gradient(lambda ranks, index: grad.unbind())
     by_scores, by_temperature = gradient_of(asked.given, by_scores, rest[6])
     if by_temperature is None:
         by_temperature = by_scores.new_empty(0, dtype=torch.float64)

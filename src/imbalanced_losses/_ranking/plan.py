@@ -64,6 +64,7 @@ class Canonical(NamedTuple):
     num_live: int  # rows from here on are constants, without a gradient
     processes: Processes | None  # those that hold other rows of the problems
     layout: Layout
+    sides: Tensor | None = None  # of kernels, who see to infinities and τ in gradients themselves
 
     def column(self, rows: Rows) -> Tensor | None:
         """The weight [C, M] of each row in a set; None = 1 everywhere."""
@@ -102,9 +103,13 @@ class Listed(NamedTuple):
         """Where the queries are among all rows, flattened [Q]."""
         return self.row if shape[0] == 1 else self.row + self.problem * shape[1]
 
+    def factor(self, by_value: bool) -> Tensor | None:
+        """What each query counts, ω or ω v; None = 1 everywhere."""
+        return product(self.weights, self.value if by_value else None)
+
     def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The sum [C] of values [Q] over the queries of each problem."""
-        factor = product(self.weights, self.value if by_value else None)
+        factor = self.factor(by_value)
         if factor is not None:
             values = values * factor
         if self.num_problems == 1:
@@ -129,15 +134,37 @@ class Masked(NamedTuple):
         """A value for each row [C, M]."""
         return values
 
+    def factor(self, by_value: bool) -> Tensor | None:
+        return product(self.weights, self.value if by_value else None)
+
     def total(self, values: Tensor, by_value: bool = False) -> Tensor:
         """The sum [C] of values [C, M] over the queries of each problem."""
-        factor = product(self.weights, self.value if by_value else None)
+        factor = self.factor(by_value)
         if factor is not None:
             values = values * factor
         return self.layout.total(torch.where(self.mask, values, 0.0))
 
 
-Queries = Listed | Masked
+class Queries(Protocol):
+    """The rows of a set in valid problems: `Listed`, `Masked`, or known to kernels alone."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    @property
+    def weights(self) -> Tensor | None: ...
+
+    @property
+    def value(self) -> Tensor | None: ...
+
+    def of_problem(self, values: Tensor, index: Any = slice(None)) -> Tensor: ...
+
+    def of_row(self, values: Tensor, index: Any = slice(None)) -> Tensor: ...
+
+    def factor(self, by_value: bool) -> Tensor | None:
+        """What the slopes of each query are still to be multiplied by, of ω or ω v."""
+
+    def total(self, values: Tensor, by_value: bool = False) -> Tensor: ...
 
 
 def product(weights: Tensor | None, value: Tensor | None) -> Tensor | None:

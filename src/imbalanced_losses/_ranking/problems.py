@@ -13,7 +13,7 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced
 from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.canonical import InUnits, canonical, compute_dtype, in_units
-from imbalanced_losses._ranking.cuda.ranks import has_kernels
+from imbalanced_losses._ranking.cuda.prepared import Prepared, PreparedQueries, prepared
 from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import (
     ROWS,
@@ -86,6 +86,8 @@ class Problems:
             "backend": backend,
         }
         self._in_units: InUnits | None = None
+        self._for_kernels: Prepared | None = None
+        self._is_prepared = False
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
         self._number_of: dict[Rows, Tensor] | None = None
@@ -136,6 +138,8 @@ class Problems:
             if isinstance(mass, Tensor):
                 return mass
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
+        if self._prepared is not None:
+            return self._prepared.mass(rows)
         if self.weights is None:
             return torch.where(valid, self.summed(self._numbers()[rows].double()).to(dtype), 1)
         own = self.weights
@@ -159,6 +163,8 @@ class Problems:
         """
         _checks.choice("rows", rows, ROWS)
         valid = self.valid
+        if self._prepared is not None and self.draws is None:
+            return self._prepared.mean_weight(rows)
         if self.weights is None:
             return torch.ones_like(valid, dtype=compute_dtype(self.scores))
         present = self._is_query(rows)
@@ -231,6 +237,12 @@ class Problems:
 
     # --- What is made of it beneath ----------------------------------------------------------
 
+    @property
+    def _prepared(self) -> Prepared | None:
+        if not self._is_prepared:  # a cached_property has a lock, which compilers refuse
+            self._for_kernels, self._is_prepared = prepared(self), True
+        return self._for_kernels
+
     def _ranked(self, asked: Asked) -> Tensor:
         return ranked_sum(self, asked)
 
@@ -241,7 +253,8 @@ class Problems:
 
     def _counted(self) -> InUnits:
         if self._in_units is None:
-            self._in_units = in_units(self)
+            own = self._prepared
+            self._in_units = in_units(self) if own is None else own.in_units
         return self._in_units
 
     def summed(self, tensor: Tensor) -> Tensor:
@@ -251,7 +264,12 @@ class Problems:
     def queries(self, rows: Rows) -> Queries:
         """The rows of a set in valid problems, in the form that the plan for these scores takes."""
         if rows not in self._queries:
-            self._queries[rows] = self._masked(rows) if self._is_masked() else self._listed(rows)
+            if self._prepared is not None:
+                self._queries[rows] = PreparedQueries(rows, self._prepared)
+            elif self._is_masked():
+                self._queries[rows] = self._masked(rows)
+            else:
+                self._queries[rows] = self._listed(rows)
         return self._queries[rows]
 
     def listed(self, rows: Rows) -> Listed:
@@ -260,6 +278,8 @@ class Problems:
         return found if isinstance(found, Listed) else self._listed(rows)
 
     def canonical(self) -> Canonical:
+        if self._prepared is not None:
+            return self._prepared.given
         if self._canonical is None:
             tau = self.temperature
             tau = tau.detach() if isinstance(tau, Tensor) else tau
@@ -270,16 +290,13 @@ class Problems:
         """The same with positives that count ω v."""
         if self.value is None:
             return given
-        counted = torch.where(self.is_positive, self.value, 1)
-        return given._replace(weights=product(given.weights, counted))
+        counted, sides = torch.where(self.is_positive, self.value, 1), given.sides
+        sides = sides if sides is None else sides * counted
+        return given._replace(weights=product(given.weights, counted), sides=sides)
 
     def _is_masked(self) -> bool:
-        """Whether no value may be read, or need be."""
-        if self.processes is not None:
-            return False
-        if is_traced(self.scores):
-            return True
-        return self.layout.lengths is None and has_kernels(self.canonical().scores)
+        """Whether no value may be read."""
+        return self.processes is None and is_traced(self.scores)
 
     def _is_query(self, rows: Rows) -> Tensor:
         is_positive, weights = self.is_positive, self.weights
@@ -315,7 +332,9 @@ class Problems:
         problem a number, 0 where it is not.
         """
         if self._facts is None:
-            if self._is_masked():
+            if self._prepared is not None:
+                self._facts = self._prepared.valid, self._prepared.mass_by_value
+            elif self._is_masked():
                 self._facts = self._facts_without_reading()
             else:
                 self.queries("positives")

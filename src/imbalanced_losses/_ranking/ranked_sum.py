@@ -12,16 +12,9 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import (
-    ROWS,
-    Canonical,
-    Listed,
-    Queries,
-    Rows,
-    half_of,
-    product,
-)
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -94,7 +87,9 @@ class Asked:
         if self.share is not None:
             return self.averaged(self.share, problems, ranks, queries)[0]
         total = problems.summed(queries.total(self.worth_of(ranks, queries), self.is_mean))
-        return total / problems.mass_of_positives() if self.is_mean else total
+        if not self.is_mean or isinstance(queries, PreparedQueries):  # whose kernels divide
+            return total
+        return total / problems.mass_of_positives()
 
     def averaged(
         self, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
@@ -126,7 +121,9 @@ class Asked:
         return worth
 
     def clamped(self, ranks: tuple[Tensor, ...], queries: Queries) -> tuple[Tensor, ...]:
-        return ranks if queries.weights is None else self.possible(ranks)
+        if queries.weights is None or isinstance(queries, PreparedQueries):  # clamped by kernels
+            return ranks
+        return self.possible(ranks)
 
     def possible(self, ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Clamped to 0 ≤ R ≤ R among all > 0.
@@ -148,7 +145,7 @@ class _SlopesOf:
 
     def __init__(self, asked: Asked, queries: Queries) -> None:
         self.asked, self.queries = asked, queries
-        self.factor = product(queries.weights, queries.value if asked.is_mean else None)
+        self.factor = queries.factor(asked.is_mean)
 
     def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         asked, queries = self.asked, self.queries
@@ -157,12 +154,9 @@ class _SlopesOf:
             slopes = asked.slopes(asked.ranks(ranks, queries, index))
         else:
             slopes = self._by_autograd(ranks, index)
-        if isinstance(queries, Listed):
-            if self.factor is None:
-                return slopes
-            return tuple(slope * self.factor[index] for slope in slopes)
-        factor = queries.mask if self.factor is None else self.factor
-        return tuple(torch.where(queries.mask, slope * factor, 0.0) for slope in slopes)
+        if self.factor is None:
+            return slopes
+        return tuple(slope * self.factor[index] for slope in slopes)
 
     def _by_autograd(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -192,6 +186,9 @@ class _RankedSum(torch.autograd.Function):
         given, queries = problems.canonical(), problems.queries(asked.queries)
         if asked.by_value:
             given = problems.by_value(given)
+        per = problems.mass_of_positives() if asked.is_mean else 1
+        if isinstance(queries, PreparedQueries) and isinstance(per, Tensor):
+            queries, per = queries.per(per), 1
         everywhere = given.processes is not None and given.processes.is_differentiated
         moves_temperature = isinstance(temperature, Tensor) and (
             everywhere or ctx.needs_input_grad[1]
@@ -207,7 +204,6 @@ class _RankedSum(torch.autograd.Function):
             ranks = plan.ranks()
         if everywhere or any(ctx.needs_input_grad):
             ranks, slopes = plan.ranks_and_gradient(_SlopesOf(summed, queries))
-            per = problems.mass_of_positives() if asked.is_mean else 1
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
             ctx.again, ctx.asked = problems.again(), asked
             ctx.layout = given.layout
@@ -248,8 +244,9 @@ def gradient_of(
     if given.has_extremes:
         # Nothing moves an infinity; where several tie, their slopes would be finite.
         slopes.masked_fill_(given.scores.abs() == torch.finfo(slopes.dtype).max / 2, 0)
-    tau = given.temperature * per
-    slopes.div_(given.layout.for_rows(tau) if isinstance(tau, Tensor) else tau)
+    if given.sides is None:
+        tau = given.temperature * per
+        slopes.div_(given.layout.for_rows(tau) if isinstance(tau, Tensor) else tau)
     return slopes, _slopes_in_temperature(given, slopes) if moves_temperature else None
 
 

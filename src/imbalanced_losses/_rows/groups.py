@@ -34,9 +34,11 @@ class Groups(NamedTuple):
         """Values [C, M] as [1, C·M], class by class and in each group by group."""
         return values.index_select(1, self.order).reshape(1, -1)
 
-    def mean(self, losses: Tensor, valid: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    def mean(
+        self, losses: Tensor, valid: Tensor, live: Tensor, num_classes: int
+    ) -> tuple[Tensor, Tensor]:
         """Losses [C·G] -> [C], over the valid groups among the ids `live`; and where any is."""
-        shape = (-1, self.ids.shape[0])
+        shape = (num_classes, self.ids.shape[0])
         counted = valid.view(shape) & torch.isin(self.ids, live) & (self.lengths > 0)
         total = torch.where(counted, losses.view(shape), 0).sum(1)
         return total / counted.sum(1).clamp(min=1), counted.any(1)

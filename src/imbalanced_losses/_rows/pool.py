@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.cuda import rows as kernels
 from imbalanced_losses._ranking.weighting import gain_of
 from imbalanced_losses._rows.groups import Groups
 
@@ -163,9 +164,14 @@ class Pool(NamedTuple):
         """
         num_classes, value = self.logits.shape[1], None
         labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
+        weights = None
         if is_graded:
             value = gain_of(labels.masked_fill(labels == ignore_index, 0), None, self.logits.dtype)
             is_positive = value > 0
+        elif kernels.serves(self.logits):
+            own = None if self.weights is None else _columns(self.weights).T
+            given = labels, own, num_classes, ignore_index, self.logits
+            is_positive, weights = kernels.labelled(*given)
         elif num_classes == 1 or self.targets.dim() == 2:
             is_positive = labels == 1
         else:
@@ -175,16 +181,22 @@ class Pool(NamedTuple):
             own = self.value if self.value.dim() == 1 else self.value.T
             default = self.logits.new_ones(()) if value is None else value
             value = torch.where(is_positive & (own >= 0), own, default)
-        counts = labels != ignore_index
-        weights = None
-        if self.weights is not None:
-            own = self.weights if self.weights.dim() == 1 else self.weights.T
-            weights = (own * counts).expand(num_classes, -1)
-        elif not (is_on_host(counts) and counts.all()):
-            weights = counts.to(self.logits.dtype).expand(num_classes, -1)
+        if weights is None:
+            weights = self._counted(labels != ignore_index)
         num_live = self.targets.shape[0] - self.num_constant
         draws = None if self.draws is None else self.draws[None]
         return Columns(self.logits.T, is_positive, weights, value, draws, num_live)
+
+    def _counted(self, counts: Tensor) -> Tensor | None:
+        """The weights [C, M] of labels [C or 1, M], 0 where they do not count; None = all 1."""
+        if self.weights is not None:
+            own = self.weights if self.weights.dim() == 1 else self.weights.T
+            weights = own * counts
+        elif is_on_host(counts) and counts.all():
+            return None
+        else:
+            weights = counts.to(self.logits.dtype)
+        return weights.expand(self.logits.shape[1], -1)
 
 
 def _columns(field: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.cuda import rows as kernels
 from imbalanced_losses._rows.checkpoint import Saved, change_tensors, unchanged_on_error
 from imbalanced_losses._rows.pool import Pool
 
@@ -83,7 +84,8 @@ class MemoryQueue:
 
     def require_same_grouping(self, is_grouped: bool) -> None:
         """Raise where rows with groups would be ranked with rows without."""
-        if self.size > 0 and self.is_used and self.is_grouped != is_grouped:
+        # Last what changes with the first rows: compilers guard what they have read.
+        if self.size > 0 and self.is_grouped != is_grouped and self.is_used:
             held, given = ("with", "without") if self.is_grouped else ("without", "with")
             raise ValueError(
                 f"group must be given in every call or in none: the queue holds rows {held} group, "
@@ -102,6 +104,13 @@ class MemoryQueue:
         rows = rows._replace(logits=rows.logits.detach())
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
+        if kernels.serves(rows.logits):
+            kernels.push(rows[:5], self._stored(), self.cursor, self.pushed_at, self.ignore_index)
+            self.num_steps += is_step
+            self.is_weighted |= rows.weights is not None
+            self.is_valued |= rows.value is not None
+            self.is_grouped, self.is_used = rows.group is not None, True
+            return
         # On the CPU values cost nothing to look at; elsewhere nothing is read back to the host.
         on_host = is_on_host(rows.logits)
         slots: Tensor | slice
@@ -116,7 +125,7 @@ class MemoryQueue:
             self.num_steps += is_step
             self.is_weighted, self.is_valued = is_weighted, is_valued
             self.is_grouped = is_grouped
-            self.is_used = self.is_used or not on_host or int(count) > 0
+            self.is_used = not on_host or self.is_used or int(count) > 0
             number = self.pushed_at[self.size] + 1
             self.pushed_at[slots] = number
             self.pushed_at[self.size] = number

@@ -26,7 +26,10 @@ def reduce_valid(losses: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:
     """
     if reduction == "none":
         return mark_invalid(losses, valid)
-    total = torch.where(valid, losses, 0.0).sum()
+    losses = torch.where(valid, losses, 0.0)
+    if losses.shape[0] == 1:
+        return losses.squeeze(0)
+    total = losses.sum()
     return total / valid.sum().clamp(min=1) if reduction == "mean" else total
 
 

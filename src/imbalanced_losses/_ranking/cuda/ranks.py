@@ -1,9 +1,16 @@
 """Soft ranks on a CUDA device: fused kernels, shapes that do not depend on values.
 
-Nothing is read back to the host by `FusedDense`, so that a step can be captured as a CUDA graph;
-`FusedPanels` reads the range of the scores, once. Both therefore take and give whole [C, M] tensors
-with a mask of the positives, where the other plans take a list of them, whose length would have to
-be read.
+Nothing is read back to the host, so that a step of any size can be captured as a CUDA graph. Both
+plans therefore take and give whole [C, M] tensors, of which the queries alone are looked at, where
+the plans in plain PyTorch take a list, whose length would have to be read.
+
+`FusedLinear` does not lay panels, whose number depends on the range of the scores: it would have to
+be read, or bounded, and what is beyond the bound be ranked in some other way. It sorts the scores
+instead. Pairs of a block of rows are computed one by one. For all others, e^(−|x|) being at most 1,
+σ is a polynomial in it, of the degree that the dtype calls for, so that a rank is made of sums of
+exponentials. These need no range: each follows from that of the block before by one factor. Beside
+the sort that is three kernels a pass, which read a score and its row thrice; panels take some 60
+operations, Fourier transforms among them, and twice the memory traffic.
 
 The kernels are Triton's (3.2 or newer), which comes with CUDA builds of PyTorch; without it the
 plans in plain PyTorch serve these devices too.
@@ -11,339 +18,271 @@ plans in plain PyTorch serve these devices too.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.canonical import smallest
 from imbalanced_losses._ranking.choose import choose_fused
-from imbalanced_losses._ranking.panels.panels import PRECISIONS, Panels
-from imbalanced_losses._ranking.plan import Canonical, Masked, Rows, SlopesOf, is_in
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries, ceil, launch
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows, SlopesOf
 
-# Where the kernels run.
-DEVICES = ("cuda",)
-_OLDEST_TRITON = (3, 2)
-# A tile of pairs, and how many sources or query blocks are summed before float64 takes over.
-_QUERIES, _SOURCES, _CHUNK, _BLOCKS = 16, 64, 512, 16
-# Programs that keep a large device busy, if a tenth of the rows are positive.
-_PROGRAMS = 1 << 10
-# Rows of a panel that one program sums, items that another does, rows that a third evaluates.
-_ITEM, _ITEMS, _ROWS = 128, 128, 256
-# The last two dimensions of a grid.
-_MOST_PROBLEMS = (1 << 16) - 1
-
-
-def has_kernels(scores: Tensor) -> bool:
-    """Whether scores [C, M] can be ranked by kernels."""
-    return (
-        scores.device.type in DEVICES
-        and 0 < len(scores) <= _MOST_PROBLEMS
-        and scores.shape[1] > 0
-        and _has_triton()
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether there is a Triton that the kernels have been tested on."""
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError:
-        return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
+# Programs that keep a large device busy, if a tenth of the rows are queries.
+_PROGRAMS = 1 << 13
+# Pairs of a tile, and how many of one row are summed before float64 takes over.
+_TILE, _CHUNK = 1 << 10, 1 << 9
+# Sorted rows of a block, and blocks whose moments are summed up at once.
+_ROWS, _SCANNED = 1 << 8, 1 << 10
+# e^(−k·distance), k from 0 on: enough for σ to 1e-11 and 1e-16.
+_POWERS = {torch.float32: 16, torch.float64: 32}
+_DEGREES = {torch.float32: 15, torch.float64: 22}
 
 
 def fused_plan(
-    given: Canonical, queries: Masked, among: tuple[Rows, ...], backend: str
-) -> FusedDense | FusedPanels:
+    given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...], backend: str
+) -> _FusedRanks:
     """Soft ranks of the rows that are queries; `backend` is "auto", "dense" or "panel"."""
+    if queries.prepared.segments:
+        return FusedSegments(given, queries, among)
     if backend == "auto":
         backend = choose_fused(*given.scores.shape)
-    make: type[FusedDense] | type[FusedPanels] = FusedPanels if backend == "panel" else FusedDense
+    make: type[_FusedRanks] = FusedLinear if backend == "panel" else FusedDense
     return make(given, queries, among)
 
 
 class _FusedRanks:
-    """What both plans share; `plan.RankPlan` with masks for lists.
+    """What both plans share: `plan.RankPlan` for prepared queries.
 
-    Kernels sum over the two sides, negatives and positives, of which every set is made.
+    The gradient is that by the scores, divided as the queries are.
     """
 
-    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         self.given, self.queries, self.among = given, queries, among
-        self.scores = given.scores
-        self.weights = None if given.weights is None else given.weights.contiguous()
-        temperature = given.temperature
-        if not isinstance(temperature, Tensor):
-            temperature = given.scores.new_full((given.scores.shape[0],), temperature)
-        self.temperature = temperature
 
     def ranks(self) -> tuple[Tensor, ...]:
-        return self._ranked(self._sums(with_slopes=False))
+        return self._ranks(self.given.scores, with_slopes=False)
 
     def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
-        sums = self._sums(with_slopes=True)
-        ranks = self._ranked(sums)
-        slopes = slopes_of(ranks, slice(None))
-        # A row of a side moves the ranks among all sets that hold that side; they nearly cancel.
-        by_negatives, by_positives = (
-            self._by_side(slopes, side) for side in ("negatives", "positives")
+        scores, divisor = self.given.scores, self.queries.divisor
+        sums = scores.new_empty(2, *scores.shape, dtype=torch.float64)
+        ranks = self._ranks(sums, with_slopes=True)
+        by: dict[str, Tensor] = {}
+        for rows, slope in zip(self.among, slopes_of(ranks, slice(None)), strict=True):
+            by[rows] = by[rows] + slope if rows in by else slope
+        slopes = [by[r].expand(scores.shape).contiguous() if r in by else scores for r in ROWS]
+        gradient = torch.empty_like(scores)
+        options: dict[str, Any] = {rows.upper(): rows in by for rows in ROWS}
+        options |= {"QUERIES": self.queries.rows, "WEIGHS": self.queries.weighs_slopes}
+        rest = (sums, scores if divisor is None else divisor, gradient)
+        self._slopes(slopes, rest, options, DIVIDED=divisor is not None)
+        return ranks, gradient
+
+    def _ranks(self, sums: Tensor, with_slopes: bool) -> tuple[Tensor, ...]:
+        scores, among = self.given.scores, [*dict.fromkeys(self.among)]
+        ranks = scores.new_empty(len(among), *scores.shape)
+        options: dict[str, Any] = {
+            rows.upper(): among.index(rows) if rows in among else -1 for rows in ROWS
+        }
+        self._rank(
+            *(ranks, sums),
+            QUERIES=self.queries.rows,
+            WITH_SLOPES=with_slopes,
+            SMALLEST=smallest(scores.dtype),
+            **options,
         )
-        gradient = self._as_sources(by_negatives, by_positives)  # [C, num_live] float64
-        as_query = sums[2].mul_(by_negatives).add_(sums[3].mul_(by_positives))
-        num_live = self.given.num_live
-        gradient -= as_query[:, :num_live]  # they cancel: in float64
-        rest = self.scores.shape[1] - num_live
-        if rest > 0:
-            gradient = torch.nn.functional.pad(gradient, (0, rest))
-        return ranks, gradient.to(self.scores.dtype)
+        of_set = dict(zip(among, ranks, strict=True))
+        return tuple(of_set[rows] for rows in self.among)
 
-    def _by_side(self, slopes: tuple[Tensor, ...], side: str) -> Tensor:
-        parts = [
-            slope for slope, rows in zip(slopes, self.among, strict=True) if rows in ("all", side)
-        ]
-        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(slopes[0])
-
-    def _ranked(self, sums: Tensor) -> tuple[Tensor, ...]:
-        """Σ ω σ of both sides [2, C, M] -> the ranks among each set."""
-        of_side = {"negatives": sums[0], "positives": sums[1]}
-        half = 0.5 if self.weights is None else 0.5 * self.weights
-        ranks = []
-        for rows in self.among:
-            rank = sums[0] + sums[1] if rows == "all" else of_side[rows]
-            member = is_in(self.queries.rows, rows)
-            if member is None:
-                is_positive = self.given.is_positive
-                rank = rank + half * (is_positive if rows == "positives" else ~is_positive)
-            elif member:
-                rank = rank + half
-            ranks.append(torch.where(self.queries.mask, rank, 1).to(self.scores.dtype))
-        return tuple(ranks)
-
-    def _sums(self, with_slopes: bool) -> Tensor:
-        """Σ ω σ, then Σ ω σ′, of negatives and of positives: [2 or 4, C, M].
-
-        Returns a new float64 tensor. Rows that are not queries hold any finite value. A query's
-        pair with itself may be included, as long as `_as_sources` includes it too (the two cancel).
-        """
+    def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
+        """Write the ranks [K, C, M], and Σ ω σ′ of both sides [2, C, M] if asked for."""
         raise NotImplementedError
 
-    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
-        """What live rows get as sources [C, num_live] float64, new.
-
-        From the derivatives [C, M] by the ranks among all sets that hold a side.
-        """
+    def _slopes(
+        self, slopes: list[Tensor], rest: tuple[Tensor, ...], kind: dict[str, Any], DIVIDED: bool
+    ) -> None:
+        """Write the gradient, from slopes by the ranks among `ROWS`."""
         raise NotImplementedError
 
 
 class FusedDense(_FusedRanks):
     """The definition: O(Q·M) pairs, none of which leaves the registers; O(C·M) memory."""
 
-    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         super().__init__(given, queries, among)
-        is_query, (num_problems, num_rows) = queries.mask, given.scores.shape
-        number = is_query.cumsum(1)  # [C, M], 1 for the first query
-        self._counts = number[:, -1].to(torch.int32)
-        # The queries one behind the other; other rows go to a place that nobody looks at.
-        slot = torch.where(is_query, number - 1, num_rows)
-        row = torch.arange(num_rows, dtype=torch.int32, device=given.scores.device)
-        self._rows = row.new_empty(num_problems, num_rows + 1)
-        self._rows.scatter_(1, slot, row.expand(num_problems, -1))
-        self._mask = given.is_positive.contiguous().view(torch.uint8)
-        self._rates = self.temperature.reciprocal()
+        own = queries.prepared
+        self._geometry = given.scores, given.sides, own.order, own.numbers, own.rates
+        # Queries of a program: few of a small pool, so that it fills the device.
+        num_scores = given.scores.numel()
+        self._size = next((size for size in (16, 4) if num_scores >= size * _PROGRAMS), 1)
 
-    def _sums(self, with_slopes: bool) -> Tensor:
-        num_problems, num_rows = self.scores.shape
-        blocks = _ceil(num_rows, _QUERIES)
-        splits = min(_ceil(num_rows, _CHUNK), self._splits(blocks // 10))
-        stretch = _ceil(_ceil(num_rows, splits), _CHUNK) * _CHUNK
-        splits = _ceil(num_rows, stretch)
-        sums = self.scores.new_zeros(
-            4 if with_slopes else 2, splits, num_problems, num_rows, dtype=torch.float64
+    def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
+        num_problems, num_rows = self.given.scores.shape
+        launch(
+            "soft_ranks",
+            (ceil(num_rows, self._size), num_problems),
+            *(*self._geometry, ranks, sums, num_rows),
+            BQ=self._size,
+            BM=_TILE // self._size,
+            CHUNK=max(_CHUNK, _TILE // self._size),
+            **options,
         )
-        _launch(
-            "rank_sums",
-            (blocks * splits, num_problems),
-            *self._geometry(),
-            sums,
-            num_rows,
-            num_rows + 1,
-            splits,
-            stretch,
-            WEIGHTED=self.weights is not None,
-            WITH_SLOPES=with_slopes,
-            BQ=_QUERIES,
-            BM=_SOURCES,
-            CHUNK=_CHUNK,
+
+    def _slopes(
+        self, slopes: list[Tensor], rest: tuple[Tensor, ...], kind: dict[str, Any], DIVIDED: bool
+    ) -> None:
+        num_problems, num_rows = self.given.scores.shape
+        sources = 4 * self._size
+        launch(
+            "score_slopes",
+            (ceil(num_rows, sources), num_problems),
+            *(*self._geometry, *slopes, *rest, num_rows, self.given.num_live),
+            LARGEST=torch.finfo(self.given.scores.dtype).max / 2,
+            BQ=_TILE // sources,
+            BM=sources,
+            BLOCKS=max(1, _CHUNK * sources // (2 * _TILE)),
+            DIVIDED=DIVIDED,
+            **kind,
         )
-        return sums[:, 0] if splits == 1 else sums.sum(1)
-
-    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
-        (num_problems, num_rows), num_live = self.scores.shape, self.given.num_live
-        blocks = _ceil(num_live, _SOURCES)
-        splits = self._splits(blocks)
-        slopes = self.scores.new_empty(splits, num_problems, num_live, dtype=torch.float64)
-        if num_live > 0:
-            _launch(
-                "source_slopes",
-                (blocks * splits, num_problems),
-                *self._geometry(),
-                by_negatives.contiguous(),
-                by_positives.contiguous(),
-                slopes,
-                num_rows,
-                num_rows + 1,
-                num_live,
-                splits,
-                WEIGHTED=self.weights is not None,
-                BQ=_QUERIES,
-                BM=_SOURCES,
-                BLOCKS=_BLOCKS,
-            )
-        return slopes[0] if splits == 1 else slopes.sum(0)
-
-    def _geometry(self) -> tuple[Tensor, ...]:
-        weights = self.scores if self.weights is None else self.weights
-        return self.scores, weights, self._mask, self._rows, self._counts, self._rates
-
-    def _splits(self, blocks: int) -> int:
-        """Into how many parts the sum of each block goes, so that small pools fill the device."""
-        return min(8, max(1, _PROGRAMS // max(1, blocks * len(self.scores))))
 
 
-class FusedPanels(_FusedRanks):
-    """Linear time by panels: moments of sorted rows, and evaluation, in kernels."""
+class FusedSegments(_FusedRanks):
+    """The same of problems of unequal length: each pays for its own pairs alone."""
 
-    def __init__(self, given: Canonical, queries: Masked, among: tuple[Rows, ...]) -> None:
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         super().__init__(given, queries, among)
-        scores = given.scores
-        self._panels = panels = Panels(
-            scores[0, :0],
-            torch.empty(0, dtype=torch.int64, device=scores.device),
-            scores,
-            self.temperature,
-            for_ranks=True,
-            precisions=PRECISIONS[scores.dtype][-1:],
-            is_asked=queries.mask.any(1),
+        own = queries.prepared
+        self._geometry = given.scores, given.sides, own.order, own.numbers, own.rates, *own.segments
+
+    def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
+        num_rows = self.given.scores.shape[1]
+        launch(
+            "segment_ranks",
+            (ceil(num_rows, 16), 1),
+            *(*self._geometry, ranks, sums, num_rows, self.given.layout.num_problems),
+            **{"BQ": 16, "BM": 64},
+            **options,
         )
-        slot, place = panels.line.locate(scores, None)
-        self._place = place.flatten()
-        self._slot = slot.flatten().to(torch.int32)
-        self._mask = queries.mask.flatten().contiguous().view(torch.uint8)
-        # The rows of each panel together, and cut into items of so many rows.
-        self._order, self._items = _sorted_items(self._slot, panels.line.num_panels)
-        own = scores.new_ones(scores.shape) if self.weights is None else self.weights
-        sides = (own * ~given.is_positive, own * given.is_positive)
-        self._columns = torch.stack(sides).view(2, -1)  # ω of each side
 
-    def _sums(self, with_slopes: bool) -> Tensor:
-        moments = self._moments(self._columns)
-        fields = [self._panels.field(moments, order) for order in range(1 + with_slopes)]
-        return self._evaluated(torch.cat(fields), self._mask)
-
-    def _as_sources(self, by_negatives: Tensor, by_positives: Tensor) -> Tensor:
-        cotangent = torch.stack((by_negatives, by_positives)).view(2, -1)
-        field = self._panels.field(self._moments(cotangent), 1, transposed=True)
-        slopes = self._evaluated(field, None).mul_(self._columns.view(2, *self.scores.shape))
-        # A problem without queries has a gradient of exactly zero.
-        slopes = torch.where(self.queries.mask.any(1, keepdim=True), slopes.sum(0), 0)
-        return slopes[:, : self.given.num_live]
-
-    def _moments(self, columns: Tensor) -> Tensor:
-        """Σ value · placeᵇ of each panel: columns [K, C·M] -> [K, p, S]."""
-        panels, degree = self._panels, self._panels.precision.degree
-        if panels.line.poison is not None:
-            columns = columns.nan_to_num()  # of the problem that is NaN anyhow
-        num_panels, num_items = panels.line.num_panels, len(self._items.panel)
-        partial = columns.new_zeros(len(columns), degree, num_items, dtype=torch.float64)
-        _launch(
-            "panel_moments",
-            (num_items, len(columns)),
-            self._order,
-            self._place,
-            columns.contiguous(),
-            self._items.panel,
-            self._items.begin,
-            self._items.row_ends,
-            partial,
-            len(self._place),
-            num_items,
-            num_panels,
-            DEGREE=degree,
-            ROWS=_ITEM,
+    def _slopes(
+        self, slopes: list[Tensor], rest: tuple[Tensor, ...], kind: dict[str, Any], DIVIDED: bool
+    ) -> None:
+        num_rows, num_problems = self.given.scores.shape[1], self.given.layout.num_problems
+        launch(
+            "segment_slopes",
+            (ceil(num_rows, 64), 1),
+            *(*self._geometry, *slopes, *rest, num_rows, self.given.num_live, num_problems),
+            LARGEST=torch.finfo(self.given.scores.dtype).max / 2,
+            DIVIDED=DIVIDED,
+            **{"BQ": 16, "BM": 64},
+            **kind,
         )
-        moments = partial.new_empty(len(columns), degree, num_panels)
-        _launch(
-            "panel_totals",
-            (num_panels, len(columns)),
-            partial,
-            self._items.item_ends,
-            moments,
-            num_items,
-            num_panels,
-            DEGREE=degree,
-            BLOCK=_ITEMS,
+
+
+class FusedLinear(_FusedRanks):
+    """O(C·M) beside a sort, whatever the range of the scores."""
+
+    def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
+        super().__init__(given, queries, among)
+        scores, own = given.scores, queries.prepared
+        (num_problems, num_rows), dtype = scores.shape, scores.dtype
+        ordered, index = (part.view(scores.shape) for part in _sorted(scores))
+        self._grid = ceil(num_rows, _ROWS), num_problems
+        picked = own.order.new_empty(scores.shape)
+        counts = own.order.new_empty(num_problems, self._grid[0])
+        powers = _POWERS[dtype]
+        self._moments = scores.new_empty(4, powers, *counts.shape, dtype=torch.float64)
+        self._coefficients = _coefficients(_DEGREES[dtype], powers, scores.device)
+        assert given.sides is not None
+        self._lists = given.sides, ordered, index, own.numbers, own.rates, picked, counts
+        # Farther apart, no power but the first is above 0.
+        limit = -math.log(torch.finfo(dtype).tiny) + 100
+        self._constants = {"LIMIT": limit, "POWERS": powers, "BLOCK": _ROWS}
+
+    def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
+        sides = self._lists[0]
+        kind = {"QUERIES": self.queries.rows, "WEIGHS": False}
+        self._make_moments([sides] * 3, SLOPES=False, **kind | {r.upper(): False for r in ROWS})
+        launch(
+            "far_ranks",
+            self._grid,
+            *(*self._lists, self._moments, self._coefficients, ranks, sums, ranks.shape[2]),
+            **{"BQ": 16, "BM": 64} | self._constants | options,
         )
-        return moments
 
-    def _evaluated(self, field: Tensor, mask: Tensor | None) -> Tensor:
-        """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, C, M] float64, 0 where masked."""
-        num_columns, degree, num_panels = field.shape
-        num_rows = len(self._place)
-        out = field.new_empty(num_columns, *self.scores.shape)
-        _launch(
-            "panel_values",
-            (_ceil(num_rows, _ROWS), num_columns),
-            self._slot,
-            self._place,
-            self._slot if mask is None else mask,
-            field.contiguous(),
-            out,
-            num_rows,
-            num_panels,
-            MASKED=mask is not None,
-            DEGREE=degree,
-            BLOCK=_ROWS,
+    def _slopes(
+        self, slopes: list[Tensor], rest: tuple[Tensor, ...], kind: dict[str, Any], DIVIDED: bool
+    ) -> None:
+        num_rows, num_live = self.given.scores.shape[1], self.given.num_live
+        self._make_moments(slopes, SLOPES=True, **kind)
+        launch(
+            "far_slopes",
+            self._grid,
+            *(*self._lists, self._moments, self._coefficients, *slopes, *rest, num_rows, num_live),
+            LARGEST=torch.finfo(self.given.scores.dtype).max / 2,
+            DIVIDED=DIVIDED,
+            **{"BQ": 16, "BM": 64} | self._constants | kind,
         )
-        poison = self._panels.line.poison
-        return out if poison is None else out + poison[:, None]
+
+    def _make_moments(self, values: list[Tensor], **options: Any) -> None:
+        """The moments of all blocks below and above each block."""
+        num_blocks, num_problems = self._grid
+        num_rows = self.given.scores.shape[1]
+        _, ordered, *_, rates, _, _ = self._lists
+        launch(
+            "block_moments",
+            self._grid,
+            *(*values, *self._lists, self._moments, num_rows),
+            STEP=64,
+            **self._constants | options,
+        )
+        if num_blocks == 1:
+            return
+        launch(
+            "scan_blocks",
+            (4 * self._constants["POWERS"], num_problems),  # type: ignore[arg-type]
+            *(self._moments, ordered, rates, num_rows, num_blocks),
+            CHUNK=min(_SCANNED, 1 << (num_blocks - 1).bit_length()),
+            **self._constants,
+        )
 
 
-class _Items:
-    """Runs of at most `_ITEM` rows of one panel, so that crowded panels are shared by programs."""
-
-    def __init__(self, row_ends: Tensor, num_items: int) -> None:
-        begins = torch.nn.functional.pad(row_ends[:-1], (1, 0))
-        number = (row_ends - begins + (_ITEM - 1)).div_(_ITEM, rounding_mode="floor")  # [S]
-        self.row_ends, self.item_ends = row_ends, number.cumsum(0)
-        item = torch.arange(num_items, device=row_ends.device)
-        self.panel = torch.searchsorted(self.item_ends, item, right=True)  # S for those to spare
-        panel = self.panel.clamp(max=len(row_ends) - 1)
-        first = (self.item_ends - number)[panel]
-        self.begin = begins[panel] + (item - first) * _ITEM
+def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [C, M] in ascending order, and the rows that they are of."""
+    if scores.shape[0] == 1:
+        return scores[0].sort(stable=True)
+    return scores.sort(dim=1, stable=True)
 
 
-def _sorted_items(slot: Tensor, num_panels: int) -> tuple[Tensor, _Items]:
-    """Rows ordered by panel, stable; and the items that they make."""
-    ordered, order = slot.sort(stable=True)
-    panel = torch.arange(num_panels, dtype=slot.dtype, device=slot.device)
-    row_ends = torch.searchsorted(ordered, panel, right=True)
-    return order, _Items(row_ends, num_panels + len(slot) // _ITEM)
+@lru_cache(maxsize=16)
+def _coefficients(degree: int, num_powers: int, device: torch.device) -> Tensor:
+    """[3, num_powers]: of σ(−x), σ(x) and σ′(x) as polynomials in u = e^(−x), x ≥ 0.
+
+    σ(−x) = u / (1 + u) and σ′ = u / (1 + u)², interpolated over u in the Chebyshev nodes of [0, 1],
+    which have the pole at −1 as far away as makes the error fall by 5.8 with each degree.
+    """
+    nodes = torch.cos(math.pi * (torch.arange(degree, dtype=torch.float64) + 0.5) / degree)
+    u = (nodes + 1) / 2
+    table = torch.zeros(3, num_powers, dtype=torch.float64)
+    for line, values in ((0, 1 / (1 + u)), (2, (1 + u) ** -2.0)):
+        table[line, 1 : degree + 1] = _polynomial(values)
+    table[1], table[1, 0] = -table[0], 1
+    return table.to(device)
 
 
-def _kernels() -> Any:
-    """The module of the kernels, which imports Triton."""
-    from imbalanced_losses._ranking.cuda import kernels
-
-    return kernels
-
-
-def _launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
-    """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
-    getattr(_kernels(), name)[grid](*arguments, **constants, enable_fp_fusion=True)
-
-
-def _ceil(number: int, step: int) -> int:
-    return -(-number // step)
+def _polynomial(values: Tensor) -> Tensor:
+    """Coefficients in u of the polynomial with these values at the Chebyshev nodes of [0, 1]."""
+    degree = len(values)
+    k = torch.arange(degree, dtype=torch.float64)
+    cosines = torch.cos(math.pi * k[:, None] * (k[None, :] + 0.5) / degree) * (2 / degree)
+    cosines[0] /= 2
+    powers = torch.zeros(degree, degree, dtype=torch.float64)  # [a, k]: of uᵃ in T_k(2u − 1)
+    powers[0, 0] = 1
+    if degree > 1:
+        powers[:2, 1] = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    for n in range(2, degree):
+        powers[1:, n] = 4 * powers[:-1, n - 1]
+        powers[:, n] -= 2 * powers[:, n - 1] + powers[:, n - 2]
+    return powers @ (cosines @ values)
