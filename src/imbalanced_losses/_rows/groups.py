@@ -39,6 +39,14 @@ class Groups(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Losses [C·G] -> [C], over the valid groups among the ids `live`; and where any is."""
         shape = (num_classes, self.ids.shape[0])
-        counted = valid.view(shape) & torch.isin(self.ids, live) & (self.lengths > 0)
+        counted = valid.view(shape) & self._are_in(live)
         total = torch.where(counted, losses.view(shape), 0).sum(1)
         return total / counted.sum(1).clamp(min=1), counted.any(1)
+
+    def _are_in(self, live: Tensor) -> Tensor:
+        """[G] bool, whether groups have an id [n] that is live; `torch.isin` reads the device."""
+        if live.shape[0] == 0:
+            return torch.zeros_like(self.ids, dtype=torch.bool)
+        ordered = live.sort().values
+        place = torch.searchsorted(ordered, self.ids).clamp(max=ordered.shape[0] - 1)
+        return ordered[place] == self.ids
