@@ -79,11 +79,11 @@ def main() -> None:
     def by_money(scores: Tensor, rows: Ranked) -> Tensor:
         return scores.sigmoid() * rows.value  # expected loss: possible where value is known
 
+    def money_in_the_top(logits: Tensor, rows: Ranked) -> Tensor:
+        return at_k(logits, rows.labels, value=rows.value)
+
     losses: dict[str, tuple[Callable[[Tensor, Ranked], Tensor], ...]] = {
-        "recall at 5 % with value": (
-            lambda x, rows: at_k(x, rows.labels, value=rows.value),
-            by_score,
-        ),
+        "recall at 5 % with value": (money_in_the_top, by_score),
         "SmoothAP with value": (lambda x, rows: ap(x, rows.labels, value=rows.value), by_score),
         "SmoothAP": (lambda x, rows: ap(x, rows.labels), by_score),
         "BCE": (lambda x, rows: bce(x, rows.labels), by_score),
