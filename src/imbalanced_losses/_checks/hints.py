@@ -112,8 +112,9 @@ def of_shape(name: str, value: Tensor, shapes: tuple[Any, ...], beside: tuple[st
     """For a tensor that has none of the shapes that fit the argument `beside` it."""
     other, tensor = beside
     if other == "logits":
-        of_rows = _of_targets if name == "targets" else _of_sample_weight
-        return of_rows(value, tensor.shape, tensor.shape in shapes)
+        if name == "targets":
+            return _of_targets(value, tensor.shape, tensor.shape in shapes)
+        return _of_rows(name, value, tensor.shape, tensor.shape in shapes)
     is_transposed = value.dim() == 2 and value.T.shape in shapes
     return f"; one row a class: use {name}.T" if is_transposed else ""
 
@@ -132,10 +133,10 @@ def _of_targets(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
     return ""
 
 
-def _of_sample_weight(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
-    """For weights that are not [N], nor [N, C]."""
+def _of_rows(name: str, value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
+    """For weights, values or ids that are not [N], nor [N, C]."""
     num_rows, num_classes = logits
-    if value.shape == (num_classes,) and num_classes > 1:
+    if name == "sample_weight" and value.shape == (num_classes,) and num_classes > 1:
         fix = ".expand(len(logits), -1)" if is_multilabel else "[targets]"
         return f"; for weights of classes use sample_weight{fix}"
-    return "; use sample_weight.reshape(-1)" if value.numel() == num_rows > 0 else ""
+    return f"; use {name}.reshape(-1)" if value.numel() == num_rows > 0 else ""
