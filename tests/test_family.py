@@ -340,7 +340,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "k=0": (partial(RecallAtKLoss, 1, 0), "k must be an int >= 1, got 0"),
     "k=1.0": (partial(RecallAtKLoss, 1, 1.0), r"k must be an int >= 1 .*got 1\.0; for .* use 1"),
     "k=True": (partial(NDCGLoss, 1, True), "k must be an int >= 1, got True"),
-    "k=nan": (partial(NDCGLoss, 1, math.nan), "k must be finite"),
+    "k=nan": (partial(NDCGLoss, 1, math.nan), "k must be an int >= 1"),
     "softness=0": (partial(RecallAtFPRLoss, 1, 0.1, 0), "softness must be finite and > 0"),
     "softness=inf": (partial(NDCGLoss, 1, 3, math.inf), "softness must be finite"),
     "max_fpr=1": (partial(RecallAtFPRLoss, 1, 1), "max_fpr must be between 0 and 1, got 1"),

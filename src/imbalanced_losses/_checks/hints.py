@@ -17,6 +17,8 @@ def of_type(name: str, value: Any) -> str:
         return f"; a model's output has them as an attribute: use {name}.logits"
     if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
         return f"; it holds tensors: pick one, or join them by torch.cat({name})"
+    if isinstance(value, (list, tuple)) and any(isinstance(part, str) for part in value):
+        return f"; number the words: torch.as_tensor(np.unique({name}, return_inverse=True)[1])"
     if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
         return f"; use torch.as_tensor({name})"
     return ""
