@@ -572,7 +572,8 @@ def test_how_often_a_step_waits(
         monkeypatch.setattr(kind, "check_values", checked)
     for name, loss_fn in far_device.losses_of(num_classes).items():
         monkeypatch.setattr(RankingLoss, "backend", "panel" if name == "linear" else "dense")
-        batches = far_device.batches(num_classes, name == "labels")
+        ranking = getattr(loss_fn, "main_loss", loss_fn)
+        batches = far_device.batches(num_classes, ranking.multilabel)
         for logits, targets, weights in batches:
             leaf, labels = logits.cuda().requires_grad_(), targets.cuda()
             fields = far_device.fields_of(name, weights.cuda())
