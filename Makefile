@@ -100,17 +100,20 @@ dist: $(VENV)/.installed  ## build sdist and wheel, and try them in an empty env
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m tests.check_dist dist
 
-# An environment of its own, with whatever build of torch the registry has: some gigabytes where
-# that is one for CUDA. `make matrix TORCH=2.4.1 PYTHON=python3.10`
-TORCH  ?= 2.4.1
-MATRIX := $(CACHE)/matrix/torch-$(TORCH)
+# Environments of their own, with whatever build of torch the registry has: some gigabytes where
+# that is one for CUDA. `make matrix TORCH="2.6.0 2.15.0" PYTHON=python3.10`
+TORCH  ?= 2.6.0
+MATRIX := $(CACHE)/matrix/torch-
 # What needs more packages.
 MATRIX_WITHOUT := demo docs examples quality predecessor predecessor_differences
 
-matrix:  ## the tests on another version of torch (TORCH=2.4.1) and Python (PYTHON=python3.10)
-	@test -x $(MATRIX)/bin/python || $(PYTHON) -m venv $(MATRIX)
-	$(MATRIX)/bin/python -m pip install -qq --disable-pip-version-check torch==$(TORCH) -e '.[test]'
-	$(MATRIX)/bin/python -m pytest -q $(MATRIX_WITHOUT:%=--ignore tests/test_%.py)
+matrix: $(TORCH:%=matrix-%)  ## what compiles, and the tests, on other versions (TORCH="2.6.0 2.15.0", PYTHON=python3.10)
+
+matrix-%:
+	@test -x $(MATRIX)$*/bin/python || $(PYTHON) -m venv $(MATRIX)$*
+	$(MATRIX)$*/bin/python -m pip install -qq --disable-pip-version-check torch==$* -e '.[test]'
+	OMP_NUM_THREADS=1 $(MATRIX)$*/bin/python -m tests.compile_matrix
+	$(MATRIX)$*/bin/python -m pytest -q $(MATRIX_WITHOUT:%=--ignore tests/test_%.py)
 
 $(PEERS)/.installed:
 	@echo "-- fetching the peers into $(PEERS)"

@@ -17,7 +17,6 @@ from imbalanced_losses._ranking.cuda import prepared
 from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from imbalanced_losses._ranking.panels.panels import PRECISIONS
 from tests.ranks import Ranks
-from tests.versions import OWN_WARNINGS
 
 collect_ignore = ["trainer_accumulation.py", "trainer_groups.py"]  # scripts, of other packages
 
@@ -59,11 +58,6 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for text in OWN_WARNINGS:
-        config.addinivalue_line("filterwarnings", f"ignore:{text}:FutureWarning")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

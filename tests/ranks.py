@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.versions import OWN_WARNINGS
-
 WORLD_SIZE = 2
 TIMEOUT_S = 20  # of a collective: long enough for a busy machine
 START_METHOD = "spawn"  # of the processes
@@ -24,8 +22,6 @@ START_METHOD = "spawn"  # of the processes
 def serve(rank: int, size: int, port: int, timeout_s: float, connection: Connection) -> None:
     """What a rank does: run the jobs that come, send back the result or the error."""
     warnings.simplefilter("error")
-    for text in OWN_WARNINGS:
-        warnings.filterwarnings("ignore", text, FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -18,13 +18,8 @@ from imbalanced_losses._ranking.average_precision import average_precision
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.cases import seeded
 from tests.rows import IGNORED, assert_same_state, state_of
-from tests.versions import TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-
-IN_ONE_GRAPH = pytest.mark.skipif(
-    TORCH < (2, 5), reason="the compiler of torch 2.4 does not take the loss in one graph"
-)
 
 STEPS = 30
 OPERATORS = torch.ops.imbalanced_losses
@@ -93,7 +88,6 @@ LOSSES: dict[str, Any] = {
 }
 
 
-@IN_ONE_GRAPH
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_graph_with_the_results_of_eager_code(name: str, training: bool) -> None:
@@ -112,7 +106,6 @@ def test_one_graph_with_the_results_of_eager_code(name: str, training: bool) -> 
     torch.testing.assert_close(saved, other, rtol=1e-5, atol=1e-6)
 
 
-@IN_ONE_GRAPH
 def test_the_default_compiler() -> None:
     torch._dynamo.reset()
     loss_fn = SmoothAPLoss(1, 150, 0.1)
@@ -122,7 +115,6 @@ def test_the_default_compiler() -> None:
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
-@IN_ONE_GRAPH
 def test_a_temperature_that_changes_is_not_compiled_anew() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -158,7 +150,6 @@ def test_settings_as_tensors_follow_the_device_alone() -> None:
     )
 
 
-@IN_ONE_GRAPH
 def test_bad_labels_raise_in_compiled_code_and_change_nothing() -> None:
     torch._dynamo.reset()
     loss_fn = SmoothAPLoss(1, 8)
@@ -181,7 +172,6 @@ class Scored(nn.Module):
         return loss
 
 
-@IN_ONE_GRAPH
 @pytest.mark.parametrize("queue_size", [0, 32])
 @pytest.mark.parametrize("training", [True, False])
 def test_export(queue_size: int, training: bool) -> None:
@@ -193,7 +183,6 @@ def test_export(queue_size: int, training: bool) -> None:
         torch.testing.assert_close(exported(features, targets), beside(features, targets))
 
 
-@IN_ONE_GRAPH
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", [*LOSSES, "cross-entropy"])

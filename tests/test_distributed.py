@@ -25,11 +25,8 @@ from imbalanced_losses._rows.gather import Gather
 from imbalanced_losses.distributed import even_steps
 from tests.ranks import WORLD_SIZE, Failure, Ranks, free_port
 from tests.rows import make_batch, numbers_of, state_of
-from tests.versions import TORCH
 
 NUM_STEPS = 3
-# Of trainers that not every version has.
-MARKS = {"fsdp": pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public from 2.6 on")}
 
 
 class Setup(NamedTuple):
@@ -183,10 +180,7 @@ def assert_as_alone(found: list[Any], setup: Setup) -> None:
         assert all(value.equal(other.state[name]) for other in found), name
 
 
-@pytest.mark.parametrize(
-    "setup",
-    [pytest.param(s, id=name, marks=MARKS.get(s.trainer, ())) for name, s in SETUPS.items()],
-)
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
 def test_two_ranks_have_the_gradient_of_one_process(ranks: Ranks, setup: Setup) -> None:
     assert_as_alone(ranks.run(train_rank, setup), setup)
 
@@ -198,7 +192,7 @@ def four_ranks() -> Iterator[Ranks]:
     pool.close()
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "sum", pytest.param("fsdp", marks=MARKS["fsdp"])])
+@pytest.mark.parametrize("trainer", ["ddp", "sum", "fsdp"])
 @pytest.mark.parametrize("sizes", [(3, 4, 5, 6), (0, 9, 1, 2)], ids=["unequal", "one empty"])
 @pytest.mark.parametrize("loss", [{"queue_size": 20}, SUMS], ids=["rows", "sums"])
 def test_four_ranks_have_the_gradient_of_one_process(

@@ -525,7 +525,7 @@ def test_the_budget_does_not_shrink_to_a_row_that_stands_for_many() -> None:
     targets = (torch.arange(4000) % 2).float()
     whole = RecallAtKLoss(1, 1e-5, queue_size=0, temperature=1e-4)
     drawn = RecallAtKLoss(1, 1e-5, queue_size=0, temperature=1e-4, max_pool_size=400)
-    problems = drawn._problems(drawn._pool(drawn._batch(logits, targets, None)[0]), None)
+    problems = drawn._problems(drawn._pool(drawn._batch(logits, targets)[0]), None)
     one = problems.mean_weight("all") * problems.unit
     assert one.item() == pytest.approx(1, rel=0.02)
     assert whole(logits, targets) <= 1

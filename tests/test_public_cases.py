@@ -29,7 +29,6 @@ from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 from tests.ranks import TIMEOUT_S, Failure, Ranks
 from tests.rows import IGNORED, Batch, make_batch
-from tests.versions import TORCH
 
 LOSSES: dict[str, Callable[[], Any]] = {
     "binary": lambda: SmoothAPLoss(1, 8, 0.2),
@@ -45,7 +44,6 @@ LOSSES: dict[str, Callable[[], Any]] = {
     ),
 }
 EACH_LOSS = pytest.mark.parametrize("name", LOSSES)
-FSDP = pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public from 2.6 on")
 OF_TOOLS = pytest.mark.filterwarnings("ignore")  # of other packages, about themselves
 
 
@@ -485,7 +483,6 @@ def resume_sharded(rank: int, name: str, way: Callable[..., None], folder: Path)
     return same, future(loaded.loss) == future(net.loss)
 
 
-@FSDP
 @pytest.mark.parametrize("way", [by_dcp, by_dcp_of_modules, by_full_state_dict, by_broadcast])
 @pytest.mark.parametrize("name", ["binary", "mix"])
 def test_checkpoints_of_a_sharded_model(

@@ -242,7 +242,7 @@ class RankingLoss(RankingState):
             batch = self._checked(logits, targets, **values)
         else:
             batch, _ = self._batch(logits, targets, **values)
-        batch = batch._replace(logits=batch.logits.detach())
+        batch = batch.with_logits(batch.logits.detach())
         pool = self._pool(batch)
         groups = None if pool.group is None else Groups.of(pool.group)
         problems = self._problems(pool, None, groups)

@@ -83,7 +83,7 @@ class RankingState(StatefulLoss):
             rows = self._queue.rows_beside(batch)
             if self.queue_follows_shift:
                 shift = batch.zero_with_gradient_of_mean(self.ignore_index, rows.group)
-                rows = rows._replace(logits=rows.logits + shift)
+                rows = rows.with_logits(rows.logits + shift)
             pool = batch.extend(rows)
         # Off the CPU dropping rows would wait for the device, and a compiler could not follow;
         # there their weight of zero does the same.

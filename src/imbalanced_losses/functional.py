@@ -371,7 +371,7 @@ def _problems(
         labels = value > 0
     fields, lengths = [scores, labels, sample_weight, value], None
     if group is not None:
-        ids = _checks.group_ids(group, ("scores", scores), scores.shape[-1])
+        ids = _checks.group_ids(group, ("scores", scores), scores.shape[-1:])
         if group.dtype == torch.uint64:  # in ascending order, though they may have wrapped
             ids = ids ^ torch.iinfo(torch.int64).min
         groups = Groups.of(ids, read=True)

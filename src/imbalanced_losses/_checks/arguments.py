@@ -169,7 +169,7 @@ def rows(
         sample_weight = _of_rows("sample_weight", sample_weight, logits, loss.multilabel)
     if value is not None:
         value = _of_rows("value", value, logits, loss.multilabel)
-    ids = None if group is None else group_ids(group, ("logits", logits), logits.shape[0])
+    ids = None if group is None else group_ids(group, ("logits", logits), logits.shape[:1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if sample_weight is None else sample_weight.detach().to(logits.dtype)
     if loss.check_values and not logits.is_meta:
@@ -216,12 +216,12 @@ def _of_rows(name: str, given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
 
 
-def group_ids(given: Any, beside: tuple[str, Tensor], num_rows: int) -> Tensor:
+def group_ids(given: Any, beside: tuple[str, Tensor], shape: torch.Size) -> Tensor:
     """Ids [M] of any integer dtype as int64, which unsigned ones from 2⁶³ on wrap into."""
     value = tensor("group", given)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(text("group", "integers", value.dtype))
-    return fits("group", value, beside, torch.Size((num_rows,))).detach().to(torch.int64)
+    return fits("group", value, beside, shape).detach().to(torch.int64)
 
 
 def _values_of_positives(value: Tensor, is_positive: Tensor) -> None:
@@ -263,7 +263,7 @@ def prior_weights(
     one_or_two_dimensions("is_positive", is_positive)
     beside = ("is_positive", is_positive)
     if isinstance(target_prior, Tensor):
-        shapes = is_positive.shape[:-1], torch.Size(())
+        shapes = is_positive.shape[:-1], is_positive.shape[:0]
         target_prior = fits("target_prior", target_prior, beside, *shapes)
     else:
         between_0_and_1("target_prior", target_prior)
@@ -375,7 +375,7 @@ def ranked(
         labels = fits("is_positive", of_bools(labels), beside, rows.shape)
     if isinstance(temperature, Tensor):
         temperature = floating("temperature", temperature)
-        fits("temperature", temperature, beside, rows.shape[:-1], torch.Size(()))
+        fits("temperature", temperature, beside, rows.shape[:-1], rows.shape[:0])
     else:
         number_above_zero("temperature", temperature)
     weights = weights_of_scores(sample_weight, rows)

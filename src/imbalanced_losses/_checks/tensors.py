@@ -69,10 +69,9 @@ def tensor(name: str, given: Any) -> Tensor:
     if not isinstance(given, Tensor):
         raise TypeError(text(name, "a torch.Tensor", kind(given), _fixes.of_type(name, given)))
     value: Tensor = plain(given)
-    if not torch.compiler.is_compiling():  # older compilers do not know is_nested
-        is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
-        if not is_dense or kind(value) == "DTensor":
-            raise TypeError(text(name, "a dense tensor", _fixes.of_layout(name, value)))
+    is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+    if not is_dense or kind(value) == "DTensor":
+        raise TypeError(text(name, "a dense tensor", _fixes.of_layout(name, value)))
     is_float8 = value.dtype.itemsize == 1 and value.is_floating_point()
     return value.float() if is_float8 else value
 

@@ -55,7 +55,7 @@ def _rows_with_gain(problems: Problems) -> tuple[Tensor, Tensor, Tensor]:
     assert queries.value is not None
     weights = torch.ones_like(queries.value) if queries.weights is None else queries.weights
     if not isinstance(queries, Listed):
-        assert isinstance(queries, Masked | PreparedQueries)
+        assert isinstance(queries, (Masked, PreparedQueries))
         number = torch.arange(layout.num_problems, device=weights.device)
         problem = layout.for_rows(number).expand(weights.shape).flatten()
         gain = torch.where(queries.mask, queries.value, 0)

@@ -150,7 +150,10 @@ class Masked(NamedTuple):
 
 
 class Queries(Protocol):
-    """The rows of a set in valid problems: `Listed`, `Masked`, or known to kernels alone."""
+    """The rows of a set in valid problems: `Listed`, `Masked`, or known to kernels alone.
+
+    An index of None is that of all: not every compiler takes a slice as a default.
+    """
 
     @property
     def rows(self) -> Rows: ...

@@ -182,8 +182,8 @@ def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
         own.unpacked(rows, own.logits.dtype) for rows in _all_rows(own.packed(), lengths, group)
     ]
     rank = dist.get_rank(group.handle)
-    parts[rank] = parts[rank]._replace(logits=own.logits)
-    fields = zip(*(part[:5] for part in parts), strict=True)
+    parts[rank] = parts[rank].with_logits(own.logits)
+    fields = zip(*(part.fields() for part in parts), strict=True)
     return Pool.of(None if field[0] is None else torch.cat(field) for field in fields)
 
 

@@ -38,7 +38,10 @@ class Columns(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Rows to rank: the live batch first, then constants that extend it."""
+    """Rows to rank: the live batch first, then constants that extend it.
+
+    The compiler of torch 2.6 takes neither slices nor `_replace` of a named tuple.
+    """
 
     logits: Tensor  # [M, C] float32 or float64
     targets: Tensor  # [M] int64, or [M, C] for multi-label
@@ -56,12 +59,16 @@ class Pool(NamedTuple):
         assert targets is not None
         return cls(logits, targets, weights, value, group, num_constant)
 
+    def fields(self) -> tuple[Tensor | None, ...]:
+        """The five fields that rows have."""
+        return self.logits, self.targets, self.weights, self.value, self.group
+
     def select(self, index: Tensor) -> Pool:
         """The rows at index [k] int64, ascending where some are constants."""
         num_constant = self.num_constant
         if num_constant > 0:
             num_constant = int((index >= len(self.targets) - num_constant).sum())
-        fields = [field if field is None else field.index_select(0, index) for field in self[:5]]
+        fields = [f if f is None else f.index_select(0, index) for f in self.fields()]
         return Pool.of(fields, num_constant)
 
     def extend(self, rows: Pool) -> Pool:
@@ -69,21 +76,26 @@ class Pool(NamedTuple):
         pools = self.filled_like(rows), rows.filled_like(self)
         # Class by class in memory, as they will be ranked.
         logits = torch.cat([pool.logits.T for pool in pools], dim=1).T
-        rest = zip(*(pool[1:5] for pool in pools), strict=True)
+        rest = zip(*(pool.fields()[1:] for pool in pools), strict=True)
         fields = [None if field[0] is None else torch.cat(field) for field in rest]
         num_constant = 0 if rows.logits.requires_grad else rows.targets.shape[0]
         return Pool.of((logits, *fields), num_constant)
 
     def filled_like(self, rows: Pool | None = None) -> Pool:
         """With weights and value, by default, where others have them; None: and with groups."""
-        weights, value, group = self[2:5]
+        weights, value, group = self.weights, self.value, self.group
         if weights is None and (rows is None or rows.weights is not None):
             weights = self.logits.new_ones(self.targets.shape)
         if value is None and (rows is None or rows.value is not None):
             value = self.logits.new_full(self.targets.shape, -1.0)
         if group is None and rows is None:
             group = self.targets.new_zeros(self.targets.shape[0])
-        return self._replace(weights=weights, value=value, group=group)
+        rest = weights, value, group, self.num_constant, self.draws
+        return Pool(self.logits, self.targets, *rest)
+
+    def with_logits(self, logits: Tensor) -> Pool:
+        rest = self.weights, self.value, self.group, self.num_constant, self.draws
+        return Pool(logits, self.targets, *rest)
 
     def is_present(self, ignore_index: int) -> Tensor:
         """[M] bool: rows with a target that counts and a weight above zero."""
@@ -135,7 +147,7 @@ class Pool(NamedTuple):
 
     def packed(self) -> Tensor:
         """[M, columns] float64: logits, targets and what else there is; exact."""
-        fields = [self.logits.detach(), *self[1:4]]
+        fields = [self.logits.detach(), self.targets, self.weights, self.value]
         if self.group is not None:  # in two halves, which are below 2⁵³
             fields += [self.group >> 32, self.group & 0xFFFFFFFF]
         return torch.cat([_columns(field).double() for field in fields if field is not None], dim=1)
@@ -144,7 +156,7 @@ class Pool(NamedTuple):
         """Packed rows [n, columns] as a pool of the form of this one, its floats of a dtype."""
         logits, rows = rows.tensor_split([self.logits.shape[1]], dim=1)
         fields: list[Tensor | None] = []
-        for field in self[1:4]:
+        for field in self.fields()[1:4]:
             if field is None:
                 fields.append(None)
                 continue

@@ -101,11 +101,13 @@ class MemoryQueue:
         if self.size == 0 or rows.logits.is_meta:
             self.num_steps += is_step
             return
-        rows = rows._replace(logits=rows.logits.detach())
+        rows = rows.with_logits(rows.logits.detach())
         if rows.logits.dtype == torch.float64 != self.logits.dtype:
             self._widen()
         if kernels.serves(rows.logits):
-            kernels.push(rows[:5], self._stored(), self.cursor, self.pushed_at, self.ignore_index)
+            kernels.push(
+                rows.fields(), self._stored(), self.cursor, self.pushed_at, self.ignore_index
+            )
             self.num_steps += is_step
             self.is_weighted |= rows.weights is not None
             self.is_valued |= rows.value is not None
@@ -119,7 +121,7 @@ class MemoryQueue:
         if rows.weights is not None and not is_weighted:
             is_weighted = not on_host or bool((rows.weights != 1).any())
         is_valued, is_grouped = self.is_valued or rows.value is not None, rows.group is not None
-        new_rows = rows.filled_like()[:5]
+        new_rows = rows.filled_like().fields()
         cursor = (self.cursor + count).remainder_(self.size)
         with self.unchanged_on_error(slots):
             self.num_steps += is_step
@@ -200,7 +202,7 @@ class MemoryQueue:
             cursor = len(source) % max(1, self.size)
         rows = rows.select(source)
         self.reset()
-        for field, kept in zip(self._stored(), rows[:5], strict=True):
+        for field, kept in zip(self._stored(), rows.fields(), strict=True):
             field[place.to(field.device)] = kept.to(field)  # type: ignore[union-attr]
         self.cursor.fill_(cursor)
         self.pushed_at.fill_(self.pushed_at[self.size])

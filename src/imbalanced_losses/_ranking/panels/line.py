@@ -243,7 +243,7 @@ def lay_line(
 def _numbers(values: Tensor) -> list[float]:
     """The values [n] as Python's: one read of a device."""
     if is_on_host(values):
-        return [value.item() for value in values]  # tolist of torch 2.4 fails under torch.func
+        return [value.item() for value in values]  # tolist of torch 2.6 fails under torch.func
     found: list[float] = values.tolist()
     return found
 
