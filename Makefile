@@ -129,6 +129,7 @@ bench: peers  ## measure speed, memory and accuracy beside the peers (some 20 mi
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.gather
+	$(BIN)/python -m benchmarks.family
 	$(BIN)/python -m benchmarks.plots
 
 clean:  ## remove the environment and every cache
