@@ -29,7 +29,7 @@ demo-quick: $(VENV)/.installed  ## the same in its quick form (under 40 seconds)
 EXAMPLE  := OMP_NUM_THREADS=1 $(BIN)/python
 TORCHRUN := $(EXAMPLE) -m torch.distributed.run --standalone --nproc-per-node 2
 
-examples: $(VENV)/.installed  ## run every example: frameworks, evaluation, two processes (a minute or two)
+examples: $(VENV)/.installed  ## run every example: frameworks, what you are judged by, two processes (some minutes)
 	$(EXAMPLE) examples/plain.py
 	$(EXAMPLE) examples/lightning_module.py
 	HF_HUB_OFFLINE=1 $(EXAMPLE) examples/huggingface_trainer.py
@@ -37,6 +37,9 @@ examples: $(VENV)/.installed  ## run every example: frameworks, evaluation, two 
 	$(EXAMPLE) examples/torchmetrics_eval.py
 	$(EXAMPLE) examples/multilabel.py
 	$(EXAMPLE) examples/sequence_tagging.py
+	$(EXAMPLE) examples/alerts_per_day.py
+	$(EXAMPLE) examples/per_query.py
+	$(EXAMPLE) examples/money_found.py
 	$(TORCHRUN) examples/ddp.py
 	$(TORCHRUN) examples/fsdp.py
 	$(TORCHRUN) examples/accelerate_ddp.py
@@ -126,6 +129,7 @@ bench: peers  ## measure speed, memory and accuracy beside the peers (some 20 mi
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.gather
+	$(BIN)/python -m benchmarks.family
 	$(BIN)/python -m benchmarks.plots
 
 clean:  ## remove the environment and every cache

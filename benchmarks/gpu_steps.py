@@ -29,7 +29,7 @@ from benchmarks.gpu import is_there
 
 WARM_UPS, ROUNDS, CALLS = 3, 9, 10
 COLUMNS = (
-    *("step", "rows", "classes", "queue", "backend", "checked", "launches", "wall_ms"),
+    *("step", "rows", "classes", "queue", "backend", "checked", "with", "launches", "wall_ms"),
     *("device_ms", "graph_ms", "bce_ms", "note"),
 )
 
@@ -43,6 +43,16 @@ class Configuration(NamedTuple):
     queue: int = 0
     backend: str = "auto"
     checked: bool = False
+    with_: str = ""  # "groups", "value", "spread" or "prior"
+
+
+FAMILY: dict[str, dict[str, Any]] = {
+    "SmoothAPLoss": {},
+    "RecallAtKLoss": {"k": 0.01},
+    "RecallAtFPRLoss": {"max_fpr": 0.01},
+    "PartialAUCLoss": {"max_fpr": 0.05},
+    "NDCGLoss": {},
+}
 
 
 def configurations() -> Iterator[Configuration]:
@@ -53,6 +63,11 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration("SmoothAPLoss", 3072, classes, 1024, checked=checked)
     yield Configuration("functional", 4096)
     yield Configuration("functional", 1 << 20)
+    for with_ in ("groups", "value", "spread", "prior"):
+        yield Configuration("SmoothAPLoss", 4096, with_=with_)
+    for kind in FAMILY:
+        yield Configuration(kind, 4096)
+        yield Configuration(kind, 1 << 20)
     for backend in ("dense", "panel"):
         for power in (12, 14, 15, 16, 17):
             yield Configuration("functional", 1 << power, backend=backend)
@@ -66,7 +81,7 @@ def step_of(configuration: Configuration) -> tuple[Callable[[], Tensor], Tensor]
     import imbalanced_losses
     from imbalanced_losses.functional import smooth_ap
 
-    kind, rows, classes, queue, backend, checked = configuration
+    kind, rows, classes, queue, backend, checked, with_ = configuration
     case = Case(rows, num_classes=classes, queue_size=queue, device="cuda")
     logits, targets = _contenders.rows(case)
     if kind == "functional":
@@ -78,7 +93,16 @@ def step_of(configuration: Configuration) -> tuple[Callable[[], Tensor], Tensor]
         def loss() -> Tensor:
             return 1 - smooth_ap(leaf, is_positive, 0.01, backend=backend).ap.mean()  # type: ignore[arg-type]
     else:
-        loss_fn = getattr(imbalanced_losses, kind)(classes, queue, 0.01).cuda()
+        own = FAMILY[kind] | ({"temperature_unit": "spread"} if with_ == "spread" else {})
+        own |= {"target_prior": 0.01} if with_ == "prior" else {}
+        loss_fn = getattr(imbalanced_losses, kind)(
+            num_classes=classes, queue_size=queue, temperature=0.01, **own
+        ).cuda()
+        fields: dict[str, Tensor] = {}
+        if with_ == "groups":
+            fields["group"] = torch.arange(rows, device="cuda") % 100
+        elif with_ == "value":
+            fields["value"] = torch.rand(rows, device="cuda")
         loss_fn.check_values, loss_fn.backend = checked, backend
         if queue:
             with torch.no_grad():
@@ -86,7 +110,7 @@ def step_of(configuration: Configuration) -> tuple[Callable[[], Tensor], Tensor]
         leaf = logits.requires_grad_()
 
         def loss() -> Tensor:
-            found: Tensor = loss_fn(leaf, targets)
+            found: Tensor = loss_fn(leaf, targets, **fields)
             return found
 
     return _pass(loss, leaf), leaf
@@ -157,6 +181,7 @@ def captured(step: Callable[[], Tensor], leaf: Tensor) -> Callable[[], object]:
 def measured(configuration: Configuration) -> tuple[dict[str, Any], list[tuple[str, float]]]:
     """A row, and the launches by name."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | configuration._asdict()
+    row["with"] = row.pop("with_")
     step, leaf = step_of(configuration)
     for _ in range(WARM_UPS):
         step()
@@ -177,6 +202,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path)
+    parser.add_argument("--quick", action="store_true", help="without the sweep over sizes")
     options = parser.parse_args()
     why_not = is_there()
     if why_not:
@@ -184,6 +210,8 @@ def main() -> None:
     print(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}")
     rows, lines = [], []
     for configuration in configurations():
+        if options.quick and configuration.backend != "auto":
+            continue
         row, events = measured(configuration)
         rows.append(row)
         lines += ["", str(configuration), *(f"{ms:9.4f} ms  {name[:100]}" for name, ms in events)]

@@ -107,6 +107,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
         return "cuda"
     monkeypatch.setattr(prepared, "DEVICES", ("cpu",))
     monkeypatch.setattr(kernel_ranks, "_PROGRAMS", 1)  # few and large: each is slow here
-    monkeypatch.setattr(kernel_ranks, "_ROWS", 64)
+    monkeypatch.setitem(kernel_ranks._ROWS, torch.float32, 64)
     monkeypatch.setattr(tracing, "HOSTS", ())
     return "cpu"

@@ -25,7 +25,8 @@ def run_case(loss_class: type[nn.Module], case: Case) -> list[Outcome]:
     Args:
         loss_class: SmoothAPLoss, of either library.
         case: "arguments" of the constructor and "steps", each with "logits", "targets",
-            "training" and, where used, "sample_weight".
+            "training" and, where used, "sample_weight". The predecessor takes the loss that
+            "loss" names.
 
     Returns:
         One outcome a step: "loss", "gradient" of the sum of its valid entries, "per_class",
@@ -77,7 +78,10 @@ def main(folder: str, cases_file: str, results_file: str) -> None:
         raise SystemExit("the library was not loaded from the folder given: nothing compared")
     torch.set_num_threads(1)
     cases = torch.load(cases_file, weights_only=True)
-    results = [run_case(imbalanced_losses.SmoothAPLoss, case) for case in cases]
+    results = [
+        run_case(getattr(imbalanced_losses, case.get("loss", "SmoothAPLoss")), case)
+        for case in cases
+    ]
     torch.save(results, results_file)
 
 

@@ -194,3 +194,5 @@ def test_kernels_compare_all_pairs_up_to_a_number() -> None:
     assert choose_fused(1_000_000, few_rows + 1) == "panel"
     assert choose_fused(most_problems, rows) == "dense"
     assert choose_fused(most_problems + 1, rows) == "panel"
+    assert choose_fused(1, rows, is_captured=True) == "dense"
+    assert choose_fused(2, rows, is_captured=True) == "panel"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss, extending
-from imbalanced_losses.extending import RankingOptions
+from imbalanced_losses.extending import Problems, RankingOptions
 from tests.ranks import WORLD_SIZE, Failure, Ranks
 from tests.rows import Batch, make_batch, numbers_of, state_of
 from tests.test_docs import PAGES, ROOT, blocks
@@ -277,3 +277,28 @@ def test_the_backend_passes_the_tests_of_the_engine(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", run.stdout.splitlines()[-1])
     assert passed is not None
     assert int(passed[1]) > 80
+
+
+def test_constructors_of_every_form() -> None:
+    """Without the annotation, and without a number of classes."""
+
+    class Handed(SmoothAPLoss):
+        def __init__(self, classes: int, **keywords: Any) -> None:
+            super().__init__(classes, **keywords)
+
+    class Fixed(SmoothAPLoss):
+        def __init__(self) -> None:
+            super().__init__(1, queue_size=0)
+
+    assert repr(Handed(2, queue_size=5)) == "Handed(num_classes=2, queue_size=5)"
+    assert repr(Fixed()) == "Fixed(num_classes=1, queue_size=0)"
+    Handed(2).load_state_dict(Handed(2).state_dict())
+
+
+def test_a_metric_of_another_shape() -> None:
+    class Column(SmoothAPLoss):
+        def metric(self, problems: Problems) -> Tensor:
+            return super().metric(problems)[:, None]
+
+    with pytest.raises(ValueError, match=r"one number a problem, \[3\], got \[3, 1\]"):
+        Column(3, 0)(torch.randn(9, 3), torch.arange(9) % 3)

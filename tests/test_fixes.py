@@ -453,6 +453,12 @@ def test_another_device(name: str) -> None:
         SmoothAPLoss(1)(**arguments)
 
 
+@pytest.mark.parametrize("name", ["group", "value"])
+def test_a_column_of_what_only_ranking_losses_take(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"; use {name}\.reshape\(-1\)$"):
+        SmoothAPLoss(1)(ONE, BINARY, **{name: torch.arange(6)[:, None]})
+
+
 RANKING, AUXILIARY = SmoothAPLoss(1), CrossEntropy(1)
 ELSEWHERE = {
     "temperature-tensor": (

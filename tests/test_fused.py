@@ -312,7 +312,7 @@ def crossings() -> list[dict[str, Any]]:
 
 
 DENSE = {"label_rows", "prepare", "soft_ranks", "score_slopes", "weighted_totals"}
-LINEAR = {"label_rows", "prepare", "block_moments", "far_ranks", "far_slopes"}
+LINEAR = {"label_rows", "prepare", "block_moments", "far_ranks", "slope_moments", "far_slopes"}
 SEGMENTS = {"label_rows", "segment_facts", "segment_ranks", "segment_slopes", "segment_totals"}
 # Kernels, copies and fills of a step, with values unchecked: of one class, and of several.
 MOST_LAUNCHES = {
@@ -367,8 +367,8 @@ def test_choice_by_rows_alone() -> None:
     assert choose_fused(1, 1 << 20) == choose_fused(100, 16384) == "panel"
 
 
-OF_PLAN, IN_ORDER = "*{f} *{f} *i32 *i32 *{f}", "*{f} *{f} *i64 *i32 *{f}"
-POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 256}
+OF_PLAN = "*{f} *{f} *i32 *i32 *{f}"
+POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 128}
 SIGNATURES = {
     "block_facts": ("*u8 *{f} *fp64 i32 i32 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
     "prepare": (
@@ -431,27 +431,27 @@ SIGNATURES = {
         {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 512},
     ),
     "block_moments": (
-        "*{f} *{f} *{f} " + IN_ORDER + " *i32 *i32 *fp64 i32",
-        {"QUERIES": "positives", "SLOPES": True, "ALL": True, "POSITIVES": True}
-        | {"NEGATIVES": False, "WEIGHS": True, "STEP": 64}
-        | POWERS,
+        "*{f} *{f} *i64 *i32 *{f} *{f} *i32 *i32 *fp64 i32",
+        {"QUERIES": "positives"} | POWERS,
     ),
-    "scan_blocks": ("*fp64 *{f} *{f} i32 i32", POWERS | {"CHUNK": 1024}),
+    "slope_moments": (
+        "*{f} *{f} *{f} *{f} *i64 *{f} *{f} *i32 *i32 *fp64 *{f} i32",
+        {"ALL": True, "POSITIVES": True, "NEGATIVES": False, "WEIGHS": True, "BQ": 16} | POWERS,
+    ),
+    "scan_blocks": ("*fp64 *{f} *{f} i32 i32", POWERS | {"CHUNK": 2048}),
     "far_ranks": (
-        IN_ORDER + " *i32 *i32 *fp64 *fp64 *{f} *fp64 i32",
-        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
-        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64}
+        "*{f} *{f} *i64 *{f} *{f} *i32 *i32 *fp64 *fp64 *{f} *fp64 i32",
+        {"ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True, "SMALLEST": 1e-19}
+        | {"BQ": 16}
         | POWERS,
     ),
     "far_slopes": (
-        IN_ORDER + " *i32 *i32 *fp64 *fp64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32",
-        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
-        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64}
-        | POWERS,
+        "*{f} *i64 *i32 *{f} *{f} *i32 *i32 *fp64 *fp64 *{f} *fp64 *{f} *{f} i32 i32",
+        {"QUERIES": "positives", "DIVIDED": True, "LARGEST": 1e38, "BQ": 16} | POWERS,
     ),
 }
+WIDE = {"POWERS": 32, "BLOCK": 64}
 VARIANTS = {
-    "block_moments": [{}, {"SLOPES": False}],
     "prepare": [{}, {"BLOCKS": 1, "FIXED": False, "WEIGHTED": False}],
     "soft_ranks": [{}, {"BQ": 4, "BM": 256}, {"BQ": 1, "BM": 1024, "CHUNK": 1024}],
     "score_slopes": [{}, {"BQ": 64, "BM": 16, "BLOCKS": 4}, {"BQ": 256, "BM": 4, "BLOCKS": 1}],
@@ -490,7 +490,9 @@ def test_kernels_compile_without_atomics_and_spills(dtype: str) -> None:
         (
             name,
             types,
-            constants | {"POWERS": 32} if "POWERS" in constants and dtype == "fp64" else constants,
+            constants | {"POWERS": 32, "BLOCK": 64}
+            if "POWERS" in constants and dtype == "fp64"
+            else constants,
         )
         for name, types, constants in variants
     ]
@@ -570,7 +572,8 @@ def test_how_often_a_step_waits(
         monkeypatch.setattr(kind, "check_values", checked)
     for name, loss_fn in far_device.losses_of(num_classes).items():
         monkeypatch.setattr(RankingLoss, "backend", "panel" if name == "linear" else "dense")
-        batches = far_device.batches(num_classes, name == "labels")
+        ranking = getattr(loss_fn, "main_loss", loss_fn)
+        batches = far_device.batches(num_classes, ranking.multilabel)
         for logits, targets, weights in batches:
             leaf, labels = logits.cuda().requires_grad_(), targets.cuda()
             fields = far_device.fields_of(name, weights.cuda())

@@ -179,6 +179,19 @@ def test_the_gain_of_a_grade_unless_it_has_a_value() -> None:
     assert loss.item() == pytest.approx(1 - expected.metric.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("unit", ["score", "spread"])
+def test_nothing_to_rank_in_any_group(unit: str) -> None:
+    """0, and so are its first and second derivatives."""
+    leaf = torch.randn(6, 1, generator=seeded(0), dtype=torch.float64).requires_grad_()
+    loss_fn = SmoothAPLoss(1, 0, temperature_unit=unit)  # type: ignore[arg-type]
+    loss = loss_fn(leaf, torch.zeros(6, dtype=torch.int64), group=torch.arange(6) // 3)
+    (slopes,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (curves,) = torch.autograd.grad(slopes.sum(), leaf)
+    assert loss.item() == 0
+    assert not slopes.any()
+    assert not curves.any()
+
+
 def test_with_and_without_groups_do_not_mix() -> None:
     """In eval() and after a checkpoint too; an empty queue takes either."""
     logits, targets = torch.randn(6, 1, generator=seeded(0)), torch.arange(6) % 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses import PartialAUCLoss, RecallAtKLoss, SmoothAPLoss
 from tests.predecessor_cases import IS_THERE, WHY_SKIPPED, Draw, run_predecessor
 from tests.predecessor_worker import Case, Outcome, run_case
 
@@ -168,3 +168,48 @@ def test_float64_rows_stay_float64_in_the_queue() -> None:
     loss_fn = SmoothAPLoss(1, queue_size=4)
     loss_fn(torch.tensor([[0.1]], dtype=torch.float64), torch.tensor([1]))
     assert loss_fn._queue.slots().logits[0].item() == 0.1
+
+
+# --- Its other ranking losses --------------------------------------------------------------------
+
+VALUE = torch.rand(4096, generator=torch.Generator().manual_seed(1))
+SIBLINGS = {
+    "SmoothAPLoss": history({**RARE, "sample_weight": VALUE}, temperature=0.1),
+    "RecallAtQuantileLoss": history({**RARE, "sample_weight": VALUE}, quantile=0.05),
+    "PAUCAtBudgetLoss": history(
+        {**RARE, "sample_weight": VALUE}, alpha=0.02, beta=0.1, n_knots=400, temperature=0.01
+    ),
+}
+SHARP = {"queue_size": 0, "temperature": 1e-3, "softness": 0.01}
+HERE = {
+    "SmoothAPLoss": SmoothAPLoss(1, 0, temperature=0.1),
+    "RecallAtQuantileLoss": RecallAtKLoss(1, k=0.05, **SHARP),
+    "PAUCAtBudgetLoss": PartialAUCLoss(1, min_fpr=0.02, max_fpr=0.1, **SHARP),
+}
+
+
+@pytest.fixture(scope="module")
+def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    cases = [{**case, "loss": name} for name, case in SIBLINGS.items()]
+    outcomes = run_predecessor(cases, tmp_path_factory.mktemp("siblings"))
+    return {name: steps[-1] for name, steps in zip(SIBLINGS, outcomes, strict=True)}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_its_weight_is_our_value(siblings: dict[str, Outcome], name: str) -> None:
+    """The same number; of a recall or an area, where all steps are sharp."""
+    mine = HERE[name](RARE["logits"], RARE["targets"], value=VALUE).item()
+    exact = name == "SmoothAPLoss"
+    assert mine == pytest.approx(float(siblings[name]["loss"]), abs=1e-6 if exact else 0.01)
+
+
+@pytest.mark.parametrize("name", ["RecallAtQuantileLoss", "PAUCAtBudgetLoss"])
+def test_its_negatives_have_no_gradient(siblings: dict[str, Outcome], name: str) -> None:
+    is_negative = RARE["targets"] == 0
+    assert not siblings[name]["gradient"][is_negative].any()
+    logits = RARE["logits"].clone().requires_grad_()
+    loss_class = {"RecallAtQuantileLoss": RecallAtKLoss(1, k=0.05, queue_size=0, temperature=0.1)}
+    default = PartialAUCLoss(1, max_fpr=0.1, queue_size=0, temperature=0.1)
+    loss_class.get(name, default)(logits, RARE["targets"]).backward()
+    assert logits.grad is not None
+    assert logits.grad[is_negative].any()

@@ -105,9 +105,9 @@ class RankingLoss(RankingState):
         self._begin(temperature, self.target_prior)
         # Of a subclass also what it has set before: that is as fixed, and has to be the same in
         # every process.
-        arguments = arguments_of(type(self))
-        self._own = [name for name in arguments if name in vars(self) and name not in _ARGUMENTS]
-        self._settings = {name: arguments[name] for name in (*_ARGUMENTS, *self._own)}
+        own = {k: v for k, v in arguments_of(type(self)).items() if k in vars(self)}
+        self._own = [name for name in own if name not in _ARGUMENTS]
+        self._settings = arguments_of(RankingLoss) | own
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -270,7 +270,13 @@ class RankingLoss(RankingState):
 
     def _per_class(self, problems: Problems) -> PerClass:
         """The loss [C] of each ranking problem, and where it means something [C]."""
-        return PerClass(1 - self.metric(problems), problems.valid)
+        found, valid = self.metric(problems), problems.valid
+        if found.shape != valid.shape:
+            raise ValueError(
+                f"metric must return one number a problem, {list(valid.shape)}, got "
+                f"{list(found.shape)}"
+            )
+        return PerClass(1 - found, valid)
 
     def _problems(
         self, pool: Pool, processes: Processes | None, groups: Groups | None = None

@@ -102,13 +102,15 @@ def budget(name: str, value: Any) -> int | float:
     """A number of rows, an int, or a share of them, a float in (0, 1)."""
     if isinstance(value, Integral):
         return integer(name, value, minimum=1)
-    share = number_above_zero(name, value)
-    if share >= 1:
-        fix = f"; for a number of rows use {int(share)}" if share.is_integer() else ""
-        raise ValueError(
-            f"{name} must be an int >= 1 (rows) or a float between 0 and 1 (their share), "
-            f"got {value!r}{fix}"
+    expected = "an int >= 1 (rows) or a float between 0 and 1 (their share)"
+    if not isinstance(value, Real):
+        raise TypeError(text(name, expected, shown(value), _fixes.of_number(value)))
+    share = float(value)
+    if not 0 < share < 1:
+        fix = (
+            f"; for a number of rows use {int(share)}" if share >= 1 and share.is_integer() else ""
         )
+        raise ValueError(text(name, expected, repr(value), fix))
     return share
 
 

@@ -17,6 +17,8 @@ def of_type(name: str, value: Any) -> str:
         return f"; a model's output has them as an attribute: use {name}.logits"
     if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
         return f"; it holds tensors: pick one, or join them by torch.cat({name})"
+    if isinstance(value, (list, tuple)) and any(isinstance(part, str) for part in value):
+        return f"; number the words: torch.as_tensor(np.unique({name}, return_inverse=True)[1])"
     if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
         return f"; use torch.as_tensor({name})"
     return ""
@@ -112,8 +114,9 @@ def of_shape(name: str, value: Tensor, shapes: tuple[Any, ...], beside: tuple[st
     """For a tensor that has none of the shapes that fit the argument `beside` it."""
     other, tensor = beside
     if other == "logits":
-        of_rows = _of_targets if name == "targets" else _of_sample_weight
-        return of_rows(value, tensor.shape, tensor.shape in shapes)
+        if name == "targets":
+            return _of_targets(value, tensor.shape, tensor.shape in shapes)
+        return _of_rows(name, value, tensor.shape, tensor.shape in shapes)
     is_transposed = value.dim() == 2 and value.T.shape in shapes
     return f"; one row a class: use {name}.T" if is_transposed else ""
 
@@ -132,10 +135,10 @@ def _of_targets(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
     return ""
 
 
-def _of_sample_weight(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
-    """For weights that are not [N], nor [N, C]."""
+def _of_rows(name: str, value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
+    """For weights, values or ids that are not [N], nor [N, C]."""
     num_rows, num_classes = logits
-    if value.shape == (num_classes,) and num_classes > 1:
+    if name == "sample_weight" and value.shape == (num_classes,) and num_classes > 1:
         fix = ".expand(len(logits), -1)" if is_multilabel else "[targets]"
         return f"; for weights of classes use sample_weight{fix}"
-    return "; use sample_weight.reshape(-1)" if value.numel() == num_rows > 0 else ""
+    return f"; use {name}.reshape(-1)" if value.numel() == num_rows > 0 else ""

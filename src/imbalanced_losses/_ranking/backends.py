@@ -80,6 +80,10 @@ def sums_of_queries(given: Canonical, queries: Listed, weights: Tensor, backend:
             alone = part.of(given)._replace(scores=part.repeated(given.scores))
             taken = alone, part.listed(queries), part.taken(weights)  # 0 where it is padding
             found.append((part, sums_of_queries(*taken, backend)))
+        if not found:  # attached to what it would depend on
+            none, tau = given.scores[0, :0], given.temperature
+            none = none + tau[:0] if isinstance(tau, Tensor) else none
+            return none[:, None] * weights[0, :0]
         order = torch.cat([part.queries for part, _ in found])
         return torch.cat([sums for _, sums in found])[order.argsort()]
     own, problem = queries.of_row(given.scores), queries.problem

@@ -13,9 +13,12 @@ _PAIRS_OF = {
 }
 
 
-# C·M² up to which a CUDA device compares all pairs. With a tenth of the rows positive both ways
-# took as long at M = 84,652 on an H200; `make gpu` measures it, and prints what should stand here.
-MOST_FUSED_PAIRS = 1 << 33
+# C·M² up to which a CUDA device compares all pairs, a tenth of the rows being positive. Called one
+# by one, a step is launches, of which the linear way has twice as many: on an H200 (torch 2.11)
+# both took 1.9 ms at C = 1, M = 65,536, and 1.6 and 1.8 ms at C = 10, M = 16,384. As a CUDA graph
+# it is arithmetic: .15 and .14 ms at C = 1, M = 16,384, and .11 and .12 ms at C = 10, M = 4,096.
+# `python -m benchmarks.gpu_steps` measures both.
+MOST_FUSED_PAIRS, MOST_CAPTURED_PAIRS = 1 << 32, 1 << 28
 # Rows of a pool so small that it is all launches, of which the dense way has fewer.
 FEW_FUSED_ROWS = 1 << 11
 
@@ -39,8 +42,12 @@ def choose(
     return "panel" if num_pairs > panels else "dense"
 
 
-def choose_fused(num_problems: int, num_rows: int) -> str:
-    """The same for the kernels of a device, where the number of positives is not known."""
-    if num_rows <= FEW_FUSED_ROWS or num_problems * num_rows**2 <= MOST_FUSED_PAIRS:
+def choose_fused(num_problems: int, num_rows: int, is_captured: bool = False) -> str:
+    """The same for the kernels of a device, where the number of positives is not known.
+
+    `is_captured` as a CUDA graph.
+    """
+    most = MOST_CAPTURED_PAIRS if is_captured else MOST_FUSED_PAIRS
+    if num_rows <= FEW_FUSED_ROWS or num_problems * num_rows**2 <= most:
         return "dense"
     return "panel"

@@ -91,12 +91,16 @@ class Listed(NamedTuple):
     value: Tensor | None  # [Q] of positives, what finding each is worth; None = 1 everywhere
     num_problems: int
 
-    def of_problem(self, values: Tensor, index: Any = ...) -> Tensor:
+    def of_problem(self, values: Tensor, index: Any = None) -> Tensor:
         """A value [C] for some queries."""
-        return values if self.num_problems == 1 else values[self.problem[index]]
+        if self.num_problems == 1:
+            return values
+        return values[self.problem if index is None else self.problem[index]]
 
-    def of_row(self, values: Tensor, index: Any = ...) -> Tensor:
+    def of_row(self, values: Tensor, index: Any = None) -> Tensor:
         """A value [C, M] for some queries."""
+        if index is None:
+            return at(values, self.problem, self.row)
         return at(values, self.problem[index], self.row[index])
 
     def places(self, shape: tuple[int, ...]) -> Tensor:
@@ -126,11 +130,11 @@ class Masked(NamedTuple):
     value: Tensor | None  # [C, M], 0 of all but positives; None = 1 everywhere
     layout: Layout
 
-    def of_problem(self, values: Tensor, index: Any = ...) -> Tensor:
+    def of_problem(self, values: Tensor, index: Any = None) -> Tensor:
         """A value [C] for each row, [C, 1] or [1, S]."""
         return self.layout.for_rows(values)
 
-    def of_row(self, values: Tensor, index: Any = ...) -> Tensor:
+    def of_row(self, values: Tensor, index: Any = None) -> Tensor:
         """A value for each row [C, M]."""
         return values
 
@@ -148,7 +152,7 @@ class Masked(NamedTuple):
 class Queries(Protocol):
     """The rows of a set in valid problems: `Listed`, `Masked`, or known to kernels alone.
 
-    An index of `...` is that of all: not every compiler takes a slice as a default.
+    An index of None is that of all: not every compiler takes a slice as a default.
     """
 
     @property
@@ -160,9 +164,9 @@ class Queries(Protocol):
     @property
     def value(self) -> Tensor | None: ...
 
-    def of_problem(self, values: Tensor, index: Any = ...) -> Tensor: ...
+    def of_problem(self, values: Tensor, index: Any = None) -> Tensor: ...
 
-    def of_row(self, values: Tensor, index: Any = ...) -> Tensor: ...
+    def of_row(self, values: Tensor, index: Any = None) -> Tensor: ...
 
     def factor(self, by_value: bool) -> Tensor | None:
         """What the slopes of each query are still to be multiplied by, of ω or ω v."""

@@ -28,6 +28,8 @@ from imbalanced_losses._ranking.plan import (
 from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 
+_PLAIN = InUnits(None, None, None)
+
 
 class Problems:
     """C ranking problems over M rows: what a metric is a function of.
@@ -85,7 +87,8 @@ class Problems:
             "processes": processes,
             "backend": backend,
         }
-        self._in_units: InUnits | None = None
+        is_plain = weights is None and value is None and processes is None
+        self._in_units: InUnits | None = _PLAIN if is_plain else None
         self._for_kernels: Prepared | None = None
         self._is_prepared = False
         self._canonical: Canonical | None = None
@@ -109,11 +112,11 @@ class Problems:
 
     @property
     def weights(self) -> Tensor | None:
-        return self._counted().weights
+        return (self._in_units or self._counted()).weights
 
     @property
     def value(self) -> Tensor | None:
-        return self._counted().value
+        return (self._in_units or self._counted()).value
 
     @property
     def valid(self) -> Tensor:
@@ -122,7 +125,7 @@ class Problems:
     @property
     def unit(self) -> Tensor:
         """The heaviest weight [C] of each problem, in the caller's numbers: 1 without weights."""
-        unit, dtype = self._counted().unit, compute_dtype(self.scores)
+        unit, dtype = (self._in_units or self._counted()).unit, compute_dtype(self.scores)
         unit = self.scores.new_ones((), dtype=dtype) if unit is None else unit.to(dtype)
         return unit.expand(self.layout.num_problems)
 
@@ -252,9 +255,8 @@ class Problems:
         return mass if isinstance(mass, Tensor) else max(1, mass)
 
     def _counted(self) -> InUnits:
-        if self._in_units is None:
-            own = self._prepared
-            self._in_units = in_units(self) if own is None else own.in_units
+        own = self._prepared
+        self._in_units = in_units(self) if own is None else own.in_units
         return self._in_units
 
     def summed(self, tensor: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Asked:
         self.by_value = by_value  # of the positives that queries are ranked among
         self.share = share  # of the queries in an average
 
-    def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = ...) -> Ranks:
+    def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = None) -> Ranks:
         return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
 
     def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:

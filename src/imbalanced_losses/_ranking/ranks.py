@@ -20,7 +20,7 @@ class Ranks:
         self,
         ranks: dict[Rows, Tensor],
         queries: Queries,
-        index: Any = ...,
+        index: Any = None,
     ) -> None:
         self._ranks, self._queries, self._index = ranks, queries, index
 
@@ -36,7 +36,9 @@ class Ranks:
     def weights(self) -> Tensor | float:
         """ω of each query, in units of the heaviest row of its problem."""
         weights = self._queries.weights
-        return 1.0 if weights is None else weights[self._index]
+        if weights is None:
+            return 1.0
+        return weights if self._index is None else weights[self._index]
 
     def of_problem(self, values: Tensor) -> Tensor:
         """A constant [C], for each query."""

@@ -13,17 +13,19 @@ from imbalanced_losses._checks.tracing import is_on_host
 class Groups(NamedTuple):
     """The rows of a pool, group by group."""
 
-    order: Tensor  # [M], the rows of the lowest id first
+    order: Tensor | None  # [M], the rows of the lowest id first; None: as they are
     lengths: Tensor  # [G] int64, the rows of each group; some 0 at the end where no value is read
     ids: Tensor  # [G], ascending; of a group without rows 0
 
     @classmethod
     def of(cls, group: Tensor, read: bool = False) -> Groups:
         """Of ids [M]; their number is read from a device only if asked to."""
-        ids, order = group.sort(stable=True)
         if read or is_on_host(group):
+            is_sorted = bool((group[1:] >= group[:-1]).all())  # as samplers of groups give them
+            ids, order = (group, None) if is_sorted else group.sort(stable=True)
             ids, lengths = ids.unique_consecutive(return_counts=True)
             return cls(order, lengths, ids)
+        ids, order = group.sort(stable=True)
         is_first = torch.ones_like(ids, dtype=torch.bool)
         is_first[1:] = ids[1:] != ids[:-1]
         number = is_first.cumsum(0) - 1  # there are no more groups than rows
@@ -32,7 +34,8 @@ class Groups(NamedTuple):
 
     def side_by_side(self, values: Tensor) -> Tensor:
         """Values [C, M] as [1, C·M], class by class and in each group by group."""
-        return values.index_select(1, self.order).reshape(1, -1)
+        ordered = values if self.order is None else values.index_select(1, self.order)
+        return ordered.reshape(1, -1)
 
     def mean(
         self, losses: Tensor, valid: Tensor, live: Tensor, num_classes: int

@@ -678,21 +678,84 @@ def _powers(distance, LIMIT: tl.constexpr, POWERS: tl.constexpr):
 
 
 @triton.jit
+def _store_moments(
+    moments, block, problem, num_problems, last_0, last_1, first_0, first_1, POWERS: tl.constexpr
+):  # fmt: skip
+    num_blocks = tl.num_programs(0)
+    stride = num_problems.to(tl.int64) * num_blocks
+    target = moments + tl.arange(0, POWERS) * stride + problem * num_blocks + block
+    tl.store(target, last_0)
+    tl.store(target + POWERS * stride, last_1)
+    tl.store(target + 2 * POWERS * stride, first_0)
+    tl.store(target + 3 * POWERS * stride, first_1)
+
+
+@triton.jit
+def _summed(powers, value):
+    """Σ over rows of powers [n, POWERS] times a value [n]; coefficients of both signs follow."""
+    return tl.sum(powers.to(tl.float64) * value.to(tl.float64)[:, None], 0)
+
+
+@triton.jit
 def block_moments(
-    values,  # sides [C, M], or where SLOPES by_all; by row
-    by_positives,
-    by_negatives,
     sides,  # [C, M] by row
     sorted_scores,  # [C, M]
     index,  # [C, M] int64: the rows in order
     numbers,  # [2, C] int32
     rates,  # [C]
-    picked,  # [C, M] int32: in each block the places of its queries first; written unless SLOPES
-    counts,  # [C, blocks] int32: how many they are; written unless SLOPES
+    sorted_sides,  # [C, M]
+    picked,  # [C, M] int32: in each block the places of its queries first
+    counts,  # [C, blocks] int32: how many they are
     moments,  # [2, 2, POWERS, C, blocks] float64
     num_rows,
     QUERIES: tl.constexpr,
-    SLOPES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Σ ω · e^(−k·distance in τ) of the rows of a block, k < POWERS: to its last row and its first,
+    over negatives and positives. And what other kernels need of a block, in order.
+    """
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    base, begin = problem * num_rows, block * BLOCK
+    rate = tl.load(rates + problem)
+    _, end = _stretch(numbers, problem, num_problems, QUERIES)
+    first = tl.load(sorted_scores + base + begin)
+    last = tl.load(sorted_scores + base + tl.minimum(begin + BLOCK, num_rows) - 1)
+    place = begin + tl.arange(0, BLOCK)
+    inside = place < num_rows
+    score = tl.load(sorted_scores + base + place, mask=inside, other=0.0)
+    row = tl.load(index + base + place, mask=inside, other=0)
+    side = tl.load(sides + base + row, mask=inside, other=0.0)
+    tl.store(sorted_sides + base + place, side, mask=inside)
+    is_query = _is_query(side, end, QUERIES)
+    one = is_query.to(tl.int32)
+    tl.store(picked + base + begin + tl.cumsum(one, 0) - 1, place, mask=is_query)
+    tl.store(counts + problem * num_blocks + block, tl.sum(one, 0))
+    positive = tl.where(side > 0, side, 0.0)
+    negative = positive - side
+    powers = _powers((last - tl.where(inside, score, last)) * rate, LIMIT, POWERS)
+    last_0, last_1 = _summed(powers, negative), _summed(powers, positive)
+    powers = _powers((tl.where(inside, score, first) - first) * rate, LIMIT, POWERS)
+    first_0, first_1 = _summed(powers, negative), _summed(powers, positive)
+    _store_moments(moments, block, problem, num_problems, last_0, last_1, first_0, first_1, POWERS)
+
+
+@triton.jit
+def slope_moments(
+    by_all,  # [C, M] by row
+    by_positives,
+    by_negatives,
+    sorted_scores,  # [C, M]
+    index,  # [C, M] int64
+    rates,  # [C]
+    sorted_sides,  # [C, M]
+    picked,  # [C, M] int32
+    counts,  # [C, blocks] int32
+    moments,  # [2, 2, POWERS, C, blocks] float64
+    sorted_slopes,  # [2, C, M]: the slopes by both sides, at the queries
+    num_rows,
     ALL: tl.constexpr,
     POSITIVES: tl.constexpr,
     NEGATIVES: tl.constexpr,
@@ -700,59 +763,41 @@ def block_moments(
     LIMIT: tl.constexpr,
     POWERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    BQ: tl.constexpr,
 ):
-    """Σ value · e^(−k·distance in τ) of the rows of a block, k < POWERS: to its last row and its
-    first, of two values: the weights of negatives and positives, or the slopes by those sides.
-    """
+    """The same sums of the slopes of the queries."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     problem, num_problems = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    base = problem * num_rows
+    base, begin = problem * num_rows, block * BLOCK
+    size = num_problems.to(tl.int64) * num_rows
     rate = tl.load(rates + problem)
-    _, end = _stretch(numbers, problem, num_problems, QUERIES)
-    begin = block * BLOCK
     first = tl.load(sorted_scores + base + begin)
     last = tl.load(sorted_scores + base + tl.minimum(begin + BLOCK, num_rows) - 1)
-    to_last_0 = tl.zeros([POWERS], dtype=tl.float64)
-    to_last_1 = tl.zeros([POWERS], dtype=tl.float64)
-    to_first_0 = tl.zeros([POWERS], dtype=tl.float64)
-    to_first_1 = tl.zeros([POWERS], dtype=tl.float64)
-    count = 0
-    for start in range(begin, tl.minimum(begin + BLOCK, num_rows), STEP):
-        place = start + tl.arange(0, STEP)
-        inside = place < num_rows
-        score = tl.load(sorted_scores + base + place, mask=inside, other=0.0)
-        row = tl.load(index + base + place, mask=inside, other=0)
-        side = tl.load(sides + base + row, mask=inside, other=0.0)
-        is_query = _is_query(side, end, QUERIES)
-        if SLOPES:
-            value_0, value_1 = _slopes_by_side(
-                values, by_positives, by_negatives, side, base + row, is_query,
-                ALL, POSITIVES, NEGATIVES, WEIGHS,
-            )  # fmt: skip
-        else:
-            value_1 = tl.where(side > 0, side, 0.0)
-            value_0 = value_1 - side
-            one = is_query.to(tl.int32)
-            target = picked + base + begin + count + tl.cumsum(one, 0) - 1
-            tl.store(target, place, mask=is_query)
-            count += tl.sum(one, 0)
-        score = tl.where(inside, score, last)
-        to_last = _powers((last - score) * rate, LIMIT, POWERS)
-        score = tl.where(inside, score, first)
-        to_first = _powers((score - first) * rate, LIMIT, POWERS)
-        to_last_0 += tl.sum((to_last * value_0[:, None]).to(tl.float64), 0)
-        to_last_1 += tl.sum((to_last * value_1[:, None]).to(tl.float64), 0)
-        to_first_0 += tl.sum((to_first * value_0[:, None]).to(tl.float64), 0)
-        to_first_1 += tl.sum((to_first * value_1[:, None]).to(tl.float64), 0)
-    if not SLOPES:
-        tl.store(counts + problem * num_blocks + block, count)
-    stride = num_problems.to(tl.int64) * num_blocks
-    target = moments + tl.arange(0, POWERS) * stride + problem * num_blocks + block
-    tl.store(target, to_last_0)
-    tl.store(target + POWERS * stride, to_last_1)
-    tl.store(target + 2 * POWERS * stride, to_first_0)
-    tl.store(target + 3 * POWERS * stride, to_first_1)
+    last_0 = tl.zeros([POWERS], dtype=tl.float64)
+    last_1 = tl.zeros([POWERS], dtype=tl.float64)
+    first_0 = tl.zeros([POWERS], dtype=tl.float64)
+    first_1 = tl.zeros([POWERS], dtype=tl.float64)
+    count = tl.load(counts + problem * num_blocks + block)
+    for start in range(0, count, BQ):
+        number = start + tl.arange(0, BQ)
+        is_real = number < count
+        place = tl.load(picked + base + begin + number, mask=is_real, other=0)
+        row = tl.load(index + base + place, mask=is_real, other=0)
+        side = tl.load(sorted_sides + base + place, mask=is_real, other=0.0)
+        score = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)
+        to_negative, to_positive = _slopes_by_side(
+            by_all, by_positives, by_negatives, side, base + row, is_real,
+            ALL, POSITIVES, NEGATIVES, WEIGHS,
+        )  # fmt: skip
+        tl.store(sorted_slopes + base + place, to_negative, mask=is_real)
+        tl.store(sorted_slopes + size + base + place, to_positive, mask=is_real)
+        powers = _powers((last - tl.where(is_real, score, last)) * rate, LIMIT, POWERS)
+        last_0 += _summed(powers, to_negative)
+        last_1 += _summed(powers, to_positive)
+        powers = _powers((tl.where(is_real, score, first) - first) * rate, LIMIT, POWERS)
+        first_0 += _summed(powers, to_negative)
+        first_1 += _summed(powers, to_positive)
+    _store_moments(moments, block, problem, num_problems, last_0, last_1, first_0, first_1, POWERS)
 
 
 @triton.jit
@@ -833,16 +878,15 @@ def far_ranks(
     sides,  # [C, M] by row
     sorted_scores,  # [C, M]
     index,  # [C, M] int64
-    numbers,  # [2, C] int32
     rates,  # [C]
+    sorted_sides,  # [C, M]
     picked,  # [C, M] int32
     counts,  # [C, blocks] int32
     moments,  # [2, 2, POWERS, C, blocks] float64
     coefficients,  # [3, POWERS] float64: of σ below and above, and of σ′
-    ranks,  # [K, C, M] by row: 1 where it is no query
+    ranks,  # [K, C, M] by row, of which those of the queries are written
     sums,  # [2, C, M] float64, in order: Σ ω σ′(x) over negatives and positives, at the queries
     num_rows,
-    QUERIES: tl.constexpr,
     ALL: tl.constexpr,
     POSITIVES: tl.constexpr,
     NEGATIVES: tl.constexpr,
@@ -852,7 +896,6 @@ def far_ranks(
     POWERS: tl.constexpr,
     BLOCK: tl.constexpr,
     BQ: tl.constexpr,
-    BM: tl.constexpr,
 ):
     """The ranks of the queries of a block: its own pairs one by one, all others by moments."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
@@ -860,17 +903,6 @@ def far_ranks(
     base, begin = problem * num_rows, block * BLOCK
     size = num_problems.to(tl.int64) * num_rows
     rate = tl.load(rates + problem)
-    _, end = _stretch(numbers, problem, num_problems, QUERIES)
-    for start in range(begin, tl.minimum(begin + BLOCK, num_rows), BM):
-        place = start + tl.arange(0, BM)
-        inside = place < num_rows
-        row = tl.load(index + base + place, mask=inside, other=0)
-        side = tl.load(sides + base + row, mask=inside, other=0.0)
-        is_other = inside & ~_is_query(side, end, QUERIES)
-        ones = tl.full([BM], 1.0, dtype=sorted_scores.dtype.element_ty)
-        for k in tl.static_range(3):
-            if k <= ALL or k <= POSITIVES or k <= NEGATIVES:
-                tl.store(ranks + k * size + base + row, ones, mask=is_other)
     below, above, lower_0, lower_1, upper_0, upper_1 = _far_moments(
         moments, sorted_scores, block, num_rows, problem, POWERS, BLOCK
     )
@@ -878,6 +910,12 @@ def far_ranks(
     by_lower = tl.load(coefficients + own_power)
     by_upper = tl.load(coefficients + POWERS + own_power)
     by_slope = tl.load(coefficients + 2 * POWERS + own_power)
+    source = begin + tl.arange(0, BLOCK)
+    inside = source < num_rows
+    score = tl.load(sorted_scores + base + source, mask=inside, other=0.0)[None, :]
+    side = tl.load(sorted_sides + base + source, mask=inside, other=0.0)[None, :]
+    positive_weight = tl.where(side > 0, side, 0.0)
+    negative_weight = positive_weight - side
     count = tl.load(counts + problem * num_blocks + block)
     for start in range(0, count, BQ):
         number = start + tl.arange(0, BQ)
@@ -892,34 +930,25 @@ def far_ranks(
         to_upper = to_upper.to(tl.float64)
         among_negatives = _evaluated(to_lower, to_upper, by_lower * lower_0, by_upper * upper_0)
         among_positives = _evaluated(to_lower, to_upper, by_lower * lower_1, by_upper * upper_1)
-        slope_of_negatives = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
-        slope_of_positives = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
-        for offset in range(begin, tl.minimum(begin + BLOCK, num_rows), BM):
-            source = offset + tl.arange(0, BM)
-            inside = source < num_rows
-            other = tl.load(index + base + source, mask=inside, other=0)
-            score = tl.load(sorted_scores + base + source, mask=inside, other=0.0)[None, :]
-            side = tl.load(sides + base + other, mask=inside, other=0.0)[None, :]
-            positive_weight = tl.where(side > 0, side, 0.0)
-            negative_weight = positive_weight - side
-            x = (score - query[:, None]) * rate
-            small = tl.exp(-tl.abs(x))
-            inverse = 1.0 / (1.0 + small)
-            sigmoid = tl.where(x >= 0, inverse, small * inverse)
-            among_negatives += tl.sum(sigmoid * negative_weight, 1).to(tl.float64)
-            among_positives += tl.sum(sigmoid * positive_weight, 1).to(tl.float64)
-            if WITH_SLOPES:
-                is_other = source[None, :] != place[:, None]
-                slope = tl.where(is_other, small * inverse * inverse, 0.0)
-                slope_of_negatives += tl.sum(slope * negative_weight, 1).to(tl.float64)
-                slope_of_positives += tl.sum(slope * positive_weight, 1).to(tl.float64)
+        x = (score - query[:, None]) * rate
+        small = tl.exp(-tl.abs(x))
+        inverse = 1.0 / (1.0 + small)
+        sigmoid = tl.where(x >= 0, inverse, small * inverse)
+        among_negatives += tl.sum(sigmoid * negative_weight, 1).to(tl.float64)
+        among_positives += tl.sum(sigmoid * positive_weight, 1).to(tl.float64)
+        if WITH_SLOPES:
+            of_negatives = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
+            of_positives = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
+            is_other = source[None, :] != place[:, None]
+            slope = tl.where(is_other, small * inverse * inverse, 0.0)
+            of_negatives += tl.sum(slope * negative_weight, 1).to(tl.float64)
+            of_positives += tl.sum(slope * positive_weight, 1).to(tl.float64)
+            tl.store(sums + base + place, of_negatives, mask=is_real)
+            tl.store(sums + size + base + place, of_positives, mask=is_real)
         _store_ranks(
             ranks, sides, base + row, is_real, is_real, among_negatives, among_positives,
             size, ALL, POSITIVES, NEGATIVES, SMALLEST,
         )  # fmt: skip
-        if WITH_SLOPES:
-            tl.store(sums + base + place, slope_of_negatives, mask=is_real)
-            tl.store(sums + size + base + place, slope_of_positives, mask=is_real)
 
 
 @triton.jit
@@ -930,35 +959,28 @@ def _evaluated(to_lower, to_upper, lower, upper):
 
 @triton.jit
 def far_slopes(
-    sides,  # [C, M] by row
     sorted_scores,  # [C, M]
     index,  # [C, M] int64
     numbers,  # [2, C] int32
     rates,  # [C]
+    sorted_sides,  # [C, M]
     picked,  # [C, M] int32
     counts,  # [C, blocks] int32
     moments,  # [2, 2, POWERS, C, blocks] float64, of the slopes
     coefficients,  # [3, POWERS] float64
-    by_all,  # [C, M] by row
-    by_positives,
-    by_negatives,
+    sorted_slopes,  # [2, C, M]
     sums,  # [2, C, M] float64, in order
     divisors,  # [C], or anything where not DIVIDED
     slopes,  # [C, M] by row, 0 from num_live on
     num_rows,
     num_live,
     QUERIES: tl.constexpr,
-    ALL: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    NEGATIVES: tl.constexpr,
-    WEIGHS: tl.constexpr,
     DIVIDED: tl.constexpr,
     LARGEST: tl.constexpr,
     LIMIT: tl.constexpr,
     POWERS: tl.constexpr,
     BLOCK: tl.constexpr,
     BQ: tl.constexpr,
-    BM: tl.constexpr,
 ):
     """What the rows of a block get as sources, less what they get as queries."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
@@ -971,50 +993,43 @@ def far_slopes(
         moments, sorted_scores, block, num_rows, problem, POWERS, BLOCK
     )
     by_slope = tl.load(coefficients + 2 * POWERS + tl.arange(0, POWERS))
+    source = begin + tl.arange(0, BLOCK)
+    inside = source < num_rows
+    row = tl.load(index + base + source, mask=inside, other=0)
+    score = tl.load(sorted_scores + base + source, mask=inside, other=0.0)
+    side = tl.load(sorted_sides + base + source, mask=inside, other=0.0)
+    to_lower = _powers(tl.where(begin > 0, score - below, 0.0) * rate, LIMIT, POWERS)
+    to_lower = to_lower.to(tl.float64)
+    has_upper = begin + BLOCK < num_rows
+    to_upper = _powers(tl.where(has_upper, above - score, 0.0) * rate, LIMIT, POWERS)
+    to_upper = to_upper.to(tl.float64)
+    as_negative = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
+    as_positive = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
     count = tl.load(counts + problem * num_blocks + block)
+    for start in range(0, count, BQ):
+        number = start + tl.arange(0, BQ)
+        is_real = number < count
+        place = tl.load(picked + base + begin + number, mask=is_real, other=0)
+        query = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)[:, None]
+        to_negative = tl.load(sorted_slopes + base + place, mask=is_real, other=0.0)
+        to_positive = tl.load(sorted_slopes + size + base + place, mask=is_real, other=0.0)
+        x = (score[None, :] - query) * rate
+        small = tl.exp(-tl.abs(x))
+        inverse = 1.0 / (1.0 + small)
+        is_other = source[None, :] != place[:, None]
+        slope = tl.where(is_other, small * inverse * inverse, 0.0)
+        as_negative += tl.sum(slope * to_negative[:, None], 0).to(tl.float64)
+        as_positive += tl.sum(slope * to_positive[:, None], 0).to(tl.float64)
+    slope = tl.where(side > 0, as_positive, as_negative) * tl.abs(side).to(tl.float64)
+    is_query = _is_query(side, end, QUERIES)
+    to_negative = tl.load(sorted_slopes + base + source, mask=is_query, other=0.0)
+    to_positive = tl.load(sorted_slopes + size + base + source, mask=is_query, other=0.0)
+    of_negatives = tl.load(sums + base + source, mask=is_query, other=0.0)
+    of_positives = tl.load(sums + size + base + source, mask=is_query, other=0.0)
+    slope -= of_negatives * to_negative + of_positives * to_positive
     scale = rate.to(tl.float64)
     if DIVIDED:
         scale /= tl.load(divisors + problem)
-    for first in range(begin, tl.minimum(begin + BLOCK, num_rows), BM):
-        source = first + tl.arange(0, BM)
-        inside = source < num_rows
-        row = tl.load(index + base + source, mask=inside, other=0)
-        score = tl.load(sorted_scores + base + source, mask=inside, other=0.0)
-        side = tl.load(sides + base + row, mask=inside, other=0.0)
-        to_lower = _powers(tl.where(begin > 0, score - below, 0.0) * rate, LIMIT, POWERS)
-        has_upper = begin + BLOCK < num_rows
-        to_upper = _powers(tl.where(has_upper, above - score, 0.0) * rate, LIMIT, POWERS)
-        to_lower = to_lower.to(tl.float64)
-        to_upper = to_upper.to(tl.float64)
-        as_negative = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
-        as_positive = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
-        for start in range(0, count, BQ):
-            number = start + tl.arange(0, BQ)
-            is_real = number < count
-            place = tl.load(picked + base + begin + number, mask=is_real, other=0)
-            query_row = tl.load(index + base + place, mask=is_real, other=0)
-            query = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)[:, None]
-            own = tl.load(sides + base + query_row, mask=is_real, other=0.0)
-            to_negative, to_positive = _slopes_by_side(
-                by_all, by_positives, by_negatives, own, base + query_row, is_real,
-                ALL, POSITIVES, NEGATIVES, WEIGHS,
-            )  # fmt: skip
-            x = (score[None, :] - query) * rate
-            small = tl.exp(-tl.abs(x))
-            inverse = 1.0 / (1.0 + small)
-            is_other = source[None, :] != place[:, None]
-            slope = tl.where(is_other, small * inverse * inverse, 0.0)
-            as_negative += tl.sum(slope * to_negative[:, None], 0).to(tl.float64)
-            as_positive += tl.sum(slope * to_positive[:, None], 0).to(tl.float64)
-        slope = tl.where(side > 0, as_positive, as_negative) * tl.abs(side).to(tl.float64)
-        is_query = _is_query(side, end, QUERIES)
-        to_negative, to_positive = _slopes_by_side(
-            by_all, by_positives, by_negatives, side, base + row, is_query,
-            ALL, POSITIVES, NEGATIVES, WEIGHS,
-        )  # fmt: skip
-        of_negatives = tl.load(sums + base + source, mask=is_query, other=0.0)
-        of_positives = tl.load(sums + size + base + source, mask=is_query, other=0.0)
-        slope -= of_negatives * to_negative + of_positives * to_positive
-        slope = tl.where(tl.abs(score) == LARGEST, 0.0, slope) * scale
-        slope = tl.where(row < tl.where(end > 0, num_live, 0), slope, 0.0)
-        tl.store(slopes + base + row, slope, mask=inside)
+    slope = tl.where(tl.abs(score) == LARGEST, 0.0, slope) * scale
+    slope = tl.where(row < tl.where(end > 0, num_live, 0), slope, 0.0)
+    tl.store(slopes + base + row, slope, mask=inside)

@@ -36,9 +36,11 @@ _MOST_PROBLEMS = (1 << 16) - 1
 def prepared(problems: Problems) -> Prepared | None:
     """Problems for the kernels; None where others compute."""
     scores = problems.scores
-    if problems.processes is not None or not has_kernels(scores, problems.is_positive.shape):
+    if scores.device.type not in DEVICES or problems.processes is not None:
         return None
-    if is_traced(scores) or is_transformed():
+    if is_traced(scores) or is_transformed():  # first: compilers can't look for Triton
+        return None
+    if not has_kernels(scores, problems.is_positive.shape):
         return None
     if problems.layout.lengths is not None and not _are_short(problems):
         return None
@@ -235,11 +237,11 @@ class PreparedQueries:
         ]
         return chosen & own.layout.for_rows(self.prepared.valid)
 
-    def of_problem(self, values: Tensor, index: Any = ...) -> Tensor:
+    def of_problem(self, values: Tensor, index: Any = None) -> Tensor:
         """A value [C] for each row [C, 1]."""
         return self.prepared.given.layout.for_rows(values)
 
-    def of_row(self, values: Tensor, index: Any = ...) -> Tensor:
+    def of_row(self, values: Tensor, index: Any = None) -> Tensor:
         """A value for each row [C, M]."""
         return values
 

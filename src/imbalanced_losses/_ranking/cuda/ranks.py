@@ -9,8 +9,8 @@ be read, or bounded, and what is beyond the bound be ranked in some other way. I
 instead. Pairs of a block of rows are computed one by one. For all others, e^(−|x|) being at most 1,
 σ is a polynomial in it, of the degree that the dtype calls for, so that a rank is made of sums of
 exponentials. These need no range: each follows from that of the block before by one factor. Beside
-the sort that is three kernels a pass, which read a score and its row thrice; panels take some 60
-operations, Fourier transforms among them, and twice the memory traffic.
+the sort that is three kernels a pass; panels take some 60 operations, Fourier transforms among
+them, and twice the memory traffic.
 
 The kernels are Triton's (3.2 or newer), which comes with CUDA builds of PyTorch; without it the
 plans in plain PyTorch serve these devices too.
@@ -34,11 +34,15 @@ from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows, SlopesOf
 _PROGRAMS = 1 << 13
 # Pairs of a tile, and how many of one row are summed before float64 takes over.
 _TILE, _CHUNK = 1 << 10, 1 << 9
-# Sorted rows of a block, and blocks whose moments are summed up at once.
-_ROWS, _SCANNED = 1 << 8, 1 << 10
+# Sorted rows of a block, queries of it that are ranked at once, and blocks whose moments are summed
+# up at once. Half the rows are half the pairs within blocks, and twice the moments.
+_ROWS = {torch.float32: 1 << 7, torch.float64: 1 << 6}
+_QUERIES, _SCANNED = 1 << 4, 1 << 11
 # e^(−k·distance), k from 0 on: enough for σ to 1e-11 and 1e-16.
 _POWERS = {torch.float32: 16, torch.float64: 32}
 _DEGREES = {torch.float32: 15, torch.float64: 22}
+# What the linear kernels have been launched for.
+_LOADED: set[tuple[Any, ...]] = set()
 
 
 def fused_plan(
@@ -47,10 +51,29 @@ def fused_plan(
     """Soft ranks of the rows that are queries; `backend` is "auto", "dense" or "panel"."""
     if queries.prepared.segments:
         return FusedSegments(given, queries, among)
+    kind = given.scores.dtype, given.scores.device, queries.rows, among
     if backend == "auto":
-        backend = choose_fused(*given.scores.shape)
-    make: type[_FusedRanks] = FusedLinear if backend == "panel" else FusedDense
-    return make(given, queries, among)
+        num_problems, num_rows = given.scores.shape
+        backend = choose_fused(num_problems, num_rows)
+        if backend == "dense" and _is_for_a_graph(kind):
+            backend = choose_fused(num_problems, num_rows, is_captured=True)
+    if backend != "panel":
+        return FusedDense(given, queries, among)
+    _LOADED.add(kind)
+    return FusedLinear(given, queries, among)
+
+
+def _is_for_a_graph(kind: tuple[Any, ...]) -> bool:
+    """Whether calls are captured, or rehearse that on a stream of their own.
+
+    What no rehearsal has loaded can't be captured.
+    """
+    device = kind[1]
+    if device.type != "cuda":
+        return False
+    if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        return False
+    return kind in _LOADED or not torch.cuda.is_current_stream_capturing()
 
 
 class _FusedRanks:
@@ -189,64 +212,74 @@ class FusedLinear(_FusedRanks):
         scores, own = given.scores, queries.prepared
         (num_problems, num_rows), dtype = scores.shape, scores.dtype
         ordered, index = (part.view(scores.shape) for part in _sorted(scores))
-        self._grid = ceil(num_rows, _ROWS), num_problems
+        rows, powers = _ROWS[dtype], _POWERS[dtype]
+        self._grid = ceil(num_rows, rows), num_problems
         picked = own.order.new_empty(scores.shape)
         counts = own.order.new_empty(num_problems, self._grid[0])
-        powers = _POWERS[dtype]
-        self._moments = scores.new_empty(4, powers, *counts.shape, dtype=torch.float64)
+        moments = scores.new_empty(4, powers, *counts.shape, dtype=torch.float64)
+        self._numbers, self._order = own.numbers, (ordered, index)
+        self._lists = own.rates, torch.empty_like(scores), picked, counts, moments
         self._coefficients = _coefficients(_DEGREES[dtype], powers, scores.device)
-        assert given.sides is not None
-        self._lists = given.sides, ordered, index, own.numbers, own.rates, picked, counts
         # Farther apart, no power but the first is above 0.
         limit = -math.log(torch.finfo(dtype).tiny) + 100
-        self._constants = {"LIMIT": limit, "POWERS": powers, "BLOCK": _ROWS}
+        self._constants = {"LIMIT": limit, "POWERS": powers, "BLOCK": rows}
 
     def _rank(self, ranks: Tensor, sums: Tensor, **options: Any) -> None:
-        sides = self._lists[0]
-        kind = {"QUERIES": self.queries.rows, "WEIGHS": False}
-        self._make_moments([sides] * 3, SLOPES=False, **kind | {r.upper(): False for r in ROWS})
+        rows, num_rows = options.pop("QUERIES"), ranks.shape[2]
+        launch(
+            "block_moments",
+            self._grid,
+            *(self.given.sides, *self._order, self._numbers, *self._lists, num_rows),
+            QUERIES=rows,
+            **self._constants,
+        )
+        self._scan()
         launch(
             "far_ranks",
             self._grid,
-            *(*self._lists, self._moments, self._coefficients, ranks, sums, ranks.shape[2]),
-            **{"BQ": 16, "BM": 64} | self._constants | options,
+            *(self.given.sides, *self._order, *self._lists, self._coefficients),
+            *(ranks.fill_(1), sums, num_rows),
+            BQ=_QUERIES,
+            **self._constants | options,
         )
 
     def _slopes(
         self, slopes: list[Tensor], rest: tuple[Tensor, ...], kind: dict[str, Any], DIVIDED: bool
     ) -> None:
-        num_rows, num_live = self.given.scores.shape[1], self.given.num_live
-        self._make_moments(slopes, SLOPES=True, **kind)
+        num_rows, scores = self.given.scores.shape[1], self.given.scores
+        sorted_slopes, rows = scores.new_empty(2, *scores.shape), kind.pop("QUERIES")
+        launch(
+            "slope_moments",
+            self._grid,
+            *(*slopes, *self._order, *self._lists, sorted_slopes, num_rows),
+            BQ=_QUERIES,
+            **self._constants | kind,
+        )
+        self._scan()
         launch(
             "far_slopes",
             self._grid,
-            *(*self._lists, self._moments, self._coefficients, *slopes, *rest, num_rows, num_live),
-            LARGEST=torch.finfo(self.given.scores.dtype).max / 2,
+            *(*self._order, self._numbers, *self._lists, self._coefficients, sorted_slopes),
+            *(*rest, num_rows, self.given.num_live),
+            QUERIES=rows,
             DIVIDED=DIVIDED,
-            **{"BQ": 16, "BM": 64} | self._constants | kind,
-        )
-
-    def _make_moments(self, values: list[Tensor], **options: Any) -> None:
-        """The moments of all blocks below and above each block."""
-        num_blocks, num_problems = self._grid
-        num_rows = self.given.scores.shape[1]
-        _, ordered, *_, rates, _, _ = self._lists
-        launch(
-            "block_moments",
-            self._grid,
-            *(*values, *self._lists, self._moments, num_rows),
-            STEP=64,
-            **self._constants | options,
-        )
-        if num_blocks == 1:
-            return
-        launch(
-            "scan_blocks",
-            (4 * self._constants["POWERS"], num_problems),  # type: ignore[arg-type]
-            *(self._moments, ordered, rates, num_rows, num_blocks),
-            CHUNK=min(_SCANNED, 1 << (num_blocks - 1).bit_length()),
+            LARGEST=torch.finfo(scores.dtype).max / 2,
+            BQ=_QUERIES,
             **self._constants,
         )
+
+    def _scan(self) -> None:
+        """The moments of each block become those of all blocks below and above, and its own."""
+        num_blocks, num_problems = self._grid
+        if num_blocks > 1:
+            rates, *_, moments = self._lists
+            launch(
+                "scan_blocks",
+                (4 * self._constants["POWERS"], num_problems),  # type: ignore[arg-type]
+                *(moments, self._order[0], rates, self.given.scores.shape[1], num_blocks),
+                CHUNK=min(_SCANNED, 1 << (num_blocks - 1).bit_length()),
+                **self._constants,
+            )
 
 
 def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
