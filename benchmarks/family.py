@@ -61,6 +61,17 @@ def step(
     return run
 
 
+def libauc_partial_auc(num_rows: int, share: float) -> Callable[[], None]:
+    """LibAUC's, which compares every positive with every negative."""
+    loss_of = _peers.load("libauc").pAUC_CVaR_Loss(data_len=num_rows, pos_len=num_rows, beta=0.01)
+    index = torch.arange(num_rows)
+
+    def compared(scores: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (loss_of(scores, labels.long(), index),)
+
+    return step(compared, num_rows, share)
+
+
 def measured(steps: dict[str, Callable[[], None]], what: str, num_rows: int) -> list[Row]:
     """Medians over rounds; the first step is what the others are compared with."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -90,6 +101,8 @@ def main() -> None:
     results: list[Row] = []
     for num_rows in SIZES:
         steps = {name: step(f, num_rows, 0.01, **own) for name, (f, own) in MEMBERS.items()}
+        if num_rows == SIZES[0] and _peers.is_there("libauc"):  # beyond, it takes tens of GB
+            steps["LibAUC, partial AUC to 1 %"] = libauc_partial_auc(num_rows, 0.01)
         results += measured(steps, "members", num_rows)
     for name, (count, fewest, most) in GROUPS.items():
         generator = torch.Generator().manual_seed(1)
