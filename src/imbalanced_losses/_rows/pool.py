@@ -89,7 +89,7 @@ class Pool(NamedTuple):
         if value is None and (rows is None or rows.value is not None):
             value = self.logits.new_full(self.targets.shape, -1.0)
         if group is None and rows is None:
-            group = self.targets.new_zeros(self.targets.shape[0])
+            group = self.targets.new_zeros(self.targets.shape[0], dtype=torch.int64)
         rest = weights, value, group, self.num_constant, self.draws
         return Pool(self.logits, self.targets, *rest)
 
