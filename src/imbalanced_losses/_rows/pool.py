@@ -127,9 +127,10 @@ class Pool(NamedTuple):
         usable = self.logits.isfinite()  # [M, C]
         if weights is not None:
             usable &= weights.T > 0
-        scores = torch.where(usable, self.logits, 0.0).double()
+        scores = torch.where(usable, self.logits, 0.0)
         if self.group is None:
-            mean = scores.sum(0) / usable.sum(0).clamp(min=1)
+            share = usable / usable.sum(0).clamp(min=1).double()  # [M, C]; their sum can't overflow
+            mean = (scores * share).sum(0)
             return (mean - mean.detach()).to(self.logits.dtype)
         assert group is not None
         # The place of a group's first row, of the rows sorted by group, stands for the group.
@@ -137,13 +138,11 @@ class Pool(NamedTuple):
         own, theirs = (
             torch.searchsorted(ids, one).clamp(max=len(ids) - 1) for one in (self.group, group)
         )
-        total, number = (
-            torch.zeros_like(scores).index_add(0, own, one) for one in (scores, usable.double())
-        )
-        mean = (total / number.clamp(min=1))[theirs]  # [m, C]
-        return torch.where((ids[theirs] == group)[:, None], mean - mean.detach(), 0).to(
-            self.logits.dtype
-        )
+        none = torch.zeros_like(scores, dtype=torch.float64)
+        number = none.index_add(0, own, usable.double()).clamp(min=1)
+        mean = none.index_add(0, own, scores / number[own])[theirs]  # [m, C]
+        zero = torch.where((ids[theirs] == group)[:, None], mean - mean.detach(), 0)
+        return zero.to(self.logits.dtype)
 
     def packed(self) -> Tensor:
         """[M, columns] float64: logits, targets and what else there is; exact."""
