@@ -401,7 +401,7 @@ def _of(
     shape: tuple[int, ...] = scores.shape[:-1]
     if problems.layout.lengths is not None:
         shape = (*shape, problems.layout.num_problems // max(1, math.prod(shape)))
-    return found.view(shape), valid.view(shape)
+    return found if found.shape == shape else found.view(shape), valid.view(shape)
 
 
 def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
