@@ -143,13 +143,18 @@ def recall_at_k(
     Precision among the k highest is the same up to the constant factor Σ_{i∈P} ω_i / k.
 
     Args:
-        scores, is_positive, temperature, sample_weight, value, group, backend: as for
-            `smooth_ap`.
+        scores: as for `smooth_ap`.
+        is_positive: as for `smooth_ap`.
+        temperature: as for `smooth_ap`.
         k: an int ≥ 1 is a number of rows, counted by weight; a float in (0, 1) the share of the
             rows (of their summed weight), no fewer than one row of mean weight. Where k is all the
             rows, all is found, and recall is 1 up to softness.
         softness: width of the step at k, as a share of k; finite and > 0. A row at rank k counts
             for somewhat more than one half: σ(½ / (softness · k)) at ω = 1.
+        sample_weight: as for `smooth_ap`.
+        value: as for `smooth_ap`.
+        group: as for `smooth_ap`.
+        backend: as for `smooth_ap`.
 
     Returns:
         RankingMetric(metric, valid), recall in [0, 1], of shapes and degenerate cases as
@@ -197,11 +202,16 @@ def recall_at_fpr(
         recall = Σ_{i∈P} ω_i v_i σ((k + ½ω̄⁻ − R⁻_i) / (softness · max(k, ω̄⁻)))  ÷  Σ_{i∈P} ω_i v_i
 
     Args:
-        scores, is_positive, temperature, sample_weight, value, group, backend: as for
-            `smooth_ap`.
+        scores: as for `smooth_ap`.
+        is_positive: as for `smooth_ap`.
+        temperature: as for `smooth_ap`.
         max_fpr: share of the negatives, in (0, 1). Below one negative it asks for positives above
             all of them.
         softness: width of the step at k, as a share of k; finite and > 0.
+        sample_weight: as for `smooth_ap`.
+        value: as for `smooth_ap`.
+        group: as for `smooth_ap`.
+        backend: as for `smooth_ap`.
 
     Returns:
         RankingMetric(metric, valid), recall in [0, 1], of shapes and degenerate cases as
@@ -258,11 +268,16 @@ def partial_auc(
     standardisation, over max_fpr, of distinct scores and whole negatives.
 
     Args:
-        scores, is_positive, temperature, sample_weight, group, backend: as for `smooth_ap`.
+        scores: as for `smooth_ap`.
+        is_positive: as for `smooth_ap`.
+        temperature: as for `smooth_ap`.
         max_fpr: where the range ends, min_fpr < max_fpr ≤ 1.
         min_fpr: where it begins, from 0 on.
         softness: width of the steps at k₁ and k₀, as a share of each; finite and > 0.
         value: as for `smooth_ap`; the weight of positives in R⁺ is ω v.
+        sample_weight: as for `smooth_ap`.
+        group: as for `smooth_ap`.
+        backend: as for `smooth_ap`.
 
     Returns:
         RankingMetric(metric, valid), the area in [0, 1], of shapes and degenerate cases as
@@ -313,13 +328,16 @@ def ndcg(
     place_i ≤ k + ½ω_i.
 
     Args:
-        scores, temperature, sample_weight, group, backend: as for `smooth_ap`. log₂(1 + R) takes
-            weights in the caller's units.
+        scores: as for `smooth_ap`.
+        temperature: as for `smooth_ap`.
         grades: integers 0 to 31 of any dtype, same shape as scores.
         k: as for `recall_at_k`: only the k highest scores count. None = all.
         softness: width of the step at k, as a share of k; finite and > 0.
         value: [M] or the shape of scores, finite and ≥ 0: the gain, in the place of 2^y − 1, of
             rows with a grade above 0.
+        sample_weight: as for `smooth_ap`; log₂(1 + R) takes weights in the caller's units.
+        group: as for `smooth_ap`.
+        backend: as for `smooth_ap`.
 
     Returns:
         RankingMetric(metric, valid). NDCG is in [0, 1], but that with unequal weights or a wide

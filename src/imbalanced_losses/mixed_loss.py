@@ -142,7 +142,8 @@ class MixedLoss(ScheduledLoss):
             logits: [N, C], as for both losses.
             targets: [N] or [N, C], as for both losses.
             sample_weight: as for both losses.
-            group, value: as for the main loss, which alone gets them.
+            group: as for the main loss, which alone gets it.
+            value: as for the main loss, which alone gets it.
 
         Returns:
             [] in the dtype of the losses.

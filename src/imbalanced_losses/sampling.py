@@ -33,8 +33,9 @@ class GroupBatchSampler(Sampler[list[int]]):
             most half of it; of more, it draws some. None: all are alike.
         shuffle: another order in each epoch; False: groups by their first row.
         seed: of order and draws, the same on every process; >= 0.
-        num_replicas, rank: number of processes and this one's place; both or
-            neither. None: torch.distributed's when iterating, else 1 and 0.
+        num_replicas: number of processes. None: torch.distributed's when
+            iterating, else 1.
+        rank: the place of this process; given together with num_replicas.
         drop_last: batches of exactly groups_per_batch groups; an epoch leaves
             out the groups that do not fill one on every process.
 
