@@ -194,7 +194,7 @@ class RankingLoss(RankingState):
         values: RowValues = {"sample_weight": sample_weight, "group": group, "value": value}
         batch, processes = self._batch(logits, targets, return_per_class, **values)
         pool = self._pool(batch)
-        groups = None if pool.group is None else Groups.of(pool.group)
+        groups = pool.groups()
         losses, valid = self._per_class(self._problems(pool, processes, groups))
         if groups is not None and batch.group is not None:
             losses, valid = groups.mean(losses, valid, batch.group, self.num_classes)
@@ -244,7 +244,7 @@ class RankingLoss(RankingState):
             batch, _ = self._batch(logits, targets, **values)
         batch = batch.with_logits(batch.logits.detach())
         pool = self._pool(batch)
-        groups = None if pool.group is None else Groups.of(pool.group)
+        groups = pool.groups()
         problems = self._problems(pool, None, groups)
         in_batch = batch.problems(self.ignore_index, self._num_grades > 0)
         metric, budget = 1 - self._per_class(problems).losses, self._budget(problems)

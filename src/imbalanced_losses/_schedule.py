@@ -17,7 +17,6 @@ from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import StatefulLoss
 from imbalanced_losses._options import RowValues
 from imbalanced_losses._rows.checkpoint import older_numbers, pack, unchanged_on_error, unpack
-from imbalanced_losses._rows.groups import Groups
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -194,5 +193,4 @@ def _spread_of(
 ) -> float:
     """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
     batch, processes = loss._batch(logits, targets, **values)
-    groups = None if batch.group is None else Groups.of(batch.group)
-    return float(loss._problems(batch, processes, groups).spread().detach().mean())
+    return float(loss._problems(batch, processes, batch.groups()).spread().detach().mean())

@@ -20,6 +20,7 @@ from imbalanced_losses._checks.tensors import (
     floating,
     kind,
     of_bools,
+    of_integers,
     one_or_two_dimensions,
     shown,
     tensor,
@@ -218,10 +219,7 @@ def _of_rows(name: str, given: Any, logits: Tensor, multilabel: bool) -> Tensor:
 
 def group_ids(given: Any, beside: tuple[str, Tensor], shape: torch.Size) -> Tensor:
     """Ids [M] of any integer dtype as int64, which unsigned ones from 2⁶³ on wrap into."""
-    value = tensor("group", given)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(text("group", "integers", value.dtype))
-    return fits("group", value, beside, shape).detach().to(torch.int64)
+    return fits("group", of_integers("group", given), beside, shape).detach().to(torch.int64)
 
 
 def _values_of_positives(value: Tensor, is_positive: Tensor) -> None:

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.arguments import integer
-from imbalanced_losses._checks.tensors import fits, of_bools, tensor, with_values
+from imbalanced_losses._checks.tensors import fits, of_bools, of_integers, with_values
 
 
 def groups(ids_given: Any, is_positive: Any) -> tuple[Tensor, Tensor]:
     """What a sampler of groups is made of: [N] int64 and [N] bool, on the CPU."""
-    ids = with_values("group", tensor("group", ids_given))
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"group must be integers, got {ids.dtype}")
+    ids = with_values("group", of_integers("group", ids_given))
     if ids.dim() != 1 or len(ids) == 0:
         raise ValueError(f"group must be [N] with N > 0, got {list(ids.shape)}")
     if is_positive is None:

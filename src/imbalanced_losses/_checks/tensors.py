@@ -50,6 +50,13 @@ def of_bools(given: Any) -> Tensor:
     return value
 
 
+def of_integers(name: str, given: Any) -> Tensor:
+    value = tensor(name, given)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(text(name, "integers", value.dtype))
+    return value
+
+
 def floating(name: str, given: Any) -> Tensor:
     value = tensor(name, given)
     if not value.is_floating_point():

@@ -81,7 +81,10 @@ def in_units(problems: Problems) -> InUnits:
     weights = weights.expand(shape)
     if processes is not None or is_given[1]:
         value = torch.where(problems.is_positive & (weights > 0), value, 0.0)
-    largest = [layout.largest(own.expand(shape)) for own in (weights, value)]
+    largest = [
+        layout.largest(own.expand(shape)) if own_is_given or processes is not None else ones
+        for own, own_is_given in zip((weights, value), is_given, strict=True)
+    ]
     if processes is not None:
         told = [torch.full_like(largest[0], own, dtype=torch.float64) for own in is_given]
         found = processes.max(torch.stack([*(own.double() for own in largest), *told]))

@@ -21,10 +21,15 @@ class Layout:
     def __init__(self, shape: tuple[int, ...], lengths: Tensor | None = None) -> None:
         self.lengths = lengths
         self.num_problems = shape[0] if lengths is None else lengths.shape[0]
-        self.problem: Tensor | None = None
-        if lengths is not None:
-            number = torch.arange(self.num_problems, device=lengths.device)
-            self.problem = number.repeat_interleave(lengths, output_size=shape[1])
+        self._num_rows = shape[1]
+        self._problem: Tensor | None = None
+
+    @property
+    def problem(self) -> Tensor | None:
+        if self._problem is None and self.lengths is not None:
+            number = torch.arange(self.num_problems, device=self.lengths.device)
+            self._problem = number.repeat_interleave(self.lengths, output_size=self._num_rows)
+        return self._problem
 
     def places_of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Problem and column [Q] of the rows that are True."""

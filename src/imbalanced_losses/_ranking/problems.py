@@ -98,7 +98,10 @@ class Problems:
 
     def replaced(self, **changes: Any) -> Problems:
         """The same with other arguments."""
-        return Problems(**{**self._arguments, **changes})
+        made = Problems(**{**self._arguments, **changes})
+        if "lengths" not in changes:
+            made.layout = self.layout  # which may know already where the problems lie
+        return made
 
     def again(self) -> Callable[..., Problems]:
         """The same for other scores, and another temperature where that is a tensor.

@@ -89,7 +89,7 @@ def _checksum(words: Tensor) -> Tensor:
 
 def pack_ranking(saved: Saved) -> Tensor:
     """The state of a ranking loss as bytes, as many for every state of it."""
-    slots = saved.slots.filled_like()
+    slots = saved.slots.whole()
     is_wide = slots.logits.dtype == torch.float64
     form = (slots.logits.shape[1], slots.targets.dim() - 1, is_wide)
     return pack((*form, *saved[:-1]), slots.packed())

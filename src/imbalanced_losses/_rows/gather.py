@@ -115,11 +115,9 @@ def gather(
 
     is_differentiated = any(header["differentiated"] for header in headers)
     factor = group.size() if grad_reduce == "mean" else 1
-    filled = batch.filled_like()
-    own = batch._replace(
-        logits=_ScaleGradient.apply(batch.logits, factor),
-        weights=filled.weights if any(header["weighted"] for header in headers) else None,
-        value=filled.value if any(header["valued"] for header in headers) else None,
+    own = batch.with_logits(_ScaleGradient.apply(batch.logits, factor)).filled(
+        weights=any(header["weighted"] for header in headers),
+        value=any(header["valued"] for header in headers),
     )
     if how == "sums":
         return own, Shards(group, is_differentiated)

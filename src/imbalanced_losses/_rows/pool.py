@@ -73,7 +73,10 @@ class Pool(NamedTuple):
 
     def extend(self, rows: Pool) -> Pool:
         """These rows, then those; constants if they need no gradient."""
-        pools = self.filled_like(rows), rows.filled_like(self)
+        pools = [
+            pool.filled(weights=beside.weights is not None, value=beside.value is not None)
+            for pool, beside in ((self, rows), (rows, self))
+        ]
         # Class by class in memory, as they will be ranked.
         logits = torch.cat([pool.logits.T for pool in pools], dim=1).T
         rest = zip(*(pool.fields()[1:] for pool in pools), strict=True)
@@ -81,17 +84,25 @@ class Pool(NamedTuple):
         num_constant = 0 if rows.logits.requires_grad else rows.targets.shape[0]
         return Pool.of((logits, *fields), num_constant)
 
-    def filled_like(self, rows: Pool | None = None) -> Pool:
-        """With weights and value, by default, where others have them; None: and with groups."""
-        weights, value, group = self.weights, self.value, self.group
-        if weights is None and (rows is None or rows.weights is not None):
-            weights = self.logits.new_ones(self.targets.shape)
-        if value is None and (rows is None or rows.value is not None):
-            value = self.logits.new_full(self.targets.shape, -1.0)
-        if group is None and rows is None:
-            group = self.targets.new_zeros(self.targets.shape[0], dtype=torch.int64)
-        rest = weights, value, group, self.num_constant, self.draws
+    def filled(self, weights: bool = False, value: bool = False, group: bool = False) -> Pool:
+        """With the fields asked for, by default where the rows came without."""
+        own_weights, own_value, own_group = self.weights, self.value, self.group
+        if weights and own_weights is None:
+            own_weights = self.logits.new_ones(self.targets.shape)
+        if value and own_value is None:
+            own_value = self.logits.new_full(self.targets.shape, -1.0)
+        if group and own_group is None:
+            own_group = self.targets.new_zeros(self.targets.shape[0], dtype=torch.int64)
+        rest = own_weights, own_value, own_group, self.num_constant, self.draws
         return Pool(self.logits, self.targets, *rest)
+
+    def whole(self) -> Pool:
+        """With every field, as a queue and a checkpoint hold rows."""
+        return self.filled(weights=True, value=True, group=True)
+
+    def groups(self) -> Groups | None:
+        """The rows group by group, where they are ranked so."""
+        return None if self.group is None else Groups.of(self.group)
 
     def with_logits(self, logits: Tensor) -> Pool:
         rest = self.weights, self.value, self.group, self.num_constant, self.draws

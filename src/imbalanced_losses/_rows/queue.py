@@ -121,7 +121,7 @@ class MemoryQueue:
         if rows.weights is not None and not is_weighted:
             is_weighted = not on_host or bool((rows.weights != 1).any())
         is_valued, is_grouped = self.is_valued or rows.value is not None, rows.group is not None
-        new_rows = rows.filled_like().fields()
+        new_rows = rows.whole().fields()
         cursor = (self.cursor + count).remainder_(self.size)
         with self.unchanged_on_error(slots):
             self.num_steps += is_step

@@ -25,7 +25,7 @@ def capped(pool: Pool, limit: int, seed: int, step: int, num_labels: int = 2) ->
         return pool
     sample = quota_indices(strata_of(pool.targets, num_labels), limit, seed, step)
     drawn = pool.select(sample.rows)
-    weights = drawn.filled_like().weights
+    weights = drawn.filled(weights=True).weights
     assert weights is not None
     factor = sample.weights.to(weights.dtype)
     weights = weights * (factor if weights.dim() == 1 else factor[:, None])
