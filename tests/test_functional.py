@@ -505,3 +505,16 @@ def test_a_temperature_alone_has_derivatives_of_both_orders(backend: Backend) ->
     (slope,) = torch.autograd.grad(ap(tau), tau)
     assert slope.abs() > 1e-3
     torch.testing.assert_close(torch.func.grad(ap)(tau.detach()), slope)
+
+
+def test_a_temperature_that_follows_the_scores_is_counted_once() -> None:
+    """By either route to the gradient; and its derivative is that of finite differences."""
+    leaf = torch.randn(12, generator=seeded(5), dtype=torch.float64).requires_grad_()
+    is_positive = torch.arange(12) % 4 == 0
+
+    def ap(scores: Tensor) -> Tensor:
+        return smooth_ap(scores, is_positive, 0.3 * score_spread(scores)).ap
+
+    slopes = [torch.autograd.grad(ap(leaf), leaf, create_graph=graph)[0] for graph in (False, True)]
+    torch.testing.assert_close(slopes[1].detach(), slopes[0], rtol=1e-10, atol=1e-13)
+    assert torch.autograd.gradgradcheck(ap, leaf)
