@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
-from benchmarks.tasks import downloaded, read_member
+from benchmarks.quality.archives import downloaded, read_member
 from demo.data import Split, block_split, load_protein, row_split
 
 GENRES = ("Action", "Animation", "Comedy", "Documentary", "Drama", "Romance", "Short")

@@ -1,51 +1,108 @@
-"""What the quality benchmark computes beside training: batches, choices, formulas."""
+"""What the quality benchmark computes: numbers, choices, batches, losses of lists, a run."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from benchmarks import ap_variants, multiclass, quality, recipes, tasks
-from benchmarks.quality import Tuned
-from demo import train
-from demo.data import row_split
-from sklearn.metrics import average_precision_score
+from benchmarks.quality import losses, report, runs, training
+from benchmarks.quality.numbers import NUMBERS
+from benchmarks.quality.questions import QUESTIONS
+from benchmarks.quality.tasks import Rows
+from benchmarks.quality.training import Budget, Setting
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from imbalanced_losses.functional import smooth_ap
 from tests.cases import seeded
 
 
-def row(loss: str, validation_ap: float, test_ap: float, split: int = 0) -> dict[str, str]:
-    numbers = {"validation_ap": validation_ap, "test_ap": test_ap, "seconds": 1, "split": split}
-    return {"task": "t", "loss": loss, **{k: str(v) for k, v in numbers.items()}}
+def some_rows(num_rows: int = 600, grades: int = 2) -> Rows:
+    generator = seeded(0)
+    features = torch.randn(num_rows, 3, generator=generator)
+    labels = torch.randint(grades, (num_rows,), generator=generator)
+    labels[torch.rand(num_rows, generator=generator) < 0.8] = 0
+    group = torch.randint(20, (num_rows,), generator=generator).sort().values
+    return Rows(features, labels, group, torch.rand(num_rows, generator=generator))
+
+
+def of_groups(scores: torch.Tensor, rows: Rows) -> Iterator[tuple[Any, Any]]:
+    for group in rows.group.unique():
+        own = rows.group == group
+        yield scores[own].numpy(), rows.labels[own].numpy()
+
+
+def test_numbers_within_groups() -> None:
+    rows = some_rows()
+    scores = torch.randint(30, (600,), generator=seeded(1)).float()  # with ties
+    each = list(of_groups(scores, rows))
+    aps = [average_precision_score(y, s) for s, y in each if 0 < y.sum() < len(y)]
+    assert NUMBERS["mean AP"](scores, rows) == pytest.approx(np.mean(aps))
+    apart = scores + 0.1 * torch.rand(600, generator=seeded(2))
+    each = list(of_groups(apart, rows))
+    found = sum(y[np.argsort(-s)[:20]].sum() for s, y in each) / rows.labels.sum().item()
+    assert NUMBERS["20 alerts a day"](apart, rows) == pytest.approx(found)
+    firsts = [y[s.argmax()] for s, y in each if y.any()]
+    assert NUMBERS["TOP1"](apart, rows) == pytest.approx(np.mean(firsts))
+    lasts = [1 + np.flatnonzero(y[np.argsort(-s)]).max() for s, y in each if y.any()]
+    assert NUMBERS["last positive"](apart, rows) == pytest.approx(np.mean(lasts))
+
+
+def test_numbers_at_a_budget() -> None:
+    rows = some_rows()
+    scores = torch.rand(600, generator=seeded(1))
+    order = scores.argsort(descending=True)
+    labels, value = rows.labels[order], rows.value[order]
+    assert NUMBERS["recall at 1 %"](scores, rows) == pytest.approx(
+        float(labels[:6].sum() / labels.sum())
+    )
+    assert NUMBERS["money at 5 %"](scores, rows) == pytest.approx(
+        float((labels * value)[:30].sum() / (labels * value).sum())
+    )
+    false, true = (labels == 0).cumsum(0), labels.cumsum(0)
+    allowed = false <= 0.01 * (labels == 0).sum()
+    assert NUMBERS["recall at FPR 1 %"](scores, rows) == pytest.approx(
+        float(true[allowed].max() / labels.sum())
+    )
+    area = NUMBERS["pAUC to FPR 1 %"](scores, rows)
+    standardised = roc_auc_score(rows.labels, scores, max_fpr=0.01)
+    assert area == pytest.approx(0.005 + (2 * standardised - 1) * 0.995)
+    assert NUMBERS["pAUC to FPR 1 %"](rows.labels.float(), rows) == pytest.approx(1)
+
+
+def row(loss: str, validation: float, test: float, split: int = 0) -> dict[str, str]:
+    own = {"validation": validation, "test": test, "seconds": 1, "split": split}
+    return {"task": "t", "number": "AP", "loss": loss, **{k: str(v) for k, v in own.items()}}
 
 
 def test_settings_are_chosen_by_validation() -> None:
     rows = [row("BCE", 0.5, 0.9), row("BCE", 0.6, 0.1), row("BCE", 0.4, 0.8, split=1)]
-    found = quality.tuned(rows)
-    assert found == {("t", "BCE"): {0: Tuned(0.6, 0.1, 1), 1: Tuned(0.4, 0.8, 1)}}
+    found = report.tuned(rows)["t", "AP", "BCE"]
+    assert {split: one.test for split, one in found.items()} == {0: 0.1, 1: 0.8}
 
 
-def test_the_rival_is_chosen_by_validation() -> None:
-    rows = [row("BCE", 0.6, 0.1), row("focal", 0.5, 0.9), row(quality.OURS, 0.9, 0.9)]
-    assert quality.rival_of(quality.tuned(rows), "t") == "BCE"
-
-
-def test_gains_are_paired_by_split() -> None:
-    rows = [row("BCE", 0.5, 0, split=k) for k in (0, 1)]
-    rows += [row("a", 0.6, 0), row("a", 0.3, 0, split=1), row("b", 0.9, 0)]
-    chosen = quality.tuned(rows)
-    assert quality.gains(chosen, "t", ["a", "b"], "BCE") == [pytest.approx(-0.05)]
-    assert quality.gains(chosen, "t", ["a", "b", "not run either"], "not run") == []
+def test_gains_are_paired_and_corrected() -> None:
+    rows = []
+    for split in range(10):
+        rows += [row("ours", 0, 0.5 + split, split), row("behind", 0, 0.4 + split, split)]
+        rows += [row("level", 0, 0.5 + split + 0.01 * (-1) ** split, split)]
+    runs_of = {loss: own for (_, _, loss), own in report.tuned(rows).items()}
+    found = report.compared(runs_of, "ours")
+    assert found["behind"].gain == pytest.approx(0.1)
+    assert (found["behind"].wins, found["behind"].splits) == (10, 10)
+    assert found["behind"].p == pytest.approx(2 * 2 / 2**10)  # the smallest of two p
+    assert found["level"].p > 0.05
+    assert report.compared(runs_of, "ours", sign=-1)["behind"].gain == pytest.approx(-0.1)
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [quality.Job("t", 0, "BCE", rate, 0.1) for rate in (1e-3, 1e-2)]
+    settings = [Setting(rate) for rate in (1e-3, 1e-2)]
+    jobs = [runs.Job("all-rows", "t", 0, "BCE", setting) for setting in settings]
     path = tmp_path / "runs.csv"
-    path.write_text("task,split,loss,learning_rate,weight_decay\nt,0,BCE,0.001,0.1\n")
-    asked: list[quality.Job] = []
+    path.write_text(f"task,split,loss,setting\nt,0,BCE,{settings[0]}\n")
+    asked: list[runs.Job] = []
 
     class Inline:
         """A pool of workers without processes."""
@@ -55,133 +112,104 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
             return self
 
         def __exit__(self, *_: object) -> None: ...
-        def submit(self, _: object, chunk: list[quality.Job], run: object) -> None:
+        def submit(self, _: object, chunk: list[runs.Job]) -> None:
             asked.extend(chunk)
 
-    monkeypatch.setattr(quality, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(quality, "as_completed", lambda futures: [])
-    quality.run_all(jobs, path, 1)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(runs, "as_completed", lambda futures: [])
+    runs.run_all(jobs, path, 1)
     assert asked == jobs[1:]
 
 
 def test_batches() -> None:
-    labels = (torch.arange(5000) % 50 == 0).long()
-    epoch = [
-        rows
-        for rows, _ in zip(quality._batches(5000, recipes.BATCH_SIZE, 3), range(4), strict=False)
-    ]
-    assert len(torch.cat(epoch).unique()) == 4 * recipes.BATCH_SIZE
-    for rows, _ in zip(
-        quality._quota_batches(labels, 0.25, recipes.BATCH_SIZE, 3), range(3), strict=False
-    ):
-        assert len(rows) == recipes.BATCH_SIZE
-        assert labels[rows].sum() == recipes.BATCH_SIZE / 4
+    rows, budget = some_rows(), Budget(batch_size=100)
+    epoch = [b for b, _ in zip(training._random(600, budget, 3), range(6), strict=False)]
+    assert torch.cat(epoch).sort().values.equal(torch.arange(600))
+    for batch, _ in zip(training._with_share(rows.labels, 0.25, budget, 3), range(3), strict=False):
+        assert rows.labels[batch].sum() == 25
+    for batch, _ in zip(training._groups(rows, budget, 3), range(3), strict=False):
+        whole = torch.isin(rows.group, rows.group[batch])
+        assert batch.sort().values.equal(whole.nonzero().squeeze(1))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_supap_is_an_upper_bound(seed: int) -> None:
-    scores = torch.randn(80, generator=seeded(seed))
-    labels = (torch.rand(80, generator=seeded(seed + 9)) < 0.3).long()
-    true_loss = 1 - average_precision_score(labels, scores)
-    for temperature in (0.01, 0.1, 0.5):
-        assert ap_variants.upper_bound(scores, labels, temperature).item() >= true_loss - 1e-6
+def test_features_within_groups() -> None:
+    rows = some_rows()
+    found = training._standardised(rows)
+    for group in rows.group.unique():
+        own = found[rows.group == group]
+        assert own.mean(0).abs().max() < 1e-5
+        torch.testing.assert_close(own.std(0, correction=0), torch.ones(3))
 
 
-def test_powers_of_precision() -> None:
-    logits = torch.randn(60, generator=seeded(5), dtype=torch.float64)
-    y = (torch.rand(60, generator=seeded(6)) < 0.2).long()
-    tau = 0.3 * logits.std(correction=0)
-    smoothed = 1 - smooth_ap(logits, y == 1, tau).ap
-    loss = {q: ap_variants.powered(logits, y, tau, power=q) for q in (0, 1e-6, 0.5, 1, 2)}
-    assert loss[1].item() == pytest.approx(smoothed.item(), rel=1e-12)
-    assert loss[0].item() == pytest.approx(loss[1e-6].item(), rel=1e-5)
-    assert loss[0] > loss[0.5] > loss[1] > loss[2]
-    assert loss[0] >= -(1 - smoothed).log()
+def test_losses_of_lists() -> None:
+    rows = some_rows(grades=3)
+    scores = torch.randn(600, generator=seeded(1), dtype=torch.float64)
+    cross_entropies, pairs = [], []
+    for own, labels in of_groups(scores, rows):
+        gain = 2.0**labels - 1
+        if gain.min() == gain.max():
+            continue
+        cross_entropies.append(-(np.log(np.exp(own) / np.exp(own).sum()) * gain).sum() / gain.sum())
+        pairs.append(
+            np.mean(
+                [
+                    np.log1p(np.exp(own[j] - own[i]))
+                    for i in range(len(own))
+                    for j in range(len(own))
+                    if gain[i] > gain[j]
+                ]
+            )
+        )
+    for make, expected in ((losses.list_net, cross_entropies), (losses.pairwise, pairs)):
+        found = make(rows)(scores, rows, torch.arange(600))
+        assert found.item() == pytest.approx(np.mean(expected))
 
 
-def test_a_margin_lifts_negatives() -> None:
-    logits = torch.randn(60, generator=seeded(5), dtype=torch.float64)
-    y = (torch.rand(60, generator=seeded(6)) < 0.2).long()
-    lifted = 1 - smooth_ap(logits + 2 * 0.3 * (y == 0), y == 1, 0.3).ap
-    assert ap_variants.powered(logits, y, 0.3, margin=2).item() == pytest.approx(lifted.item())
+PEERS = ("predecessor", "LibAUC")  # each needs a process of its own
+CONTENDERS = {
+    f"{question}: {loss}": (question, contender)
+    for question, one in QUESTIONS.items()
+    for loss, contender in one.contenders.items()
+    if not isinstance(contender, str) and not loss.startswith(PEERS)
+}
 
 
-@pytest.mark.parametrize("count", ["softplus", "softmax"])
-def test_counts_that_bound_a_step_bound_the_loss(count: str) -> None:
-    logits, y = torch.tensor([2.0, 1.9, 1.8, 1.0]), torch.tensor([0, 0, 0, 1])
-    for temperature in (1e-3, 1.0, 1e3):
-        found = ap_variants.powered(logits, y, temperature, power=0, count=count)
-        assert found.item() >= math.log(4)  # a precision of 1 / 4
-
-
-def test_a_weight_that_changes_over_the_training() -> None:
-    loss = recipes._mixed(lambda x, y: x.sum(), lambda x, y, rows: 0 * x.sum(), 0.9, 0.2)
-    one = torch.ones(1)
-    values = [loss(one, one, one).item() for _ in range(recipes.STEPS + 1)]
-    assert values[0] == pytest.approx(0.9)
-    assert values[recipes.STEPS // 2] == pytest.approx(0.55)
-    assert values[-1] == pytest.approx(0.2)
-
-
-def test_weights_are_averaged_where_asked() -> None:
-    generator = seeded(0)
-    features, labels = torch.randn(600, 3, generator=generator), (torch.arange(600) % 6 == 0).long()
-    features[labels == 1] += 1
-    task = train.make_task(
-        tasks.Table(features, labels, lambda seed: row_split(labels, seed)), row_split(labels, 0)
-    )
-    job = quality.Job("t", 0, "BCE", 1e-2, 1e-4)
-    weights = []
-    for make in (recipes.Trained(recipes.LOSSES["BCE"], averaging=decay) for decay in (0.0, 0.98)):
-        model = train.make_model(3, 0)
-        _, ap = quality._fit(job, make, model, task, train.average_precision)
-        scores = quality._scores(model, task.validation.features)
-        assert train.average_precision(scores, task.validation.labels) == ap
-        weights.append(model[0].weight.detach())
-    assert not weights[0].equal(weights[1])
-
-
-PEERS = {"predecessor", "LibAUC APLoss"}  # each needs a process of its own
-
-
-@pytest.mark.parametrize("name", sorted(recipes.ALL.keys() - PEERS))
-def test_every_contender_has_a_gradient(name: str) -> None:
-    labels = (torch.arange(256) % 8 == 0).long()
-    logits = torch.randn(256, generator=seeded(0)).requires_grad_()
-    loss = recipes.ALL[name](labels)(logits, labels, torch.arange(256))
+@pytest.mark.parametrize("name", sorted(CONTENDERS))
+def test_every_contender_lifts_positives(name: str) -> None:
+    question, contender = CONTENDERS[name]
+    rows = some_rows()
+    if question == "classes":
+        rows = rows._replace(labels=torch.arange(600) % 18)
+        logits = torch.randn(600, 18, generator=seeded(1)).requires_grad_()
+    else:
+        logits = torch.randn(600, generator=seeded(1)).requires_grad_()
+    loss = contender.make(rows)(logits, rows, torch.arange(600))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad is not None
-    assert logits.grad[labels == 1].sum() < 0
+    own = logits.grad.gather(1, rows.labels[:, None]) if logits.dim() == 2 else logits.grad
+    assert own[rows.labels > 0].sum() < 0
 
 
-@pytest.mark.parametrize("name", sorted(multiclass.LOSSES))
-def test_every_contender_of_many_classes_has_a_gradient(name: str) -> None:
-    labels = torch.arange(300) % 3
-    logits = torch.randn(300, 3, generator=seeded(0)).requires_grad_()
-    loss = multiclass.LOSSES[name](labels)(logits, labels, torch.arange(300))
-    loss.backward()
-    assert loss.isfinite()
-    assert logits.grad is not None
-    assert (logits.grad.gather(1, labels[:, None]).view(100, 3).sum(0) < 0).all()
-    assert logits.grad.sum(1).abs().max() < 1e-6  # log-softmax: moving a row's logits is nothing
+def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is that of the best validation value, and test rows are read once."""
+    rows = some_rows(900)
+    rows.features[rows.labels == 1] += 1
+    parts = training.Parts(*(rows.select(part) for part in torch.arange(900).split(300)))
+    seen: list[float] = []
+    ap = NUMBERS["AP"]
 
+    def number(scores: torch.Tensor, own: Rows) -> float:
+        seen.append(ap(scores, own))
+        return seen[-1]
 
-def test_macro_ap() -> None:
-    labels = torch.arange(120) % 3
-    logits = torch.randn(120, 3, generator=seeded(1), dtype=torch.float64)
-    moved = logits + 5 * torch.randn(120, 1, generator=seeded(2), dtype=torch.float64)
-    shares = logits.softmax(1)
-    each = [average_precision_score(labels == c, shares[:, c]) for c in range(3)]
-    assert multiclass.macro_ap(moved, labels) == pytest.approx(sum(each) / 3)
-
-
-def test_every_class_is_split_alike() -> None:
-    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)
-    parts = row_split(labels, 0)
-    assert torch.cat(list(parts)).sort().values.equal(torch.arange(80))
-    assert [labels[rows].bincount().tolist() for rows in parts] == [
-        [30, 12, 6],
-        [10, 4, 2],
-        [10, 4, 2],
-    ]
+    monkeypatch.setitem(NUMBERS, "AP", number)
+    contender = QUESTIONS["all-rows"].contenders["BCE"]
+    found = training.run(
+        contender, parts, Setting(), ("AP",), seed=0, budget=Budget(steps=200, batch_size=100)
+    )["AP"]
+    *validation, test = seen
+    assert len(validation) == 200 // training.EVALUATE_EVERY
+    assert found.validation == max(validation)
+    assert found.best_step == training.EVALUATE_EVERY * (1 + validation.index(max(validation)))
+    assert found.test == test

@@ -1,6 +1,6 @@
 """Three real training runs that stall, what `diagnose` says of them, and what mends them.
 
-    python -m benchmarks.stalled
+    python -m benchmarks.quality.stalled
 
 Protein homology (0.9 % positive), the network and the optimiser of `benchmarks.quality`, one split.
 Each run and its remedy start from the same weights and take as many steps.
@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from demo import train
+from demo.train import make_model
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import quality, tasks
+from benchmarks.quality import numbers
+from benchmarks.quality.tasks import load
+from benchmarks.quality.training import Parts, parts_of
 from imbalanced_losses import CrossEntropy, Diagnostics, SmoothAPLoss
 
 STEPS, LEARNING_RATE = 500, 1e-2
-SPLIT = quality.DEVELOPMENT_SEED
+SPLIT = 100  # of those for development
 
 
 class Setting(NamedTuple):
@@ -38,9 +40,9 @@ class Outcome(NamedTuple):
     shares_without: float  # share of steps whose loss is below 1e-3: nothing left, or nothing there
 
 
-def fit(model: nn.Module, task: Any, setting: Setting) -> Outcome:
+def fit(model: nn.Module, parts: Parts, setting: Setting) -> Outcome:
     """Train in place; the diagnosis of the last batch before its step."""
-    features, labels = task.train
+    features, labels = parts.train.features, parts.train.labels
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     generator = torch.Generator().manual_seed(0)
@@ -57,8 +59,7 @@ def fit(model: nn.Module, task: Any, setting: Setting) -> Outcome:
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        scores = model(task.validation.features)
-    ap = train.average_precision(scores, task.validation.labels)
+        ap = numbers.ap(model(parts.validation.features), parts.validation)
     return Outcome(found, ap, num_without / STEPS)
 
 
@@ -70,14 +71,13 @@ def main() -> None:
     """Run all three and print them."""
     torch.set_num_threads(1)
     console = Console(width=110)
-    table = tasks.load("protein")
-    task = train.make_task(table, table.split(SPLIT))
-    fresh = train.make_model(task.train.features.shape[1], SPLIT)
+    parts = parts_of(load("protein"), SPLIT)
+    fresh = make_model(parts.train.features.shape[1], SPLIT)
     trained = copy.deepcopy(fresh)
-    by_entropy = fit(trained, task, Setting(CrossEntropy(1)))
+    by_entropy = fit(trained, parts, Setting(CrossEntropy(1)))
     console.print(f"BCE for {STEPS} steps: validation AP {by_entropy.validation_ap:.3f}")
     ranked = copy.deepcopy(fresh)
-    by_ranking = fit(ranked, task, Setting(spread_loss()))
+    by_ranking = fit(ranked, parts, Setting(spread_loss()))
     console.print(f"Smooth-AP for {STEPS} steps: validation AP {by_ranking.validation_ap:.3f}")
 
     runs: dict[str, tuple[nn.Module, Setting, Setting]] = {
@@ -94,8 +94,8 @@ def main() -> None:
         ),
     }
     for name, (start, stalled, mended) in runs.items():
-        first = fit(copy.deepcopy(start), task, stalled)
-        second = fit(copy.deepcopy(start), task, mended)
+        first = fit(copy.deepcopy(start), parts, stalled)
+        second = fit(copy.deepcopy(start), parts, mended)
         console.rule(name)
         console.print(str(first.found), highlight=False)
         console.print(

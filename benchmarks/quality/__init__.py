@@ -1,0 +1,1 @@
+"""What each loss gains on real data, by the number that people are judged by."""
