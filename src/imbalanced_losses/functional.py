@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -119,7 +118,7 @@ def smooth_ap(
     ECCV 2020, arXiv 2007.12163, eq. 5; the weights are ours.
     """
     problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
-    return SmoothAP(*_of(average_precision, problems, scores))
+    return SmoothAP(*_of(average_precision(problems), problems, scores))
 
 
 def recall_at_k(
@@ -174,9 +173,8 @@ def recall_at_k(
     """
     k, softness = _checks.budget("k", k), _checks.number_above_zero("softness", softness)
     problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
-    return RankingMetric(
-        *_of(lambda p: _budget.recall(p, _budget.of_all(p, k, softness)), problems, scores)
-    )
+    found = _budget.recall(problems, _budget.of_all(problems, k, softness))
+    return RankingMetric(*_of(found, problems, scores))
 
 
 def recall_at_fpr(
@@ -230,13 +228,8 @@ def recall_at_fpr(
     max_fpr = _checks.between_0_and_1("max_fpr", max_fpr)
     softness = _checks.number_above_zero("softness", softness)
     problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
-    return RankingMetric(
-        *_of(
-            lambda p: _budget.recall(p, _budget.of_negatives(p, max_fpr, softness)),
-            problems,
-            scores,
-        )
-    )
+    found = _budget.recall(problems, _budget.of_negatives(problems, max_fpr, softness))
+    return RankingMetric(*_of(found, problems, scores))
 
 
 def partial_auc(
@@ -300,9 +293,8 @@ def partial_auc(
     min_fpr, max_fpr = _checks.fpr_range(min_fpr, max_fpr)
     softness = _checks.number_above_zero("softness", softness)
     problems = _problems(scores, is_positive, temperature, sample_weight, value, group, backend)
-    return RankingMetric(
-        *_of(lambda p: _partial_auc.partial_auc(p, max_fpr, min_fpr, softness), problems, scores)
-    )
+    found = _partial_auc.partial_auc(problems, max_fpr, min_fpr, softness)
+    return RankingMetric(*_of(found, problems, scores))
 
 
 def ndcg(
@@ -362,12 +354,8 @@ def ndcg(
     problems = _problems(
         scores, grades, temperature, sample_weight, value, group, backend, is_graded=True
     )
-
-    def metric(problems: Problems) -> Tensor:
-        budget = None if k is None else _budget.of_all(problems, k, softness)
-        return _ndcg.ndcg(problems, budget)
-
-    return RankingMetric(*_of(metric, problems, scores))
+    budget = None if k is None else _budget.of_all(problems, k, softness)
+    return RankingMetric(*_of(_ndcg.ndcg(problems, budget), problems, scores))
 
 
 def _problems(
@@ -411,11 +399,9 @@ def _problems(
     )
 
 
-def _of(
-    metric: Callable[[Problems], Tensor], problems: Problems, scores: Tensor
-) -> tuple[Tensor, Tensor]:
+def _of(found: Tensor, problems: Problems, scores: Tensor) -> tuple[Tensor, Tensor]:
     """A metric and where it is valid, of the scores' own dimensions, and one for groups."""
-    found, valid = metric(problems), problems.valid
+    valid = problems.valid
     shape: tuple[int, ...] = scores.shape[:-1]
     if problems.layout.lengths is not None:
         shape = (*shape, problems.layout.num_problems // max(1, math.prod(shape)))

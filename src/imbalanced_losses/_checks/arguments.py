@@ -22,6 +22,7 @@ from imbalanced_losses._checks.tensors import (
     of_bools,
     of_integers,
     one_or_two_dimensions,
+    real,
     shown,
     tensor,
     text,
@@ -92,7 +93,8 @@ def number_at_least_zero(name: str, value: Any) -> float:
 
 
 def _finite(name: str, value: Any, bound: str, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    # A float first: what else is a number takes longer to tell.
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise TypeError(text(name, f"a float {bound}", shown(value), _fixes.of_number(value)))
     if not least <= float(value) < math.inf:
         raise ValueError(text(name, f"finite and {bound}", repr(value)))
@@ -213,7 +215,7 @@ def _targets(given: Any, logits: Tensor, multilabel: bool) -> Tensor:
 def _of_rows(name: str, given: Any, logits: Tensor, multilabel: bool) -> Tensor:
     """Real [N]; with multilabel labels also [N, C], which it always becomes."""
     shapes = (logits.shape[:1], logits.shape)[: 1 + multilabel]
-    value = fits(name, given, ("logits", logits), *shapes)
+    value = fits(name, real(name, given), ("logits", logits), *shapes)
     return value[:, None].expand(logits.shape) if multilabel and value.dim() == 1 else value
 
 
@@ -257,19 +259,18 @@ def prior_weights(
     is_positive: Any, target_prior: Any, sample_weight: Any
 ) -> tuple[Tensor, float | Tensor, Tensor | None]:
     """The arguments of `functional.prior_weights`."""
-    is_positive = of_bools(is_positive)
+    is_positive = of_bools("is_positive", is_positive)
     one_or_two_dimensions("is_positive", is_positive)
     beside = ("is_positive", is_positive)
     if isinstance(target_prior, Tensor):
         shapes = is_positive.shape[:-1], is_positive.shape[:0]
-        target_prior = fits("target_prior", target_prior, beside, *shapes)
+        target_prior = fits("target_prior", real("target_prior", target_prior), beside, *shapes)
     else:
         between_0_and_1("target_prior", target_prior)
     if sample_weight is not None:
         shapes = is_positive.shape, is_positive.shape[-1:]
-        sample_weight = fits(
-            "sample_weight", floating("sample_weight", sample_weight), beside, *shapes
-        )
+        sample_weight = floating("sample_weight", sample_weight)
+        sample_weight = fits("sample_weight", sample_weight, beside, *shapes)
     return is_positive, target_prior, sample_weight
 
 
@@ -351,7 +352,7 @@ def weights_of_scores(given: Any, scores: Tensor, name: str = "sample_weight") -
     """Real [M] or the shape of the scores, floating from here on; or None."""
     if given is None:
         return None
-    value = fits(name, given, ("scores", scores), scores.shape[-1:], scores.shape)
+    value = fits(name, real(name, given), ("scores", scores), scores.shape[-1:], scores.shape)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return value if value.is_floating_point() else value.to(dtype)
 
@@ -367,10 +368,8 @@ def ranked(
     """The arguments that the metrics of `functional` share."""
     rows = scores(scores_given)
     beside = ("scores", rows)
-    if is_graded:
-        labels = fits("grades", labels, beside, rows.shape)
-    else:
-        labels = fits("is_positive", of_bools(labels), beside, rows.shape)
+    name, check = ("grades", real) if is_graded else ("is_positive", of_bools)
+    labels = fits(name, check(name, labels), beside, rows.shape)
     if isinstance(temperature, Tensor):
         temperature = floating("temperature", temperature)
         fits("temperature", temperature, beside, rows.shape[:-1], rows.shape[:0])

@@ -19,7 +19,7 @@ def groups(ids_given: Any, is_positive: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"group must be [N] with N > 0, got {list(ids.shape)}")
     if is_positive is None:
         return ids.cpu().long(), torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-    positive = fits("is_positive", of_bools(is_positive), ("group", ids), ids.shape)
+    positive = fits("is_positive", of_bools("is_positive", is_positive), ("group", ids), ids.shape)
     return ids.cpu().long(), positive.cpu()
 
 

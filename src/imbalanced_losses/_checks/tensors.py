@@ -15,9 +15,8 @@ def text(name: str, expected: str, got: Any, fix: str = "") -> str:
     return f"{name} must be {expected}, got {got}{fix}"
 
 
-def fits(name: str, given: Any, beside: tuple[str, Tensor], *shapes: torch.Size) -> Tensor:
-    """A real tensor of one of the shapes, on the device of the argument `beside` it."""
-    value = real(name, given)
+def fits(name: str, value: Tensor, beside: tuple[str, Tensor], *shapes: torch.Size) -> Tensor:
+    """A tensor of one of the shapes, on the device of the argument `beside` it."""
     other_name, other = beside
     # Of as many dimensions: else a compiler would tell the lengths of different ones apart.
     if value.shape not in [shape for shape in shapes if len(shape) == value.dim()]:
@@ -43,10 +42,10 @@ def with_values(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def of_bools(given: Any) -> Tensor:
-    value = tensor("is_positive", given)
+def of_bools(name: str, given: Any) -> Tensor:
+    value = tensor(name, given)
     if value.dtype != torch.bool:
-        raise TypeError(text("is_positive", "bool", value.dtype, "; use targets == 1"))
+        raise TypeError(text(name, "bool", value.dtype, "; use targets == 1"))
     return value
 
 
@@ -89,7 +88,7 @@ def plain(value: Any) -> Any:
     Those that act by `__torch_dispatch__`, such as compilers' own, are left alone.
     """
     own = type(value)
-    if torch.compiler.is_compiling() or own in (Tensor, Parameter) or not issubclass(own, Tensor):
+    if own in (Tensor, Parameter) or torch.compiler.is_compiling() or not issubclass(own, Tensor):
         return value
     is_passive = own.__torch_dispatch__ is Tensor.__torch_dispatch__
     return value.as_subclass(Tensor) if is_passive else value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._checks import tracing
 from imbalanced_losses._ranking.plan import Canonical
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def canonical(problems: Problems, scores: Tensor, temperature: float | Tensor) -
 
 def _may_exceed(scores: Tensor, limit: float) -> bool:
     """Whether a score may be beyond ±limit, or NaN: known on the CPU, else assumed."""
-    if not is_on_host(scores) or scores.requires_grad or scores.numel() == 0:
+    is_on_host = scores.device.type in tracing.HOSTS
+    if not is_on_host or scores.requires_grad or scores.numel() == 0:
         return True
     low, high = torch.aminmax(scores)
     return not (float(low) >= -limit and float(high) <= limit)

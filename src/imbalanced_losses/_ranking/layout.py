@@ -34,7 +34,7 @@ class Layout:
     def places_of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Problem and column [Q] of the rows that are True."""
         is_line = mask.shape[0] == 1 and mask.shape[1] > _FEW
-        if self.problem is None and not is_line:
+        if self.lengths is None and not is_line:
             problem, row = mask.nonzero().unbind(1)
             return problem, row
         row = mask[0].nonzero().squeeze(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from imbalanced_losses._ranking.plan import (
     Processes,
     Queries,
     Rows,
+    at,
     product,
 )
 from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
@@ -74,19 +74,20 @@ class Problems:
         self.num_live = scores.shape[-1] if num_live is None else num_live
         self.processes = processes
         self.backend: Backend = backend
-        self._arguments: dict[str, Any] = {
-            "scores": scores,
-            "temperature": temperature,
-            "is_positive": is_positive,
-            "weights": weights,
-            "lengths": lengths,
-            "value": value,
-            "is_graded": is_graded,
-            "draws": draws,
-            "num_live": num_live,
-            "processes": processes,
-            "backend": backend,
-        }
+        # The same for other scores and another temperature: it is attached to no graph.
+        self.again = partial(
+            Problems,
+            is_positive=is_positive,
+            weights=weights,
+            lengths=lengths,
+            value=value,
+            is_graded=is_graded,
+            draws=draws,
+            num_live=num_live,
+            processes=processes,
+            backend=backend,
+        )
+        self.is_traced = is_traced(scores)
         is_plain = weights is None and value is None and processes is None
         self._in_units: InUnits | None = _PLAIN if is_plain else None
         self._for_kernels: Prepared | None = None
@@ -98,18 +99,9 @@ class Problems:
 
     def replaced(self, **changes: Any) -> Problems:
         """The same with other arguments."""
-        made = Problems(**{**self._arguments, **changes})
-        if "lengths" not in changes:
-            made.layout = self.layout  # which may know already where the problems lie
+        made = self.again(**{"scores": self.scores, "temperature": self.temperature, **changes})
+        made.layout = self.layout  # which may know already where the problems lie
         return made
-
-    def again(self) -> Callable[..., Problems]:
-        """The same for other scores, and another temperature where that is a tensor.
-
-        It is attached to no graph.
-        """
-        attached = {"scores", "temperature"} if isinstance(self.temperature, Tensor) else {"scores"}
-        return partial(Problems, **{k: v for k, v in self._arguments.items() if k not in attached})
 
     # --- What a metric asks ------------------------------------------------------------------
 
@@ -205,13 +197,13 @@ class Problems:
             [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
             temperature, to any order.
         """
-        return self._ranked(Asked(worth, queries, among, slopes, by_value=by_value))
+        return ranked_sum(self, Asked(worth, queries, among, slopes, by_value=by_value))
 
     def ranked_mean(
         self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
     ) -> Tensor:
         """Σ ω v · worth(ranks) ÷ Σ ω v over the positives, each worth its value v."""
-        return self._ranked(Asked(worth, "positives", among, slopes, is_mean=True))
+        return ranked_sum(self, Asked(worth, "positives", among, slopes, is_mean=True))
 
     def spread(self) -> Tensor:
         """The standard deviation [C] of the scores, with gradient; see `score_spread`."""
@@ -239,7 +231,7 @@ class Problems:
         `least` [C] is a constant above 0.
         """
         counted = Share(share, least.detach())
-        return self._ranked(Asked(worth, queries, among, by_value=by_value, share=counted))
+        return ranked_sum(self, Asked(worth, queries, among, by_value=by_value, share=counted))
 
     # --- What is made of it beneath ----------------------------------------------------------
 
@@ -248,9 +240,6 @@ class Problems:
         if not self._is_prepared:  # a cached_property has a lock, which compilers refuse
             self._for_kernels, self._is_prepared = prepared(self), True
         return self._for_kernels
-
-    def _ranked(self, asked: Asked) -> Tensor:
-        return ranked_sum(self, asked)
 
     def mass_of_positives(self) -> int | Tensor:
         """Σ ω v [C], or of one problem a number; 1 where not valid."""
@@ -301,7 +290,7 @@ class Problems:
 
     def _is_masked(self) -> bool:
         """Whether no value may be read."""
-        return self.processes is None and is_traced(self.scores)
+        return self.processes is None and self.is_traced
 
     def _is_query(self, rows: Rows) -> Tensor:
         is_positive, weights = self.is_positive, self.weights
@@ -319,18 +308,16 @@ class Problems:
         problem, row = self.layout.places_of(self._is_query(rows))
         if rows == "positives" and self._facts is None:
             self._facts = self._facts_of(problem, row)
-        valid, mass = self._positives_and_mass()
+        valid, mass = self._facts or self._positives_and_mass()
         # Of one problem it is known from the number of its positives.
         is_valid = mass > 0 if isinstance(mass, int) else bool(valid.all())
         if not is_valid:
             kept = valid[problem].nonzero().squeeze(1)
             problem, row = problem[kept], row[kept]
-        listed = Listed(rows, problem, row, None, None, self.layout.num_problems)
-        if self.weights is not None:
-            listed = listed._replace(weights=listed.of_row(self.weights))
-        if rows == "positives" and self.value is not None:
-            listed = listed._replace(value=listed.of_row(self.value))
-        return listed
+        weights, value = self.weights, self.value if rows == "positives" else None
+        weights = None if weights is None else at(weights, problem, row)
+        value = None if value is None else at(value, problem, row)
+        return Listed(rows, problem, row, weights, value, self.layout.num_problems)
 
     def _positives_and_mass(self) -> tuple[Tensor, int | Tensor]:
         """What is valid [C], and the mass of the positives: [C], 1 where not valid; or of one
@@ -348,21 +335,19 @@ class Problems:
 
     def _facts_of(self, problem: Tensor, row: Tensor) -> tuple[Tensor, int | Tensor]:
         """From the positives that are present."""
-        factor, dtype = product(self.weights, self.value), compute_dtype(self.scores)
+        factor = product(self.weights, self.value)
         num_problems, num_rows = self.layout.num_problems, self.is_positive.shape[1]
         if factor is None and num_problems == 1 and self.processes is None:
             num_positives = row.shape[0]
             is_valid = 0 < num_positives < num_rows
             valid = torch.full((1,), is_valid, device=row.device)
             return valid, num_positives if is_valid else 0
-        counts = problem.bincount(minlength=num_problems)  # [C]
+        counts, dtype = problem.bincount(minlength=num_problems), compute_dtype(self.scores)  # [C]
         mass = counts.to(dtype)
-        positives = Listed("positives", problem, row, None, None, num_problems)
         if factor is not None:
-            own = positives.of_row(factor)
-            mass = mass.new_zeros(num_problems).index_add(0, problem, own)
+            mass = torch.zeros_like(mass).index_add(0, problem, at(factor, problem, row))
         if self.is_graded and self.value is not None:
-            is_best = positives.of_row(self.value) == 1
+            is_best = at(self.value, problem, row) == 1
             counts = problem[is_best].bincount(minlength=num_problems)
         num_present = self._num_present()
         if self.processes is not None:

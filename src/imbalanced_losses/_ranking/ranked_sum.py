@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
-from imbalanced_losses._checks.tracing import is_traced, is_transformed
+from imbalanced_losses._checks.tracing import is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
@@ -31,17 +31,17 @@ _ONLY_ALONE = (
 
 def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
     """See `Problems.ranked_sum`, `ranked_mean` and `ranked_average`."""
-    if is_traced(problems.scores):
-        _only_alone(problems)
+    if not (problems.is_traced or is_transformed()):
+        found: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
+        return found
+    if problems.processes is not None:
+        raise RuntimeError(_ONLY_ALONE)
+    if problems.is_traced:
         queries = problems.queries(asked.queries)
         ranks = traced_ranks(problems, asked.queries, asked.among, asked.by_value)
         return asked.found(problems, asked.clamped(ranks, queries), queries)
-    if is_transformed():
-        _only_alone(problems)
-        _refuse_batches(problems)
-        return _differentiable(problems, asked)
-    found: Tensor = _RankedSum.apply(problems.scores, problems.temperature, problems, asked)
-    return found
+    _refuse_batches(problems)
+    return _differentiable(problems, asked)
 
 
 class Share(NamedTuple):
@@ -205,15 +205,12 @@ class _RankedSum(torch.autograd.Function):
         if everywhere or any(ctx.needs_input_grad):
             ranks, slopes = plan.ranks_and_gradient(_SlopesOf(summed, queries))
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
-            ctx.again, ctx.asked = problems.again(), asked
-            ctx.layout = given.layout
+            ctx.again, ctx.asked, ctx.layout = problems.again, asked, given.layout
             ctx.is_shared = given.processes is not None
-            tensors = [scores, slopes.view(scores.shape)]
-            if isinstance(temperature, Tensor):
-                tensors.append(temperature)
-            if by_temperature is not None:
-                tensors.append(by_temperature)
-            ctx.save_for_backward(*tensors)
+            is_tensor = isinstance(temperature, Tensor)
+            ctx.fixed_temperature = None if is_tensor else temperature
+            of_temperature = (temperature, by_temperature) if is_tensor else ()
+            ctx.save_for_backward(scores, slopes.view(scores.shape), *of_temperature)
         if found is None:
             found = asked.found(problems, asked.clamped(ranks, queries), queries)
         return found.view(()) if scores.dim() == 1 else found
@@ -256,8 +253,8 @@ def _twice_differentiable_gradient(
     """The gradient in scores and temperature as a function that autograd can go through."""
     # Views, so that what the temperature owes to the scores is not told twice.
     wanted = [tensor.view_as(tensor) for tensor in (scores, *rest[:1])]
-    tau = {"temperature": wanted[1]} if rest else {}
-    problems = ctx.again(scores=wanted[0], **tau)
+    temperature = wanted[1] if rest else ctx.fixed_temperature
+    problems = ctx.again(scores=wanted[0], temperature=temperature)
     total = _differentiable(problems, ctx.asked).view(grad.shape)
     by_scores = by_temperature = None
     if ctx.needs_input_grad[0]:
@@ -309,11 +306,6 @@ def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
         by_temperature = given.processes.sum(by_temperature)
     # A temperature that was raised to the smallest moves nothing.
     return by_temperature.masked_fill(temperature <= smallest(given.scores.dtype), 0.0)
-
-
-def _only_alone(problems: Problems) -> None:
-    if problems.processes is not None:
-        raise RuntimeError(_ONLY_ALONE)
 
 
 def _refuse_batches(problems: Problems) -> None:

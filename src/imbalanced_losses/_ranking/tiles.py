@@ -93,22 +93,19 @@ class DenseRanks:
 
     def _moved(self, x: Tensor, sigmoid: Tensor, slopes: Sequence[Tensor]) -> Tensor:
         """What slopes [q] make of the pairs of q queries with the first m rows [q, m]."""
-        counts: Tensor | None = None  # Σ slope · ω[source] over the sets
-        unweighted: Tensor | None = None
+        counts: float | Tensor = 0.0  # Σ slope · ω[source] over the sets, [q, 1] where ω = 1
+        memory = _memory(Place.STILL_MORE_PAIRS, x.shape, x)
         for column, slope in zip(self._columns, slopes, strict=True):
             by_rank = slope.unsqueeze(1)
             if column is None:
-                unweighted = by_rank
-            elif counts is None:
-                own = column if x.shape[1] == column.shape[1] else column[:, : x.shape[1]]
-                counts = torch.mul(own, by_rank, out=_memory(Place.STILL_MORE_PAIRS, x.shape, x))
+                counts = by_rank + counts if isinstance(counts, Tensor) else by_rank
+                continue
+            own = column if x.shape[1] == column.shape[1] else column[:, : x.shape[1]]
+            if isinstance(counts, Tensor):
+                counts = torch.addcmul(counts, own, by_rank, out=memory)
             else:
-                counts.addcmul_(column[:, : x.shape[1]], by_rank)
-        moved = _slope(x, sigmoid)
-        if counts is None:
-            assert unweighted is not None
-            return moved.mul_(unweighted)
-        return moved.mul_(counts if unweighted is None else counts.add_(unweighted))
+                counts = torch.mul(own, by_rank, out=memory)
+        return _slope(x, sigmoid).mul_(counts)
 
     def _compared(self, tile: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """x and σ(x) [q, M] of some queries, and their ranks [q]."""
