@@ -20,7 +20,13 @@ from imbalanced_losses._checks.typing import (
     typed_as,
 )
 from imbalanced_losses._module import arguments_of
-from imbalanced_losses._options import COMPARED, RankingOptions, RowValues, complete_signature
+from imbalanced_losses._options import (
+    COMPARED,
+    RankingOptions,
+    RowValues,
+    Unpack,
+    complete_signature,
+)
 from imbalanced_losses._ranking import BACKENDS, Backend, Problems, Processes
 from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._ranking.cuda.rows import check_values
@@ -30,9 +36,6 @@ from imbalanced_losses._rows.pool import Pool
 from imbalanced_losses._rows.reduce import PerClass, mark_invalid, reduce_valid
 from imbalanced_losses._state import RankingState
 from imbalanced_losses.diagnostics import Diagnostics, _diagnosed
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["PerClass", "RankingLoss", "RankingOptions"]
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
 from imbalanced_losses._checks.typing import Gather, GradReduce, Reduction, TemperatureUnit
 from imbalanced_losses._rows.gather import ProcessGroup
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+else:
+    Unpack = None  # which nobody evaluates
+
+__all__ = ["COMPARED", "RankingOptions", "RowValues", "Unpack", "complete_signature"]
 
 # What has to be the same in every process that ranks rows together.
 COMPARED = (

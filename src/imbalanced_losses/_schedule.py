@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,8 @@ from imbalanced_losses._checks.tracing import is_in_backward
 from imbalanced_losses._checks.training import temperature_schedule
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._module import StatefulLoss
-from imbalanced_losses._options import RowValues
+from imbalanced_losses._options import RowValues, Unpack
 from imbalanced_losses._rows.checkpoint import older_numbers, pack, unchanged_on_error, unpack
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _STATE = ("num_calls", "num_steps", "has_switched", "temperature_scale")
 

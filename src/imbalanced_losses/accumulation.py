@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imbalanced_losses._checks import training as _checks
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from imbalanced_losses._options import RowValues
+from imbalanced_losses._options import RowValues, Unpack
 
 __all__ = ["backward_in_micro_batches"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,7 @@ from imbalanced_losses._ranking import ndcg as _ndcg
 from imbalanced_losses._ranking import partial_auc as _partial_auc
 from imbalanced_losses._ranking.average_precision import average_precision
 from imbalanced_losses._ranking.canonical import compute_dtype
-from imbalanced_losses._ranking.layout import Layout
-from imbalanced_losses._ranking.weighting import gain_of, spread, weights_at_prior
+from imbalanced_losses._ranking.weighting import gain_of, prior_weights, score_spread
 from imbalanced_losses._rows.groups import Groups
 
 __all__ = [
@@ -191,8 +189,7 @@ def recall_at_fpr(
 ) -> RankingMetric:
     """The share of positives found before a share of the negatives, with sigmoids for steps.
 
-    It is the true positive rate at a false positive rate: a point of the ROC curve, also known as
-    sensitivity at a specificity.
+    A point of the ROC curve, the true positive rate at a false one: sensitivity at a specificity.
 
     Definition, in the terms of `smooth_ap`, with N the negatives, ω̄⁻ their mean weight (of those
     above 0) and R⁻_i = Σ_{j∈N} ω_j g(s_j − s_i), the negatives above positive i:
@@ -351,9 +348,7 @@ def ndcg(
     """
     k = None if k is None else _checks.budget("k", k)
     softness = _checks.number_above_zero("softness", softness)
-    problems = _problems(
-        scores, grades, temperature, sample_weight, value, group, backend, is_graded=True
-    )
+    problems = _problems(scores, grades, temperature, sample_weight, value, group, backend, True)
     budget = None if k is None else _budget.of_all(problems, k, softness)
     return RankingMetric(*_of(_ndcg.ndcg(problems, budget), problems, scores))
 
@@ -401,76 +396,5 @@ def _problems(
 
 def _of(found: Tensor, problems: Problems, scores: Tensor) -> tuple[Tensor, Tensor]:
     """A metric and where it is valid, of the scores' own dimensions, and one for groups."""
-    valid = problems.valid
-    shape: tuple[int, ...] = scores.shape[:-1]
-    if problems.layout.lengths is not None:
-        shape = (*shape, problems.layout.num_problems // max(1, math.prod(shape)))
-    return found if found.shape == shape else found.view(shape), valid.view(shape)
-
-
-def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """Standard deviation of the scores of each class: the unit of a scale-free temperature.
-
-    `smooth_ap(scores, is_positive, 0.1 * score_spread(scores))` does not change when the scores
-    are multiplied by a constant. Gradient flows through the deviation.
-
-    Args:
-        scores: [M] or [C, M] floating; non-finite scores are left out.
-        sample_weight: [M] or the shape of scores, ≥ 0; weight 0 is the same as leaving it out.
-
-    Returns:
-        [] or [C], > 0: the population deviation, √(Σω(s − μ)² / Σω) with μ = Σωs / Σω. Where the
-        scores are constant (or there is none) they have no unit of their own: 1, gradient 0. So
-        too where they differ by no more than rounding, or by less than 1e-19 (float64: 1e-154).
-
-    Example:
-        >>> import torch
-        >>> score_spread(torch.tensor([1.0, 3.0]))
-        tensor(1.)
-    """
-    scores = _checks.scores(scores)
-    weights = _checks.weights_of_scores(sample_weight, scores)
-    rows = scores if scores.dim() == 2 else scores.unsqueeze(0)
-    return spread(rows, weights, Layout(rows.shape)).view(scores.shape[:-1])
-
-
-def prior_weights(
-    is_positive: Tensor,
-    target_prior: float | Tensor,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Weights that give positives the share that they will have in deployment.
-
-    Precision, and with it AP, depends on how common positives are: scores that reach an AP of 0.98
-    among as many positives as negatives may reach 0.5 at one positive in a hundred. With these
-    weights a re-balanced sample tells, and `smooth_ap` optimises, the AP at `target_prior`; so
-    does `sklearn.metrics.average_precision_score(sample_weight=…)`. It takes for granted that
-    positives and negatives each look as they will in deployment, and only their numbers differ.
-
-    Args:
-        is_positive: [M] or [C, M] bool.
-        target_prior: π, share of positives in deployment, 0 < π < 1; a float, or a tensor [C] with
-            one a class, whose values are trusted.
-        sample_weight: [M] or the shape of is_positive, finite and ≥ 0: weights to start from.
-
-    Returns:
-        The shape of is_positive, float32, or the dtype of sample_weight. Of positives and
-        negatives the one side keeps the weights that it had, and those of the other shrink. A
-        class without a positive or without a negative keeps all.
-
-    Raises:
-        TypeError, ValueError: an argument that does not fit.
-
-    Example:
-        >>> import torch
-        >>> prior_weights(torch.tensor([True, True, False, False]), 0.2)
-        tensor([0.2500, 0.2500, 1.0000, 1.0000])
-
-    Source: Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
-    Neural Computation 2002, eq. 2.4: what shifts is the ratio of the priors alone.
-    """
-    arguments = _checks.prior_weights(is_positive, target_prior, sample_weight)
-    is_positive, target_prior, sample_weight = arguments
-    rows = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
-    weights = weights_at_prior(rows, target_prior, sample_weight, Layout(rows.shape))
-    return weights.view(is_positive.shape)
+    shape = problems.layout.shape_of_values(scores.shape[:-1])
+    return found if found.shape == shape else found.view(shape), problems.valid.view(shape)

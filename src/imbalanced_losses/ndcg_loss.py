@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._loss import RankingLoss, RankingOptions
+from imbalanced_losses._options import Unpack
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.budget import Budget, of_all
 from imbalanced_losses._ranking.ndcg import ndcg
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class NDCGLoss(RankingLoss):

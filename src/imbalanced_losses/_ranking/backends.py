@@ -12,7 +12,8 @@ from imbalanced_losses._ranking.choose import choose
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.cuda.ranks import fused_plan
 from imbalanced_losses._ranking.dense import DensePlan
-from imbalanced_losses._ranking.panels.panels import PanelPlan, PanelRanks
+from imbalanced_losses._ranking.panels.panels import PanelPlan
+from imbalanced_losses._ranking.panels.ranks import PanelRanks
 from imbalanced_losses._ranking.plan import Canonical, Listed, Plan, Queries, RankPlan, Rows
 from imbalanced_losses._ranking.ragged import Part, RaggedRanks, joined, parts_of
 from imbalanced_losses._ranking.sums import differentiable_sums

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,12 @@ class Layout:
             number = torch.arange(self.num_problems, device=self.lengths.device)
             self._problem = number.repeat_interleave(self.lengths, output_size=self._num_rows)
         return self._problem
+
+    def shape_of_values(self, classes: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a value [C] for each problem: [] or [C] of classes, and one dimension for groups."""
+        if self.lengths is None:
+            return classes
+        return *classes, self.num_problems // max(1, math.prod(classes))
 
     def places_of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Problem and column [Q] of the rows that are True."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from imbalanced_losses._ranking.backends import Backend, rank_plan
+from imbalanced_losses._ranking.backends import rank_plan
 from imbalanced_losses._ranking.canonical import compute_dtype
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.plan import Listed, Rows
@@ -37,21 +37,11 @@ def traced_ranks(
         moves_temperature = by_problem.requires_grad
     else:
         fixed = temperature
+    num_live = rows.shape[1] if moves_temperature else problems.num_live
     ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
-        rows,
-        problems.is_positive,
-        by_problem,
-        problems.weights,
-        problems.value,
-        problems.layout.lengths,
-        fixed,
-        moves_temperature,
-        rows.shape[1] if moves_temperature else problems.num_live,
-        queries,
-        ",".join(among),
-        problems.backend,
-        problems.is_graded,
-        by_value,
+        *(rows, problems.is_positive, by_problem, problems.weights, problems.value),
+        *(problems.layout.lengths, fixed, moves_temperature, num_live, queries),
+        *(",".join(among), problems.backend, problems.is_graded, by_value),
     )
     return ranks.unbind()
 
@@ -59,25 +49,11 @@ def traced_ranks(
 class _Asked:
     """The arguments of the operators as problems, and the plan for them."""
 
-    def __init__(
-        self,
-        scores: Tensor,
-        is_positive: Tensor,
-        temperatures: Tensor | None,
-        weights: Tensor | None,
-        value: Tensor | None,
-        lengths: Tensor | None,
-        temperature: float,
-        moves_temperature: bool,
-        num_live: int,
-        queries: str,
-        among: str,
-        backend: str,
-        is_graded: bool,
-        by_value: bool,
-    ) -> None:
+    def __init__(self, scores: Tensor, is_positive: Tensor, *rest: Any) -> None:
         from imbalanced_losses._ranking.problems import Problems
 
+        temperatures, weights, value, lengths, temperature, _, num_live, *names = rest
+        queries, among, backend, is_graded, by_value = names
         problems = Problems(
             scores,
             temperature if temperatures is None else temperatures,
@@ -89,9 +65,9 @@ class _Asked:
             num_live=num_live,
         )
         self.given = problems.by_value(problems.canonical()) if by_value else problems.canonical()
-        self.queries = problems.queries(cast("Rows", queries))
-        names = cast("tuple[Rows, ...]", tuple(among.split(",")))
-        self.plan = rank_plan(self.given, self.queries, names, cast("Backend", backend))
+        self.queries = problems.queries(queries)
+        sets = cast("tuple[Rows, ...]", tuple(among.split(",")))
+        self.plan = rank_plan(self.given, self.queries, sets, backend)
 
     def spread(self, ranks: tuple[Tensor, ...]) -> Tensor:
         """[K, C, M], 1 where a row is no query."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,6 @@ class Problems:
         self._is_prepared = False
         self._canonical: Canonical | None = None
         self._facts: tuple[Tensor, int | Tensor] | None = None
-        self._number_of: dict[Rows, Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
 
     def replaced(self, **changes: Any) -> Problems:
@@ -138,21 +137,10 @@ class Problems:
             return torch.full((1,), max(1, mass), dtype=dtype, device=valid.device)
         if self._prepared is not None:
             return self._prepared.mass(rows)
-        if self.weights is None:
-            return torch.where(valid, self.summed(self._numbers()[rows].double()).to(dtype), 1)
-        own = self.weights
-        if rows != "all":
-            own = torch.where(self.is_positive == (rows == "positives"), own, 0)
-        return torch.where(valid, self.summed(self.layout.total(own.double())).to(dtype), 1)
-
-    def _numbers(self) -> dict[Rows, Tensor]:
-        """How many rows of each set this process has [C]."""
-        if self._number_of is None:
-            positives = self.layout.total(self.is_positive)
-            all_rows = torch.zeros_like(positives) + self._num_present()
-            sets = {"all": all_rows, "positives": positives, "negatives": all_rows - positives}
-            self._number_of = cast("dict[Rows, Tensor]", sets)
-        return self._number_of
+        own = self._is_query(rows)
+        if self.weights is not None:
+            own = torch.where(own, self.weights, 0).double()
+        return torch.where(valid, self.summed(self.layout.total(own).double()).to(dtype), 1)
 
     def mean_weight(self, rows: Rows) -> Tensor:
         """The mean weight [C] of rows that have one above 0, before any were drawn.

@@ -79,9 +79,6 @@ class Asked:
         self.by_value = by_value  # of the positives that queries are ranked among
         self.share = share  # of the queries in an average
 
-    def ranks(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = None) -> Ranks:
-        return Ranks(dict(zip(self.among, ranks, strict=True)), queries, index)
-
     def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
         """What was asked for [C], over all processes."""
         if self.share is not None:
@@ -95,7 +92,7 @@ class Asked:
         self, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
     ) -> tuple[Tensor, Asked]:
         """An average [C], and a sum that has its slopes."""
-        counted = share.of(self.ranks(ranks, queries))
+        counted = share.of(Ranks(self.among, ranks, queries))
         totals = [
             problems.summed(queries.total(own))
             for own in (counted * self.worth_of(ranks, queries), counted)
@@ -112,7 +109,7 @@ class Asked:
         return average, Asked(worth, self.queries, self.among)
 
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
-        worth = self.worth(self.ranks(ranks, queries))
+        worth = self.worth(Ranks(self.among, ranks, queries))
         if worth.shape != ranks[0].shape:
             raise ValueError(
                 f"worth must give one number a query, {list(ranks[0].shape)}, got "
@@ -121,15 +118,12 @@ class Asked:
         return worth
 
     def clamped(self, ranks: tuple[Tensor, ...], queries: Queries) -> tuple[Tensor, ...]:
-        if queries.weights is None or isinstance(queries, PreparedQueries):  # clamped by kernels
-            return ranks
-        return self.possible(ranks)
-
-    def possible(self, ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Clamped to 0 ≤ R ≤ R among all > 0.
 
         Rounding breaks this when a row's weight is below the precision of the sum it is part of.
         """
+        if queries.weights is None or isinstance(queries, PreparedQueries):  # clamped by kernels
+            return ranks
         if "all" not in self.among:
             return tuple(rank.clamp(min=0) for rank in ranks)
         whole = self.among.index("all")
@@ -151,7 +145,7 @@ class _SlopesOf:
         asked, queries = self.asked, self.queries
         ranks = asked.clamped(ranks, queries)
         if asked.slopes is not None:
-            slopes = asked.slopes(asked.ranks(ranks, queries, index))
+            slopes = asked.slopes(Ranks(asked.among, ranks, queries, index))
         else:
             slopes = self._by_autograd(ranks, index)
         if self.factor is None:
@@ -161,7 +155,7 @@ class _SlopesOf:
     def _by_autograd(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             leaves = tuple(rank.detach().requires_grad_() for rank in ranks)
-            total = self.asked.worth(self.asked.ranks(leaves, self.queries, index)).sum()
+            total = self.asked.worth(Ranks(self.asked.among, leaves, self.queries, index)).sum()
             if not total.requires_grad:  # worth the same wherever it ranks
                 return tuple(map(torch.zeros_like, leaves))
             found = torch.autograd.grad(total, leaves, allow_unused=True)

@@ -17,20 +17,17 @@ class Ranks:
     """
 
     def __init__(
-        self,
-        ranks: dict[Rows, Tensor],
-        queries: Queries,
-        index: Any = None,
+        self, sets: tuple[Rows, ...], ranks: tuple[Tensor, ...], queries: Queries, index: Any = None
     ) -> None:
-        self._ranks, self._queries, self._index = ranks, queries, index
+        self._sets, self._ranks, self._queries, self._index = sets, ranks, queries, index
 
     def among(self, rows: Rows) -> Tensor:
         """The rank of each query among these rows, which `ranked_sum` was asked for."""
-        if rows not in self._ranks:
+        if rows not in self._sets:
             raise ValueError(
-                f"among={tuple(self._ranks)} of ranked_sum does not hold {rows!r}: ask for it there"
+                f"among={self._sets} of ranked_sum does not hold {rows!r}: ask for it there"
             )
-        return self._ranks[rows]
+        return self._ranks[self._sets.index(rows)]
 
     @property
     def weights(self) -> Tensor | float:

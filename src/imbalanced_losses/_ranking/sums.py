@@ -12,8 +12,8 @@ whose gradients are again such sums, one order up:
     ∂F/∂τ         = −1/τ · (Σ_m source[m] · ∂F/∂source[m] + Σ_q query[q] · ∂F/∂query[q])
 
 The last line is Euler's identity: F depends on scores and τ only through their quotient. So the
-family is closed, each Function's backward is written in terms of the two Functions, and
-derivatives of every order follow. Forward-mode differentiation is not provided.
+family is closed, backward is written in terms of the Function itself, and derivatives of every
+order follow. Forward-mode differentiation is not provided.
 """
 
 from __future__ import annotations
@@ -30,80 +30,55 @@ def differentiable_sums(
     plan: Plan, queries: Tensor, sources: Tensor, temperature: float | Tensor, weights: Tensor
 ) -> Tensor:
     """Φ₀·weights [Q, K], attached to queries, sources, temperature and weights."""
-    out: Tensor = _Sums.apply(queries, sources, temperature, weights, 0, plan)
+    out: Tensor = _Sums.apply(queries, sources, temperature, weights, 0, False, plan)
     return out
 
 
 class _Sums(torch.autograd.Function):
-    """weights [C, M, K] -> Φₙ·weights [Q, K]."""
+    """weights [C, M, K] -> Φₙ·weights [Q, K]; transposed: cotangent [Q, K] -> Φₙᵀ·it [C, M, K]."""
 
     @staticmethod
     def forward(
         queries: Tensor,
         sources: Tensor,
         temperature: float | Tensor,
-        weights: Tensor,
+        columns: Tensor,
         order: int,
+        is_transposed: bool,
         plan: Plan,
     ) -> Tensor:
-        return plan.sums(order, weights)
+        return (plan.transposed_sums if is_transposed else plan.sums)(order, columns)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
+        queries, sources, temperature, columns, *ctx.constants = inputs
+        ctx.fixed_temperature = None if isinstance(temperature, Tensor) else temperature
+        tensors = (queries, sources, temperature, columns)
+        ctx.save_for_backward(*(t for t in tensors if isinstance(t, Tensor)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        geometry, weights, cotangent = *_saved(ctx), grads[0]
-        geometry_grads = _geometry_gradients(ctx, geometry, weights, cotangent)
-        weights_grad = None
+        order, is_transposed, plan = ctx.constants
+        geometry, columns = _saved(ctx)
+        sides = (grads[0], columns) if is_transposed else (columns, grads[0])
+        geometry_grads = _geometry_gradients(ctx, geometry, *sides)
+        columns_grad = None
         if ctx.needs_input_grad[3]:
-            weights_grad = _TransposedSums.apply(*geometry, cotangent, ctx.order, ctx.plan)
-        return (*geometry_grads, weights_grad, None, None)
+            columns_grad = _Sums.apply(*geometry, grads[0], order, not is_transposed, plan)
+        return (*geometry_grads, columns_grad, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return _batched_columns(_Sums, info, in_dims, inputs)
-
-
-class _TransposedSums(torch.autograd.Function):
-    """cotangent [Q, K] -> Φₙᵀ·cotangent [C, M, K]."""
-
-    @staticmethod
-    def forward(
-        queries: Tensor,
-        sources: Tensor,
-        temperature: float | Tensor,
-        cotangent: Tensor,
-        order: int,
-        plan: Plan,
-    ) -> Tensor:
-        return plan.transposed_sums(order, cotangent)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        geometry, cotangent, weights = *_saved(ctx), grads[0]
-        geometry_grads = _geometry_gradients(ctx, geometry, weights, cotangent)
-        cotangent_grad = None
-        if ctx.needs_input_grad[3]:
-            cotangent_grad = _Sums.apply(*geometry, weights, ctx.order, ctx.plan)
-        return (*geometry_grads, cotangent_grad, None, None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return _batched_columns(_TransposedSums, info, in_dims, inputs)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    queries, sources, temperature, columns, order, plan = inputs
-    ctx.order, ctx.plan = order, plan
-    ctx.fixed_temperature = None if isinstance(temperature, Tensor) else temperature
-    tensors = (queries, sources, temperature, columns)
-    ctx.save_for_backward(*(t for t in tensors if isinstance(t, Tensor)))
+        """Over the columns alone, by making the batch more of them."""
+        *geometry, columns, order, is_transposed, plan = inputs
+        if any(dim is not None for dim in in_dims[:3]):
+            raise NotImplementedError(
+                "vmap over the scores or the temperature of sigmoid_sums is not supported: "
+                "stack the problems along its dimension C instead"
+            )
+        columns = columns.movedim(in_dims[3], -1).flatten(-2)  # [..., K·B]
+        out = _Sums.apply(*geometry, columns, order, is_transposed, plan)
+        return out.unflatten(-1, (-1, info.batch_size)), out.dim()
 
 
 class _Geometry(NamedTuple):
@@ -128,12 +103,12 @@ def _geometry_gradients(
     if not any(ctx.needs_input_grad[:3]):
         return None, None, None
     queries, sources, temperature = geometry
-    order, plan = ctx.order + 1, ctx.plan
+    order, _, plan = ctx.constants
     if torch.is_grad_enabled():
-        at_queries = _Sums.apply(queries, sources, temperature, weights, order, plan)
-        at_sources = _TransposedSums.apply(queries, sources, temperature, cotangent, order, plan)
+        at_queries = _Sums.apply(*geometry, weights, order + 1, False, plan)
+        at_sources = _Sums.apply(*geometry, cotangent, order + 1, True, plan)
     else:
-        at_queries, at_sources = plan.both_sums(order, weights, cotangent)
+        at_queries, at_sources = plan.both_sums(order + 1, weights, cotangent)
 
     queries_grad = -(cotangent * at_queries).sum(-1)  # [Q]
     sources_grad = (weights * at_sources).sum(-1)  # [C, M]
@@ -150,19 +125,3 @@ def _geometry_gradients(
     moments = ((sources - origin[:, None]) * sources_grad).sum(-1)  # [C]
     moments = moments.index_add(0, problem, (queries - origin[problem]) * queries_grad)
     return queries_grad, sources_grad, -moments / temperature
-
-
-def _batched_columns(
-    function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[Tensor, int]:
-    """Run a Function under vmap over its last tensor by making the batch more weight columns."""
-    *geometry, columns, order, plan = inputs
-    if any(dim is not None for dim in in_dims[:3]):
-        raise NotImplementedError(
-            "vmap over the scores or the temperature of sigmoid_sums is not supported: "
-            "stack the problems along its dimension C instead"
-        )
-    batch = info.batch_size
-    columns = columns.movedim(in_dims[3], -1)  # [..., K, B]
-    out = function.apply(*geometry, columns.flatten(-2), order, plan)  # [..., K·B]
-    return out.unflatten(-1, (-1, batch)), out.dim()

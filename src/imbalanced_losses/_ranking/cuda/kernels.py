@@ -194,6 +194,14 @@ def prepare(
 
 
 @triton.jit
+def _logistic(x):
+    """σ(x) and σ′(x), by e^(−|x|), which never overflows."""
+    small = tl.exp(-tl.abs(x))
+    inverse = 1.0 / (1.0 + small)
+    return tl.where(x >= 0, inverse, small * inverse), small * inverse * inverse
+
+
+@triton.jit
 def _stretch(numbers, problem, num_problems, QUERIES: tl.constexpr):
     """Where in `order` the queries begin and end."""
     num_positives = tl.load(numbers + problem)
@@ -266,15 +274,12 @@ def soft_ranks(
             side = tl.load(sides + base + source, mask=inside, other=0.0)[None, :]
             positive_weight = tl.where(side > 0, side, 0.0)
             negative_weight = positive_weight - side
-            x = (score - query) * rate
-            small = tl.exp(-tl.abs(x))  # e^(−|x|), which never overflows
-            inverse = 1.0 / (1.0 + small)
-            sigmoid = tl.where(x >= 0, inverse, small * inverse)
+            sigmoid, slope = _logistic((score - query) * rate)
             negatives += sigmoid * negative_weight
             positives += sigmoid * positive_weight
             if WITH_SLOPES:
                 is_other = source[None, :] != row[:, None]
-                slope = tl.where(is_other, small * inverse * inverse, 0.0)
+                slope = tl.where(is_other, slope, 0.0)
                 negative_slopes += slope * negative_weight
                 positive_slopes += slope * positive_weight
         among_negatives += tl.sum(negatives, 1).to(tl.float64)
@@ -409,11 +414,8 @@ def score_slopes(
                 by_all, by_positives, by_negatives, own, base + row, is_real,
                 ALL, POSITIVES, NEGATIVES, WEIGHS,
             )  # fmt: skip
-            x = (score - query) * rate
-            small = tl.exp(-tl.abs(x))
-            inverse = 1.0 / (1.0 + small)
-            is_other = source[None, :] != row[:, None]
-            slope = tl.where(is_other, small * inverse * inverse, 0.0)
+            _, slope = _logistic((score - query) * rate)
+            slope = tl.where(source[None, :] != row[:, None], slope, 0.0)
             negative += slope * to_negative[:, None]
             positive += slope * to_positive[:, None]
         as_negative += tl.sum(negative, 0).to(tl.float64)
@@ -930,17 +932,13 @@ def far_ranks(
         to_upper = to_upper.to(tl.float64)
         among_negatives = _evaluated(to_lower, to_upper, by_lower * lower_0, by_upper * upper_0)
         among_positives = _evaluated(to_lower, to_upper, by_lower * lower_1, by_upper * upper_1)
-        x = (score - query[:, None]) * rate
-        small = tl.exp(-tl.abs(x))
-        inverse = 1.0 / (1.0 + small)
-        sigmoid = tl.where(x >= 0, inverse, small * inverse)
+        sigmoid, slope = _logistic((score - query[:, None]) * rate)
         among_negatives += tl.sum(sigmoid * negative_weight, 1).to(tl.float64)
         among_positives += tl.sum(sigmoid * positive_weight, 1).to(tl.float64)
         if WITH_SLOPES:
             of_negatives = _evaluated(to_lower, to_upper, by_slope * lower_0, by_slope * upper_0)
             of_positives = _evaluated(to_lower, to_upper, by_slope * lower_1, by_slope * upper_1)
-            is_other = source[None, :] != place[:, None]
-            slope = tl.where(is_other, small * inverse * inverse, 0.0)
+            slope = tl.where(source[None, :] != place[:, None], slope, 0.0)
             of_negatives += tl.sum(slope * negative_weight, 1).to(tl.float64)
             of_positives += tl.sum(slope * positive_weight, 1).to(tl.float64)
             tl.store(sums + base + place, of_negatives, mask=is_real)
@@ -1013,11 +1011,8 @@ def far_slopes(
         query = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)[:, None]
         to_negative = tl.load(sorted_slopes + base + place, mask=is_real, other=0.0)
         to_positive = tl.load(sorted_slopes + size + base + place, mask=is_real, other=0.0)
-        x = (score[None, :] - query) * rate
-        small = tl.exp(-tl.abs(x))
-        inverse = 1.0 / (1.0 + small)
-        is_other = source[None, :] != place[:, None]
-        slope = tl.where(is_other, small * inverse * inverse, 0.0)
+        _, slope = _logistic((score[None, :] - query) * rate)
+        slope = tl.where(source[None, :] != place[:, None], slope, 0.0)
         as_negative += tl.sum(slope * to_negative[:, None], 0).to(tl.float64)
         as_positive += tl.sum(slope * to_positive[:, None], 0).to(tl.float64)
     slope = tl.where(side > 0, as_positive, as_negative) * tl.abs(side).to(tl.float64)

@@ -13,6 +13,7 @@ import triton.language as tl
 from imbalanced_losses._ranking.cuda.kernels import (
     _finite,
     _is_query,
+    _logistic,
     _places,
     _row_facts,
     _slopes_by_side,
@@ -168,17 +169,13 @@ def segment_ranks(
         score = tl.load(scores + source, mask=source < last, other=0.0)[None, :]
         side = tl.load(sides + source, mask=source < last, other=0.0)[None, :]
         is_pair = (source[None, :] >= begin[:, None]) & (source[None, :] < end[:, None])
-        x = tl.where(is_pair, (score - query) * rate, 0.0)
-        small = tl.exp(-tl.abs(x))
-        inverse = 1.0 / (1.0 + small)
-        sigmoid = tl.where(x >= 0, inverse, small * inverse)
+        sigmoid, slope = _logistic(tl.where(is_pair, (score - query) * rate, 0.0))
         positive_weight = tl.where(is_pair & (side > 0), side, 0.0)
         negative_weight = tl.where(is_pair & (side < 0), -side, 0.0)
         among_negatives += tl.sum(sigmoid * negative_weight, 1).to(tl.float64)
         among_positives += tl.sum(sigmoid * positive_weight, 1).to(tl.float64)
         if WITH_SLOPES:
-            is_other = source[None, :] != row[:, None]
-            slope = tl.where(is_other, small * inverse * inverse, 0.0)
+            slope = tl.where(source[None, :] != row[:, None], slope, 0.0)
             slope_of_negatives += tl.sum(slope * negative_weight, 1).to(tl.float64)
             slope_of_positives += tl.sum(slope * positive_weight, 1).to(tl.float64)
     size = num_rows.to(tl.int64)
@@ -252,17 +249,12 @@ def segment_slopes(
             ALL, POSITIVES, NEGATIVES, WEIGHS,
         )  # fmt: skip
         is_pair = (number[:, None] >= begin[None, :]) & (number[:, None] < end[None, :])
-        x = tl.where(is_pair, (score - query) * rate, 0.0)
-        small = tl.exp(-tl.abs(x))
-        inverse = 1.0 / (1.0 + small)
+        _, slope = _logistic(tl.where(is_pair, (score - query) * rate, 0.0))
         is_pair = is_pair & (source[None, :] != row[:, None])
-        slope = small * inverse * inverse
-        as_negative += tl.sum(tl.where(is_pair, slope * to_negative[:, None], 0.0), 0).to(
-            tl.float64
-        )
-        as_positive += tl.sum(tl.where(is_pair, slope * to_positive[:, None], 0.0), 0).to(
-            tl.float64
-        )
+        negative = tl.where(is_pair, slope * to_negative[:, None], 0.0)
+        positive = tl.where(is_pair, slope * to_positive[:, None], 0.0)
+        as_negative += tl.sum(negative, 0).to(tl.float64)
+        as_positive += tl.sum(positive, 0).to(tl.float64)
     slope = tl.where(side > 0, as_positive, as_negative) * tl.abs(side).to(tl.float64)
     is_query = _is_query(side, num_present, QUERIES)
     to_negative, to_positive = _slopes_by_side(

@@ -50,16 +50,7 @@ from torch import Tensor
 from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.panels.line import Line, Precision, lay_line
 from imbalanced_losses._ranking.panels.table import table_spectrum, translation_table
-from imbalanced_losses._ranking.plan import (
-    Canonical,
-    Listed,
-    Processes,
-    Rows,
-    SlopesOf,
-    at,
-    half_of,
-    is_in,
-)
+from imbalanced_losses._ranking.plan import Processes
 from imbalanced_losses._ranking.scratch import Place, scratch
 
 # Sources that pass through moments and evaluation at a time: their powers stay in the cache.
@@ -100,7 +91,7 @@ class _Points(NamedTuple):
         return powers
 
 
-class _Cloud:
+class Cloud:
     """Scores located on the line, a block at a time; one block is located once and kept."""
 
     def __init__(self, scores: Tensor, problem: Tensor | None, line: Line) -> None:
@@ -142,7 +133,6 @@ class Panels:
         for_ranks: bool = False,
         processes: Processes | None = None,
         precisions: Sequence[Precision] | None = None,
-        is_asked: Tensor | None = None,
     ) -> None:
         # Ranks: queries are sources, and vmap, which cannot write to given memory, stays outside.
         self._is_plain = for_ranks
@@ -151,16 +141,13 @@ class Panels:
         if not isinstance(temperature, Tensor):
             temperature = sources.new_full((num_problems,), temperature, dtype=torch.float64)
         rectangle = sources
-        strangers = queries, problem
-        if for_ranks:
-            strangers = queries[:0], problem[:0]
+        strangers = (queries[:0], problem[:0]) if for_ranks else (queries, problem)
         precisions = precisions or PRECISIONS[sources.dtype]
         if processes is not None:
             precisions = precisions[-1:]  # the fewest moments to exchange
-        if is_asked is None:
-            is_asked = problem.new_zeros(num_problems).index_fill_(0, problem[-1:], 1)
-            if num_problems > 1:
-                is_asked.index_fill_(0, problem, 1)
+        is_asked = problem.new_zeros(num_problems).index_fill_(0, problem[-1:], 1)
+        if num_problems > 1:
+            is_asked.index_fill_(0, problem, 1)
         source_problem = None if layout is None else layout.problem
         if source_problem is not None:  # side by side, as queries are
             sources, rectangle = sources[0], sources.new_empty(num_problems, 0)
@@ -173,13 +160,13 @@ class Panels:
             precisions,
             processes,
         )
-        self.sources = _Cloud(sources, source_problem, self.line)
-        self.queries = _Cloud(queries, problem, self.line)
+        self.sources = Cloud(sources, source_problem, self.line)
+        self.queries = Cloud(queries, problem, self.line)
 
     def _scratch(self, place: Place, shape: tuple[int, ...]) -> Tensor | None:
         return scratch(place, shape, self.sources.scores, torch.float64) if self._is_plain else None
 
-    def moments(self, cloud: _Cloud, weights: Tensor | None) -> Tensor:
+    def moments(self, cloud: Cloud, weights: Tensor | None) -> Tensor:
         """Σ weight · placeᵇ of each panel: weights [K, *cloud], None = 1 -> [K, p, S]."""
         degree = self.precision.degree
         if weights is not None and self.line.poison is not None:
@@ -219,7 +206,7 @@ class Panels:
             field[:, 0] += self.line.whole_counts(moments[:, 0], reach, transposed)
         return field
 
-    def evaluated(self, field: Tensor, cloud: _Cloud, dtype: torch.dtype) -> Tensor:
+    def evaluated(self, field: Tensor, cloud: Cloud, dtype: torch.dtype) -> Tensor:
         """Σ_a field[k, a, panel] · placeᵃ: [K, p, S] -> [K, *cloud] of a dtype."""
         out = field.new_empty((len(field), *cloud.scores.shape), dtype=dtype)
         for columns, values in self.values(field, cloud):
@@ -227,7 +214,7 @@ class Panels:
             target.copy_(values.view(target.shape))
         return out
 
-    def values(self, field: Tensor, cloud: _Cloud) -> Iterator[tuple[slice, Tensor]]:
+    def values(self, field: Tensor, cloud: Cloud) -> Iterator[tuple[slice, Tensor]]:
         """The same a block at a time: columns of the cloud, and [K, rows of the block] float64.
 
         In memory that the next block takes.
@@ -330,162 +317,3 @@ class PanelPlan:
 
     def both_sums(self, order: int, weights: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         return self.sums(order, weights), self.transposed_sums(order, cotangent)
-
-
-class _Moved(NamedTuple):
-    """Queries [n] that have a gradient."""
-
-    cloud: _Cloud
-    problem: Tensor
-    row: Tensor
-    weights: Tensor | None
-    cotangent: Tensor  # [K, n], the slopes by their ranks
-
-
-class PanelRanks:
-    """Soft ranks in linear time: see `plan.RankPlan` for the contract."""
-
-    def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
-        self.given, self.queries, self.among = given, queries, among
-        problem = queries.problem
-        self.panels = Panels(
-            queries.of_row(given.scores),
-            problem,
-            given.scores,
-            given.temperature,
-            given.layout,
-            for_ranks=True,
-            processes=given.processes,
-        )
-        self._own = None if queries.weights is None else queries.weights[None]  # [1, Q]
-        self._ranks: tuple[Tensor, ...] | None = None
-        # Beside negatives positives are few: as a list of their own.
-        self._positives: Listed | None = None
-        if queries.rows == "negatives":
-            self._positives = _positives_of(given, self.panels.line.is_asked)
-
-    def ranks(self) -> tuple[Tensor, ...]:
-        if self._ranks is None:
-            self._ranks = self._ranked()
-        return self._ranks
-
-    def _ranked(self) -> tuple[Tensor, ...]:
-        panels, given, queries = self.panels, self.given, self.queries
-        moments = torch.cat([self._moments_of(rows) for rows in self.among])  # [K, p, S]
-        self._moments = moments if given.processes is None else given.processes.sum(moments)
-        field = panels.field(self._moments, 0)
-        sums = panels.evaluated(field, panels.queries, torch.float64)  # [K, Q]
-        return tuple(
-            own.add_(half_of(queries, rows, given)).to(given.scores.dtype)
-            for own, rows in zip(sums, self.among, strict=True)
-        )
-
-    def _moments_of(self, rows: Rows) -> Tensor:
-        """[1, p, S] of the rows of a set."""
-        panels = self.panels
-        if rows == self.queries.rows:
-            return panels.moments(panels.queries, self._own)
-        if rows == "positives" and self._positives is not None:
-            own = self._positives
-            weights = None if own.weights is None else own.weights[None]
-            return panels.moments(self._cloud_of(own), weights)
-        column = self.given.column(rows)
-        return panels.moments(panels.sources, None if column is None else column[None])
-
-    def ranks_and_gradient(self, slopes_of: SlopesOf) -> tuple[tuple[Tensor, ...], Tensor]:
-        ranks = self.ranks()
-        slopes = slopes_of(ranks, slice(None))
-        return ranks, self._gradient(torch.stack(slopes))
-
-    def _gradient(self, cotangent: Tensor) -> Tensor:
-        """[K, Q], the slopes by the ranks, -> [C, M]."""
-        given, panels, own = self.given, self.panels, self._own
-        scores, weights = given.scores, given.weights
-        sources, queries = panels.sources, panels.queries
-        problem, row = self.queries.problem, self.queries.row
-        for_queries = panels.field(self._moments, 1)  # [K, p, S]
-        slopes = panels.moments(queries, cotangent)
-        if given.processes is not None:
-            slopes = given.processes.sum(slopes)
-        for_sources = panels.field(slopes, 1, transposed=True)
-        num_constant = scores.shape[1] - given.num_live
-        if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
-            live = (self.queries.row < given.num_live).nonzero().squeeze(1)
-            cotangent = cotangent[:, live]
-            sources = _Cloud(scores[:, : given.num_live], None, panels.line)
-            problem, row = problem[live], row[live]
-            queries = _Cloud(queries.scores[live], problem, panels.line)
-            weights = None if weights is None else weights[:, : given.num_live]
-            own = None if own is None else own[:, live]
-        members = [is_in(self.queries.rows, rows) for rows in self.among]
-        # Rows that are no queries are sources of "all", and of the set that queries are not in.
-        others = [k for k, rows in enumerate(self.among) if rows == "all" or members[k] is False]
-        if self.queries.rows == "all" or not others:
-            out = scores.new_zeros(len(scores), given.num_live)
-        elif self._positives is not None:
-            out = self._slopes_of_positives(for_sources[others].sum(0, keepdim=True))
-        else:
-            field = for_sources[others].sum(0, keepdim=True)
-            out = panels.evaluated(field, sources, scores.dtype)[0]  # [C, num_live]
-            out = out.view(len(scores), -1)
-            if weights is not None:
-                out *= weights
-            if given.layout.num_problems > 1:  # one without queries has a gradient of exactly zero
-                out *= given.layout.for_rows(panels.line.is_asked.to(out.dtype))
-        moved = _Moved(queries, problem, row, None if own is None else own[0], cotangent)
-        change = self._change_of_queries(moved, for_queries, for_sources)
-        if num_constant > 0:
-            out = torch.nn.functional.pad(out, (0, num_constant))
-        places = row if len(out) == 1 else row + problem * out.shape[1]
-        out.view(-1).index_copy_(0, places, change)
-        return out
-
-    def _change_of_queries(self, moved: _Moved, for_queries: Tensor, for_sources: Tensor) -> Tensor:
-        """[n]. A query is a source of the sets that it is in, and moves its own ranks.
-
-        These cancel: summed in float64.
-        """
-        members = [is_in(self.queries.rows, rows) for rows in self.among]
-        own_sets = [k for k, member in enumerate(members) if member is not False]
-        fields = torch.cat((for_queries, for_sources[own_sets]))
-        change = self.given.scores.new_empty(len(moved.row))
-        for columns, values in self.panels.values(fields, moved.cloud):
-            as_query, as_source = values.split((len(for_queries), len(own_sets)))
-            for number, k in enumerate(own_sets):
-                if members[k] is None:
-                    of_row = at(self.given.is_positive, moved.problem[columns], moved.row[columns])
-                    as_source[number] *= of_row == (self.among[k] == "positives")
-            total = as_source[0] if len(own_sets) == 1 else as_source.sum(0)
-            if moved.weights is not None:
-                total *= moved.weights[columns]
-            for slope, one in zip(as_query, moved.cotangent, strict=True):
-                total.addcmul_(slope, one[columns], value=-1)
-            change[columns] = total
-        return change
-
-    def _slopes_of_positives(self, field: Tensor) -> Tensor:
-        """[C, num_live], what a field [1, p, S] gives to positives as sources."""
-        given, own = self.given, self._positives
-        assert own is not None
-        values = self.panels.evaluated(field, self._cloud_of(own), given.scores.dtype)[0]
-        if own.weights is not None:
-            values *= own.weights
-        out = torch.zeros_like(given.scores, memory_format=torch.contiguous_format)
-        out.view(-1).index_copy_(0, own.places(out.shape), values)
-        return out[:, : given.num_live]
-
-    def _cloud_of(self, rows: Listed) -> _Cloud:
-        return _Cloud(rows.of_row(self.given.scores), rows.problem, self.panels.line)
-
-
-def _positives_of(given: Canonical, is_asked: Tensor) -> Listed:
-    """The positives of problems that have queries."""
-    chosen = given.is_positive if given.weights is None else given.is_positive & (given.weights > 0)
-    layout = given.layout
-    if layout.num_problems > 1:
-        chosen = chosen & (layout.for_rows(is_asked) > 0)
-    problem, row = layout.places_of(chosen)
-    listed = Listed("positives", problem, row, None, None, layout.num_problems)
-    if given.weights is None:
-        return listed
-    return listed._replace(weights=listed.of_row(given.weights))
