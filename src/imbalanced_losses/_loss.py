@@ -137,11 +137,7 @@ class RankingLoss(RankingState):
 
     @overload
     def forward(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        return_per_class: bool,
-        **values: Unpack[RowValues],
+        self, logits: Tensor, targets: Tensor, return_per_class: bool, **values: Unpack[RowValues]
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 
     def forward(

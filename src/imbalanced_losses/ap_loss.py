@@ -122,10 +122,7 @@ class SmoothAPLoss(RankingLoss):
 
     @staticmethod
     def _compute_smooth_ap(
-        scores: Tensor,
-        is_pos: Tensor,
-        tau: float | Tensor,
-        sample_weight: Tensor | None = None,
+        scores: Tensor, is_pos: Tensor, tau: float | Tensor, sample_weight: Tensor | None = None
     ) -> SmoothAP:
         """Smooth AP of scores [M] or [C, M]; `functional.smooth_ap` is its public name."""
         return smooth_ap(scores, is_pos, tau, sample_weight=sample_weight)

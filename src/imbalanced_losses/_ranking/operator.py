@@ -104,10 +104,7 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
 
 
 _ranks_operator = torch.library.custom_op(
-    "imbalanced_losses::soft_ranks",
-    _soft_ranks,
-    mutates_args=(),
-    schema=f"({_PROBLEMS}) -> Tensor",
+    "imbalanced_losses::soft_ranks", _soft_ranks, mutates_args=(), schema=f"({_PROBLEMS}) -> Tensor"
 )
 _gradient_operator = torch.library.custom_op(
     "imbalanced_losses::soft_ranks_gradient",

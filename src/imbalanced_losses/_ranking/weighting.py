@@ -40,9 +40,7 @@ def score_spread(scores: Tensor, sample_weight: Tensor | None = None) -> Tensor:
 
 
 def prior_weights(
-    is_positive: Tensor,
-    target_prior: float | Tensor,
-    sample_weight: Tensor | None = None,
+    is_positive: Tensor, target_prior: float | Tensor, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Weights that give positives the share that they will have in deployment.
 

@@ -848,13 +848,7 @@ def scan_blocks(
 
 @triton.jit
 def _far_moments(
-    moments,
-    sorted_scores,
-    block,
-    num_rows,
-    problem,
-    POWERS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    moments, sorted_scores, block, num_rows, problem, POWERS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The score that the blocks below end with, that the blocks above begin with, and moments
     [POWERS] of two values, below and above.

@@ -153,12 +153,7 @@ class Panels:
             sources, rectangle = sources[0], sources.new_empty(num_problems, 0)
             strangers = sources, source_problem
         self.precision, self.line = lay_line(
-            rectangle,
-            *strangers,
-            is_asked,
-            temperature.double()[:, None],
-            precisions,
-            processes,
+            rectangle, *strangers, is_asked, temperature.double()[:, None], precisions, processes
         )
         self.sources = Cloud(sources, source_problem, self.line)
         self.queries = Cloud(queries, problem, self.line)
