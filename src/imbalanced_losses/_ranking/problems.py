@@ -49,6 +49,12 @@ class Problems:
             of graded problems, whether two rows differ in what they are worth.
     """
 
+    # What is not known yet.
+    _for_kernels: Prepared | None = None
+    _is_prepared = False
+    _canonical: Canonical | None = None
+    _facts: tuple[Tensor, int | Tensor] | None = None
+
     def __init__(
         self,
         scores: Tensor,
@@ -90,10 +96,6 @@ class Problems:
         self.is_traced = is_traced(scores)
         is_plain = weights is None and value is None and processes is None
         self._in_units: InUnits | None = _PLAIN if is_plain else None
-        self._for_kernels: Prepared | None = None
-        self._is_prepared = False
-        self._canonical: Canonical | None = None
-        self._facts: tuple[Tensor, int | Tensor] | None = None
         self._queries: dict[Rows, Queries] = {}
 
     def replaced(self, **changes: Any) -> Problems:

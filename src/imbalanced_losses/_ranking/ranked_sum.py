@@ -158,11 +158,7 @@ class _SlopesOf:
             total = self.asked.worth(Ranks(self.asked.among, leaves, self.queries, index)).sum()
             if not total.requires_grad:  # worth the same wherever it ranks
                 return tuple(map(torch.zeros_like, leaves))
-            found = torch.autograd.grad(total, leaves, allow_unused=True)
-        return tuple(
-            torch.zeros_like(leaf) if slope is None else slope
-            for leaf, slope in zip(leaves, found, strict=True)
-        )
+            return torch.autograd.grad(total, leaves, materialize_grads=True)
 
 
 class _RankedSum(torch.autograd.Function):
@@ -184,9 +180,9 @@ class _RankedSum(torch.autograd.Function):
         if isinstance(queries, PreparedQueries) and isinstance(per, Tensor):
             queries, per = queries.per(per), 1
         everywhere = given.processes is not None and given.processes.is_differentiated
-        moves_temperature = isinstance(temperature, Tensor) and (
-            everywhere or ctx.needs_input_grad[1]
-        )
+        is_moved = everywhere or any(ctx.needs_input_grad)
+        is_tensor = isinstance(temperature, Tensor)
+        moves_temperature = is_tensor and (everywhere or ctx.needs_input_grad[1])
         if moves_temperature:  # what τ changes is told from the slopes of all rows
             given = given._replace(num_live=given.scores.shape[1])
         plan = rank_plan(given, queries, asked.among, problems.backend)
@@ -194,14 +190,13 @@ class _RankedSum(torch.autograd.Function):
         if asked.share is not None:
             ranks = asked.clamped(plan.ranks(), queries)
             found, summed = asked.averaged(asked.share, problems, ranks, queries)
-        elif not (everywhere or any(ctx.needs_input_grad)):
+        elif not is_moved:
             ranks = plan.ranks()
-        if everywhere or any(ctx.needs_input_grad):
+        if is_moved:
             ranks, slopes = plan.ranks_and_gradient(_SlopesOf(summed, queries))
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
             ctx.again, ctx.asked, ctx.layout = problems.again, asked, given.layout
             ctx.is_shared = given.processes is not None
-            is_tensor = isinstance(temperature, Tensor)
             ctx.fixed_temperature = None if is_tensor else temperature
             of_temperature = (temperature, by_temperature) if is_tensor else ()
             ctx.save_for_backward(scores, slopes.view(scores.shape), *of_temperature)
@@ -305,13 +300,8 @@ def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
 def _refuse_batches(problems: Problems) -> None:
     """Raise where torch.func.vmap is at work."""
     functorch = torch._C._functorch
-    wrapped: list[Any] = [
-        problems.scores,
-        problems.is_positive,
-        problems.given_weights,
-        problems.given_value,
-        problems.temperature,
-    ]
+    wrapped: list[Any] = [problems.scores, problems.is_positive, problems.temperature]
+    wrapped += problems.given_weights, problems.given_value
     for value in wrapped:
         if isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
             if functorch.is_batchedtensor(value):

@@ -129,12 +129,8 @@ class DenseRanksOfMany:
     """
 
     def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
-        self.scores, self.temperature, self.num_live = (
-            given.scores,
-            given.temperature,
-            given.num_live,
-        )
-        self.queries, self.among = queries, among
+        self.scores, self.temperature = given.scores, given.temperature
+        self.num_live, self.queries, self.among = given.num_live, queries, among
         # ω of each set's rows [C, M]; queries among themselves are compared apart.
         self._columns = [None if rows == queries.rows else given.column(rows) for rows in among]
         self._halves = [half_of(queries, rows, given) for rows in among]
