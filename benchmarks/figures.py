@@ -107,7 +107,7 @@ def world_size() -> Figure:
         for axes, values in zip(both, found[way].T, strict=True):
             axes.plot(ranks, values, label=name, **style)
     both[0].set(ylabel="size, relative", xscale="log", yscale="log", ylim=(0.02, 8))
-    both[1].set(ylabel="cosine", xlabel="ranks, W", ylim=(0, 1.05))
+    both[1].set(ylabel="cosine", xlabel="processes, W", ylim=(0, 1.05))
     both[1].set_xticks(ranks, [str(n) for n in ranks])
     both[1].minorticks_off()
     both[1].legend(loc="lower left")

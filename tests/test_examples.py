@@ -30,7 +30,7 @@ class Example(NamedTuple):
 OURS = r"^{name}: SmoothAP[^:]*: (?:macro |mean )?{compares} 0\.\d{{3}}"
 BASELINE = r"^{name}: B?CE: (?:macro |mean )?{compares} 0\.\d{{3}}"
 ONE_PROCESS = (
-    r"^\w+: 5 steps on 2 ranks, loss 0\.\d+ -> 0\.\d+; the gradient is that of one process, "
+    r"^\w+: 5 steps on 2 processes, loss 0\.\d+ -> 0\.\d+; the gradient is that of one process, "
     r"largest relative difference \d+e-1[2-9]$"
 )
 EXAMPLES = {
