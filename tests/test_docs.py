@@ -75,7 +75,11 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.stem not in ("README", "tutorial") and list(blocks(page))],
+    [
+        page
+        for page in (*PAGES, ROOT / "CONTRIBUTING.md")
+        if page.stem not in ("README", "tutorial") and list(blocks(page))
+    ],
     ids=str,
 )
 def test_code_runs(page: Path) -> None:
@@ -100,9 +104,12 @@ def test_the_readme_trains_on_a_table(
     assert float(ap[1]) > 0.3  # chance is 0.02
 
 
-def test_the_tutorial_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tutorial_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Trained anew; chance, such as other rounding, moves AP by some hundredths."""
     page = DOCS / "tutorial.md"
+    monkeypatch.chdir(tmp_path)  # where the checkpoint is written
     namespace = run(page)
     _, _, table = page.read_text(encoding="utf-8").partition("<!-- tutorial -->")
     rows = re.findall(r"^\| (.+?) \| (\.\d+) \| (\.\d+) \|$", table, re.MULTILINE)
