@@ -242,8 +242,8 @@ def _together(collective: Callable[..., Any], *arguments: Any, group: Group) -> 
     except RuntimeError as error:
         raise RuntimeError(
             "the loss ranks the rows of all processes together, and not all of them took part in "
-            "this forward pass: one has ended, failed, or made fewer steps than the others, as its own "
-            f"output will tell (this is rank {dist.get_rank(group.handle)} of {group.size()}). "
+            "this forward pass: one has ended, failed, or made fewer steps than the others, as its "
+            f"own output will tell (this is rank {dist.get_rank(group.handle)} of {group.size()}). "
             "For processes with fewer batches see imbalanced_losses.distributed.even_steps. "
             f"torch.distributed says: {error}"
         ) from error
