@@ -79,11 +79,10 @@ def pair_gradient() -> Figure:
 def world_size() -> Figure:
     """The gradient that data-parallel training steps with, beside that of one process.
 
-    A linear model, batches of 4,096 rows with 1 % positives, split over W ranks; the mean over ten
-    batches. Every rank's gradient is computed in turn in this process, from the formula and not by
-    a process group, and the trainer's mean over ranks is taken. "rows gathered": each rank ranks
-    all rows and keeps the gradient of its own, times W as this library does, or as it is. "own rows
-    only": each rank ranks its own.
+    A linear model, batches of 4,096 rows with 1 % positives, split over W processes; the mean over
+    ten batches. The gradient of every process is computed here in turn, from the formula, and the
+    trainer's mean is taken. "rows gathered": each ranks all rows and keeps the gradient of its own,
+    times W as this library does, or as it is. "own rows only": each ranks its own.
     """
     ranks = (1, 2, 4, 8, 16, 32)
     found = torch.zeros(3, len(ranks), 2, dtype=torch.float64)  # [way, W, (size, cosine)]
@@ -107,7 +106,7 @@ def world_size() -> Figure:
         for axes, values in zip(both, found[way].T, strict=True):
             axes.plot(ranks, values, label=name, **style)
     both[0].set(ylabel="size, relative", xscale="log", yscale="log", ylim=(0.02, 8))
-    both[1].set(ylabel="cosine", xlabel="ranks, W", ylim=(0, 1.05))
+    both[1].set(ylabel="cosine", xlabel="processes, W", ylim=(0, 1.05))
     both[1].set_xticks(ranks, [str(n) for n in ranks])
     both[1].minorticks_off()
     both[1].legend(loc="lower left")

@@ -26,18 +26,18 @@ def load_rows() -> TensorDataset:
 
 
 def make_model() -> nn.Sequential:
-    """The same on every rank."""
+    """The same on every process."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1)).double()
 
 
 def make_loss(**options: Any) -> SmoothAPLoss:
-    """Nothing in it is about ranks: it finds them by itself while training."""
+    """Nothing in it is about processes: it finds them by itself while training."""
     return SmoothAPLoss(1, queue_size=512, temperature=0.1, temperature_unit="spread", **options)
 
 
 class OneProcess:
-    """The same training with the rows of all ranks in one process, to compare with.
+    """The same training with the rows of all processes in one, to compare with.
 
     Real training has no use for it.
     """
@@ -53,9 +53,9 @@ class OneProcess:
         """Make this step as well, and assert that loss and gradient are the same.
 
         Args:
-            loss: of this rank.
+            loss: of this process.
             gradients: of the parameters in order, after the trainer has averaged them.
-            rows: the rows that this rank had.
+            rows: the rows that this process had.
         """
         of_all: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_all, rows.tolist())
@@ -76,7 +76,7 @@ class OneProcess:
         assert len(self.losses) == STEPS, f"{len(self.losses)} steps"
         if dist.get_rank() == 0:
             print(
-                f"{self.name}: {STEPS} steps on {dist.get_world_size()} ranks, loss "
+                f"{self.name}: {STEPS} steps on {dist.get_world_size()} processes, loss "
                 f"{self.losses[0]:.3f} -> {self.losses[-1]:.3f}; the gradient is that of one "
                 f"process, largest relative difference {self.largest:.0e}",
                 flush=True,

@@ -20,18 +20,18 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(
         plain,
         torch.optim.SGD(plain.parameters(), LEARNING_RATE),
-        # drop_last: every rank has to make the same number of steps.
+        # drop_last: every process has to make the same number of steps.
         DataLoader(data, batch_size=ROWS_A_RANK, shuffle=True, drop_last=True),
     )
     for _, (features, labels, rows) in zip(range(STEPS), loader, strict=False):
         optimizer.zero_grad()
-        loss = loss_fn(model(features), labels)  # ranks the rows of all ranks
+        loss = loss_fn(model(features), labels)  # ranks the rows of all processes
         accelerator.backward(loss)
         one_process.compare(loss, (p.grad for p in plain.parameters()), rows)
         optimizer.step()
 
     one_process.report()
-    accelerator.wait_for_everyone()  # a rank that leaves early may take the others down
+    accelerator.wait_for_everyone()  # one that leaves early may take the others down
     accelerator.end_training()
 
 

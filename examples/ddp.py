@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 def main() -> None:
     dist.init_process_group("gloo")
     data = load_rows()
-    # drop_last: every rank has to make the same number of steps.
+    # drop_last: every process has to make the same number of steps.
     sampler: DistributedSampler[object] = DistributedSampler(data, seed=1, drop_last=True)
     loader = DataLoader(data, batch_size=ROWS_A_RANK, sampler=sampler, drop_last=True)
     plain, loss_fn = make_model(), make_loss()
@@ -25,13 +25,13 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     for _, (features, labels, rows) in zip(range(STEPS), loader, strict=False):
         optimizer.zero_grad()
-        loss = loss_fn(model(features), labels)  # ranks the rows of all ranks
+        loss = loss_fn(model(features), labels)  # ranks the rows of all processes
         loss.backward()
         one_process.compare(loss, (p.grad for p in plain.parameters()), rows)
         optimizer.step()
 
     one_process.report()
-    dist.barrier()  # a rank that leaves early may take the others down
+    dist.barrier()  # one that leaves early may take the others down
     dist.destroy_process_group()
 
 

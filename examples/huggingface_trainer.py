@@ -135,7 +135,7 @@ def make_trainer(
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=64,  # as large as fits: each is a ranking of its own
         gradient_accumulation_steps=2,
-        average_tokens_across_devices=False,  # compute_loss divides by the rows of its own rank
+        average_tokens_across_devices=False,  # compute_loss divides by the rows of its own process
         per_device_eval_batch_size=1000,
         learning_rate=5e-3,
         weight_decay=0.01,

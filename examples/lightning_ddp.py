@@ -23,8 +23,8 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         features, labels, self._rows = batch
-        self._loss: Tensor = self.loss_fn(self.model(features), labels)  # of the rows of all ranks
-        self.log("loss", self._loss)  # the same on every rank: sync_dist is not needed
+        self._loss: Tensor = self.loss_fn(self.model(features), labels)  # of all rows
+        self.log("loss", self._loss)  # the same on every process: sync_dist is not needed
         return self._loss
 
     def on_before_optimizer_step(self, _: torch.optim.Optimizer) -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     data = load_rows()
-    # Lightning gives every rank a sampler of its own; drop_last keeps the steps even.
+    # Lightning gives every process a sampler of its own; drop_last keeps the steps even.
     loader = DataLoader(data, batch_size=ROWS_A_RANK, shuffle=True, drop_last=True)
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -122,8 +122,8 @@ FAMILIES = {
         40,
     ),
     "T10": Family(
-        "any number of ranks",
-        "One to eight real processes, ragged and empty shares, ranks without positives, queues, "
+        "any number of processes",
+        "One to eight real processes, ragged and empty shares, some without positives, queues, "
         "caps, weights: the parameter gradient of one process with all rows, within 1e-12.",
         ("test_worlds",),
         400,
@@ -136,9 +136,9 @@ FAMILIES = {
         36,
     ),
     "T12": Family(
-        "ranks that disagree",
-        "Another dtype, class count, setting or phase, bad input on one rank, a rank that stays "
-        "away: the same typed error on every rank, no hang, no abort; evaluation on one rank and "
+        "processes that disagree",
+        "Another dtype, class count, setting or phase, bad input on one, one that stays "
+        "away: the same typed error on all, no hang, no abort; evaluation on one and "
         "uneven numbers of batches work.",
         (
             "test_distributed::test_a_rank_that_stays_away_is_an_error_not_a_hang",
@@ -197,7 +197,7 @@ FAMILIES = {
     ),
     "T18": Family(
         "training",
-        "30 steps on two and three ranks are those of one process within 1e-12; a bad row costs a "
+        "30 steps on two and three processes equal those of one within 1e-12; a bad row costs a "
         "GradScaler one step; accumulated gradients are those of the batch; AP rises on a toy set, "
         "from an inverted ranking too.",
         ("test_accumulation", "test_training"),
@@ -213,8 +213,8 @@ FAMILIES = {
     # T20 is `make mutation`, which takes hours.
     "T21": Family(
         "faults",
-        "A NaN row on any rank spoils one step; a step interrupted at any line leaves the state "
-        "before it or after it; a process killed at any moment resumes bit for bit; where a rank "
+        "A NaN row on any process spoils one step; a step interrupted at any line leaves the state "
+        "before it or after it; a process killed at any moment resumes bit for bit; where one "
         "dies, the others say so.",
         ("test_faults", "test_kills"),
         30,

@@ -30,7 +30,7 @@ class Example(NamedTuple):
 OURS = r"^{name}: SmoothAP[^:]*: (?:macro |mean )?{compares} 0\.\d{{3}}"
 BASELINE = r"^{name}: B?CE: (?:macro |mean )?{compares} 0\.\d{{3}}"
 ONE_PROCESS = (
-    r"^\w+: 5 steps on 2 ranks, loss 0\.\d+ -> 0\.\d+; the gradient is that of one process, "
+    r"^\w+: 5 steps on 2 processes, loss 0\.\d+ -> 0\.\d+; the gradient is that of one process, "
     r"largest relative difference \d+e-1[2-9]$"
 )
 EXAMPLES = {
@@ -116,10 +116,11 @@ def test_every_example_is_run() -> None:
 
 
 def test_the_page_quotes_the_examples() -> None:
-    """Each block names a script, and has no line that the script has not."""
+    """Every script is named, and a block of one has no line that the script has not."""
     text = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in text or f"examples/{name}.py" in text for name in EXAMPLES)
     quoted = re.findall(r"^```py title=\"examples/(\w+)\.py\"\n(.*?)^```$", text, re.M | re.S)
-    assert {name for name, _ in quoted} == set(EXAMPLES)
+    assert len(quoted) > 5
     for name, code in quoted:
         script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
         lines = [line.strip() for line in script.splitlines()]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.families import FAMILIES, Family, family_of
-from tests.torture import PAGE, Counter, Tally, documented, path_of, run_command
+from tests.torture import Counter, Tally, path_of, run_command
 
 TESTS = Path(__file__).parent
 
@@ -39,23 +39,6 @@ def test_no_test_is_in_two_families() -> None:
 
 def test_a_family_without_tests_has_a_command() -> None:
     assert all(bool(family.tests) != bool(family.command) for family in FAMILIES.values())
-
-
-def test_the_documentation_lists_every_family() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for key, family in FAMILIES.items():
-        assert f"| {key} | {family.title} | {family.claim} |" in page, key
-
-
-def test_the_documented_table_is_replaced() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    once = documented(page, {"T8": Tally(cases=1234, seconds=5.6)}, ["# machine: any"])
-    assert "| T8 | queue |" in once
-    assert "| 200 | 1,234 | 0 | 0 | 6 |" in once
-    assert "| T9 |" not in once
-    assert once.split("<!--")[0] == page.split("<!--")[0]
-    assert once.split("-->")[-1] == page.split("-->")[-1]
-    assert documented(once, {"T8": Tally(cases=1234, seconds=5.6)}, ["# machine: any"]) == once
 
 
 class Report(NamedTuple):

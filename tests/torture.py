@@ -1,13 +1,12 @@
 """Run the families of the torture suite and tell what each has shown.
 
-    python -m tests.torture [--family T5 T8] [--quick] [--document] [--workers 2] [-x]
+    python -m tests.torture [--family T5 T8] [--quick] [--workers 2] [-x]
 
 A case is a test, or one of the examples that a test runs through. The outcome is 1 when anything
 failed, when a family ran fewer cases than it claims, or when a test was skipped for a reason that
 is not a missing device. A whole run is written to benchmarks/results/.
 
---quick runs fewer random examples and no commands: what CI has time for. --document puts the table
-into docs/torture.md.
+--quick runs fewer random examples and no commands: what CI has time for.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ from tests.families import FAMILIES, Family, family_of
 ROOT = Path(__file__).parent.parent
 OTHERS = Family("others", "Tests that no family names.", (), 1)
 MAY_BE_SKIPPED = "needs a CUDA device"
-PAGE = ROOT / "docs" / "torture.md"
-MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
 @dataclass
@@ -135,9 +132,12 @@ def show(tallies: dict[str, Tally], problems: dict[str, str], caption: str) -> N
     Console().print(table)
 
 
-def write(tallies: dict[str, Tally], lines: list[str]) -> Path:
+def write(tallies: dict[str, Tally], caption: str) -> Path:
+    """What a whole run leaves behind."""
     from benchmarks import _measure
 
+    today = f"# {datetime.date.today().isoformat()}"
+    lines = [today, *_measure.header(1, "cpu"), f"# {caption}"]
     rows = [
         {
             "family": key,
@@ -151,26 +151,6 @@ def write(tallies: dict[str, Tally], lines: list[str]) -> Path:
         for key, tally in tallies.items()
     ]
     return _measure.write_csv(rows, "torture", "cpu", lines)
-
-
-def documented(page: str, tallies: dict[str, Tally], lines: list[str]) -> str:
-    """The page with another table between its two marks."""
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    table = [
-        "```text",
-        *(line.removeprefix("# ") for line in lines),
-        "```",
-        "",
-        "| | family | claim | at least | cases | failures | skipped | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for key, tally in tallies.items():
-        family = FAMILIES.get(key, OTHERS)
-        numbers = (f"{family.at_least:,}", f"{tally.cases:,}", tally.failures, tally.skipped)
-        cells = (key, family.title, family.claim, *numbers, f"{tally.seconds:.0f}")
-        table.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([before + MARKS[0], "", *table, "", MARKS[1] + after])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -191,31 +171,17 @@ def run(options: argparse.Namespace) -> int:
         if (problem := tally.problem(FAMILIES.get(key, OTHERS), is_complete=not stopped))
     }
     show(tallies, problems, caption)
-    if not options.family and not stopped:
-        keep(tallies, caption, options)
+    if not options.family and not stopped and not options.quick:
+        print(f"written: {write(tallies, caption).relative_to(ROOT)}")
     for key, problem in problems.items():
         print(f"{key}: {problem}")
     return 1 if status or problems else 0
-
-
-def keep(tallies: dict[str, Tally], caption: str, options: argparse.Namespace) -> None:
-    """What a whole run leaves behind."""
-    from benchmarks import _measure
-
-    today = f"# {datetime.date.today().isoformat()}"
-    lines = [today, *_measure.header(1, "cpu"), f"# {caption}"]
-    if not options.quick:
-        print(f"written: {write(tallies, lines).relative_to(ROOT)}")
-    if options.document:
-        page = documented(PAGE.read_text(encoding="utf-8"), tallies, lines)
-        PAGE.write_text(page, encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=[], help="these only")
     parser.add_argument("--quick", action="store_true", help="fewer examples, no commands")
-    parser.add_argument("--document", action="store_true", help="put the table into the page")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
     parser.add_argument("-x", action="store_true", help="stop at the first failure")
     options = parser.parse_args()

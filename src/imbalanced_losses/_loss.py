@@ -106,15 +106,15 @@ class RankingLoss(RankingState):
         self.queue_follows_shift = _checks.queue_follows_shift(queue_follows_shift, gather)
         self.target_prior = _checks.maybe(_checks.shares, "target_prior", target_prior, num_classes)
         self._begin(temperature, self.target_prior)
-        # Of a subclass also what it has set before: that is as fixed, and has to be the same in
-        # every process.
+        # What a subclass has set before this call is fixed too, and has to be the same in every
+        # process.
         own = {k: v for k, v in arguments_of(type(self)).items() if k in vars(self)}
         self._own = [name for name in own if name not in _ARGUMENTS]
         self._settings = arguments_of(RankingLoss) | own
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that rank their rows together; None for all."""
+        """The processes that rank their rows together; None for all."""
         return self._group.handle
 
     @overload
@@ -208,14 +208,14 @@ class RankingLoss(RankingState):
 
     @torch.no_grad()
     def diagnose(self, logits: Tensor, targets: Tensor, **values: Unpack[RowValues]) -> Diagnostics:
-        """What a batch, ranked with the rows in the queue, gives to learn from.
+        """Measure how much gradient signal a batch carries, ranked with the queue.
 
         Call it now and then, before the step of that batch (afterwards its rows
         are in the queue as well); nothing changes. It sorts the pool and takes
         a few times as long as a forward pass.
 
-        Where forward gathers the rows of all ranks this does too, and all of
-        them must call it; with gather="sums" it is about the rows of this rank.
+        If forward gathers the rows of all processes, so does this, and all of
+        them must call it; with gather="sums" it is about this process's rows.
 
         Args:
             logits, targets: as for forward.
@@ -318,9 +318,9 @@ class RankingLoss(RankingState):
         error: Exception | None = None,
         **values: Unpack[RowValues],
     ) -> tuple[Pool, Processes | None]:
-        """The arguments of forward as rows, and the ranks that hold others to rank them with.
+        """The arguments of forward as rows, and the processes that hold the others.
 
-        Where ranks gather rows, they are those of all ranks; an error from elsewhere is then
+        If processes gather rows, they are those of all; an error from elsewhere is then
         raised by all of them.
         """
         if not self._gathers():
@@ -330,7 +330,7 @@ class RankingLoss(RankingState):
             sent = self._checked(logits, targets, return_per_class, **values)
             sent = error or sent
         except (TypeError, ValueError) as own_error:
-            sent = own_error  # the other ranks wait to hear of it
+            sent = own_error  # the other processes wait to hear of it
         settings = {name: getattr(self, name) for name in (*COMPARED, *self._own)}
         settings["steps made"] = self._queue.num_steps
         device = getattr(logits, "device", torch.device("cpu"))

@@ -188,6 +188,6 @@ class ScheduledLoss(StatefulLoss):
 def _spread_of(
     loss: RankingLoss, logits: Tensor, targets: Tensor, **values: Unpack[RowValues]
 ) -> float:
-    """Standard deviation of the scores, the mean over classes; over ranks as in forward."""
+    """Standard deviation of the scores, the mean over classes; over processes as in forward."""
     batch, processes = loss._batch(logits, targets, **values)
     return float(loss._problems(batch, processes, batch.groups()).spread().detach().mean())

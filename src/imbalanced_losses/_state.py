@@ -52,8 +52,8 @@ class RankingState(StatefulLoss):
     @temperature.setter
     def temperature(self, value: float) -> None:
         number = _checks.number_above_zero("temperature", value)
-        # For compiled code, to which a float is a constant: a new one would compile it anew. Of a
-        # tensor [] it would make a float too, and then begin again.
+        # Compiled code takes a float for a constant, so that a new one would compile it anew. It
+        # would turn a tensor [] into a float as well.
         with torch.inference_mode(False):  # it outlives it
             now = self._queue.cursor.new_full((1,), number, dtype=torch.float64)  # no copy
         self._temperature, self._temperature_now = number, now
@@ -86,8 +86,8 @@ class RankingState(StatefulLoss):
                 shift = batch.zero_with_gradient_of_mean(self.ignore_index, rows.group)
                 rows = rows.with_logits(rows.logits + shift)
             pool = batch.extend(rows)
-        # Off the CPU dropping rows would wait for the device, and a compiler could not follow;
-        # there their weight of zero does the same.
+        # Elsewhere dropping rows would wait for the device, and a compiler could not follow it. A
+        # weight of zero does the same there.
         if is_on_host(pool.logits) or self.max_pool_size is not None:
             pool = pool.without_ignored(self.ignore_index)
         if self.max_pool_size is None or not self.training:

@@ -38,7 +38,7 @@ def backward_in_micro_batches(
     fall otherwise than in one pass with all rows.
 
     A module with `no_sync`, such as DistributedDataParallel, synchronises
-    gradients in the last micro-batch alone; every rank needs as many
+    gradients in the last micro-batch alone; every process needs as many
     micro-batches. Under autocast, call it within the context; with a
     GradScaler, pass `scale=scaler.scale` and step as usual.
 

@@ -32,11 +32,11 @@ class SmoothAPLoss(RankingLoss):
         ignore_index: target that marks padding. Such rows are in neither the
             ranking nor the positive set and take no slot of the queue.
         update_queue_in_eval: False freezes the queue in eval mode.
-        gather_distributed: whether to rank the rows of all ranks together.
-            None: when torch.distributed is initialised with more than one rank
-            and the module is training, asked anew in every forward pass; True:
-            always; False: never. Every rank then stores the same global batch,
-            so queues stay in step; at a large global batch prefer queue_size=0.
+        gather_distributed: whether to rank the rows of all processes together.
+            None: in training, when torch.distributed has more than one process,
+            asked anew in every forward pass; True: always; False: never. Every
+            process then stores the same global batch, so queues stay equal;
+            with a large global batch prefer queue_size=0.
         max_pool_size: cap on the rows ranked at once, in training. Above it
             each class present is guaranteed max_pool_size // (2 * n_classes)
             rows (or all it has), the rest is uniform over what is left, and
@@ -52,20 +52,20 @@ class SmoothAPLoss(RankingLoss):
             batch in the gradient (their values stay). AP does not change when
             all scores move together; rows without gradient break that, and this
             restores it.
-        process_group: the ranks that rank their rows together; None: all. Every
+        process_group: the processes that rank together; None: all. Every
             group then has a loss of its own, and the trainer's gradient is the
             mean over groups, weighted by size.
-        grad_reduce: what the trainer does with the gradients of the ranks:
+        grad_reduce: what the trainer does with the gradients of the processes:
             "mean" (DDP, FSDP, Lightning, Accelerate) or "sum". The outcome is
-            the gradient of one process with the rows of all ranks; the value of
-            the loss is the same for both.
-        gather: what ranks send each other. "rows": every rank gets all rows and
-            ranks them. "sums": every rank keeps its rows, and ranks add up the
-            sums that ranking takes, whose size does not depend on the number of
-            rows: for pools too large for one rank. Loss and gradient are the
-            same to rounding. queue_size and max_pool_size are then per rank,
-            the backend is the linear one, queue_follows_shift is refused, and
-            gradients can't be differentiated again.
+            the gradient of one process with all rows; the value of the loss is
+            the same for both.
+        gather: what processes send each other. "rows": every process gets all
+            rows and ranks them. "sums": every process keeps its rows, and they
+            add up the sums that ranking takes, whose size does not depend on
+            the number of rows: for pools too large for one process. Loss and
+            gradient are the same to rounding. queue_size and max_pool_size are
+            then per process, the backend is the linear one, queue_follows_shift
+            is refused, and gradients can't be differentiated again.
         target_prior: share of positives in deployment, one for each class. In
             every pool positives and negatives are weighted, on top of
             sample_weight, so that positives have this share: for batches, or

@@ -57,8 +57,8 @@ class CrossEntropy(LossModule):
         tensor(0.1733)
 
     Note:
-        In distributed training it is the mean over the rank's rows, and the
-        trainer's average the mean over all rows where ranks hold as many.
+        In distributed training it is the mean over the rows of the process. The
+        trainer's average is that over all rows if all hold the same number.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
     arXiv 1708.02002, eq. 4, for gamma.
@@ -84,7 +84,7 @@ class CrossEntropy(LossModule):
             ignore_index, 2 if self.multilabel or num_classes == 1 else 0
         )
         self.gamma = _checks.number_at_least_zero("gamma", gamma)
-        # On the device of the module or a batch.
+        # Follows the device of the module or of a batch.
         self.class_weight = _checks.maybe(
             _checks.class_weight, "class_weight", class_weight, num_classes
         )
@@ -144,5 +144,5 @@ class CrossEntropy(LossModule):
         """(1 − p)^γ of terms −log p."""
         if self.gamma == 0:
             return terms.new_ones(())
-        # From just above 0, where a power below 1 has no slope.
+        # Just above 0, because a power below 1 has no finite slope at 0.
         return (-torch.expm1(-terms)).clamp(min=torch.finfo(terms.dtype).tiny) ** self.gamma

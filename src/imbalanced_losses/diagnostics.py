@@ -1,4 +1,4 @@
-"""What a pool of rows gives a ranking loss to learn from."""
+"""Measure how much gradient signal a pool of rows carries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imbalanced_losses._rows.reduce import mark_invalid
 
 __all__ = ["Diagnostics"]
 
-# Of scores further apart than this many τ the gradient is below a hundredth of the largest:
+# If scores are farther apart than this many τ, the gradient is below a hundredth of the largest:
 # σ′(6) / σ′(0).
 REACH = 6.0
 
@@ -74,7 +74,7 @@ class Diagnostics(NamedTuple):
         return self.smooth_ap - self.ap
 
     def advice(self) -> list[str]:
-        """What stands out, most serious first; empty where nothing does."""
+        """Advice on what stands out, the most serious first; may be empty."""
         num_classes = len(self.ap)
         invalid = (self.positives_in_pool == 0) | (self.positives_in_pool == self.pool_size)
         if self.valid_groups is not None:
@@ -172,7 +172,7 @@ def _diagnosed(
 ) -> Diagnostics:
     """The diagnostics of a pool's problems, whose scores are detached.
 
-    `means` makes of what groups have, and of whether they are valid, what classes have.
+    `means` takes values of groups and whether they are valid, and returns those of classes.
     """
     scores, weights = problems.scores, problems.weights
     positives_in_batch = in_batch.is_positive
@@ -229,7 +229,7 @@ def _near(problems: Problems, budget: Budget) -> Tensor:
 def _of_class(
     scores: Tensor, is_positive: Tensor, weights: Tensor, temperature: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of scores [M] of one class, exact and in O(M log M).
+    """Exact AP and shares for the scores [M] of one class, in O(M log M).
 
     Returns:
         [] each: AP, shares of active pairs and positives, numbers of positives and of rows.

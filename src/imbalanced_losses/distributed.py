@@ -1,4 +1,4 @@
-"""Batches for ranks that rank their rows together."""
+"""Batches for processes that rank their rows together."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def even_steps(
     *,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """This rank's batches, then empty ones until every rank has had its last.
+    """The batches of this process, then empty ones until every process is done.
 
-    A loss that ranks the rows of all ranks, and a trainer that averages their
-    gradients, need every rank in every step. A rank whose batches run out takes
-    part with zero rows, which change neither. `torch.distributed`'s `Join`
-    can't do that: it knows no collectives within a forward pass.
+    A loss that ranks the rows of all processes, and a trainer that averages
+    their gradients, need every process in every step. One whose batches run out
+    takes part with zero rows, which change neither. `torch.distributed`'s
+    `Join` can't do that: it knows no collectives within a forward pass.
 
     One all-reduce of three numbers a step. Without torch.distributed, or
     alone, the batches as they are.
@@ -38,18 +38,18 @@ def even_steps(
             mappings (`dict`, `BatchEncoding`) and dataclasses of them. All
             keep their type. Tensors without a dimension and other values
             (strings, numbers, lists of them) are repeated as they were.
-        process_group: the ranks; None: all.
+        process_group: the processes; None: all.
         device: of the all-reduce; None: the current CUDA device for NCCL, else
             the CPU.
 
     Yields:
-        The batches; then, while other ranks have more, the last one with its
+        The batches; then, while others have more, the last one with its
         arrays cut to zero rows.
 
     Raises:
-        RuntimeError: on every rank, where one has no batch at all: there is
+        RuntimeError: on every process, if one has no batch at all, and so
             nothing to cut.
-        TypeError: on every rank, in the step of a batch that holds no array
+        TypeError: on every process, in the step of a batch that holds no array
             with rows, or one of a type that cannot be cut.
 
     Example:
@@ -78,7 +78,7 @@ def even_steps(
                     "every batch must hold tensors or other arrays of rows, in tuples, lists, "
                     f"mappings or dataclasses, got {type(batch).__name__}: {raised}"
                 )
-        # How many ranks have a batch, how many never had one, and how many cannot cut theirs.
+        # How many processes have a batch, never had one, and cannot cut theirs.
         num_with, num_without, num_failed = group.summed(
             [has_batch, empty is none_left, error is not None], device
         )

@@ -1,7 +1,7 @@
 """What a ranking loss of your own is made of.
 
 Subclass `RankingLoss` and implement `metric(problems) -> [C]`, made of `problems.ranked_sum`; the
-page "Adding to it" of the documentation builds one.
+page "Adding a ranking loss" of the documentation builds one.
 """
 
 from __future__ import annotations

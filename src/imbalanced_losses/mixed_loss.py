@@ -89,7 +89,7 @@ class MixedLoss(ScheduledLoss):
         with w.
     """
 
-    # Under the names of these arguments is what holds now.
+    # The attributes with the names of these arguments hold the current values.
     _attributes: Mapping[str, str] = {
         "main_weight": "final_main_weight",
         "temperature": "temperature_schedule",
@@ -169,7 +169,7 @@ class MixedLoss(ScheduledLoss):
                 found = self.auxiliary_loss(logits, targets, **shared)
                 auxiliary = (1 - weight) * plain(found)
             except Exception as error:
-                if weight > 0:  # ranks that rank together wait for this one
+                if weight > 0:  # the other processes wait for this one
                     self._ranking._batch(logits, targets, error=error, **values)
                 raise
         if weight == 0:
@@ -191,7 +191,7 @@ class MixedLoss(ScheduledLoss):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __copy__(self) -> MixedLoss:
-        """With a main loss of its own, as that has state; not compiled."""
+        """A copy with its own main loss, which has state; not compiled."""
         copied = object.__new__(type(self))
         modules = {**self._modules, "main_loss": copy.copy(self._ranking)}
         vars(copied).update(vars(self), _modules=modules)

@@ -85,7 +85,7 @@ class GroupBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> GroupBatchSampler:
-        """Itself: where Lightning and Accelerate look for `set_epoch`."""
+        """This sampler: Lightning and Accelerate look here for `set_epoch`."""
         return self
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class GroupBatchSampler(Sampler[list[int]]):
             yield (rows if self._draw is None else rows[is_drawn[rows]]).tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, before iterating: without it, all are as the first.
+        """Choose the epoch before iterating; without it, all are as the first.
 
         Args:
             epoch: a number >= 0, the same on every process.
@@ -140,7 +140,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "num_consumed": count, **own}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Let the next iteration have the batches that were left of the epoch.
+        """Go on, in the next iteration, with the batches left of the epoch.
 
         Args:
             state_dict: of a sampler with these arguments, on as many processes.
@@ -150,5 +150,5 @@ class GroupBatchSampler(Sampler[list[int]]):
         self._num_given = self._first
 
     def _processes(self) -> tuple[int, int]:
-        """How many there are, and which this is."""
+        """The number of processes, and the place of this one."""
         return self._place or (Group().size(), Group().rank())

@@ -62,7 +62,7 @@ def choice(name: str, value: T, options: tuple[str, ...]) -> T:
 
 
 def backend(value: Any, options: tuple[str, ...], gather: Gather) -> None:
-    """One of the options, and with sums over ranks one that sums."""
+    """One of the options, and with sums over processes one that sums."""
     choice("backend", value, options)
     if gather == "sums" and value == "dense":
         raise ValueError(
@@ -72,11 +72,11 @@ def backend(value: Any, options: tuple[str, ...], gather: Gather) -> None:
 
 
 def queue_follows_shift(value: Any, gather: Gather) -> bool:
-    """A bool, False with sums over ranks."""
+    """A bool, False with sums over processes."""
     if boolean("queue_follows_shift", value) and gather == "sums":
         raise ValueError(
             'queue_follows_shift must be False with gather="sums": the mean of all live rows '
-            'would have to be differentiated over ranks; use gather="rows" or a '
+            'would have to be differentiated over processes; use gather="rows" or a '
             "global batch that needs no queue"
         )
     return bool(value)

@@ -1,4 +1,4 @@
-"""What was probably meant: the last part of an error message, "" where nothing suggests itself.
+"""Hints at what was probably meant: the last part of an error message, "" if there is none.
 
 Only called on the way to an error, so that values may be read here.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def of_type(name: str, value: Any) -> str:
-    """For what should be a tensor."""
+    """A hint for a value that should be a tensor."""
     if isinstance(getattr(value, "logits", None), Tensor):
         return f"; a model's output has them as an attribute: use {name}.logits"
     if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
@@ -25,12 +25,12 @@ def of_type(name: str, value: Any) -> str:
 
 
 def of_number(value: Any) -> str:
-    """For what should be a float."""
+    """A hint for a value that should be a float."""
     return "; use its .item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
 
 
 def of_layout(name: str, value: Tensor) -> str:
-    """What a tensor is that should be dense, and what makes it so."""
+    """What kind of tensor it is, and the call that makes it dense."""
     if hasattr(value, "full_tensor"):
         return f"a DTensor; use {name}.full_tensor()"
     if value.is_nested:
@@ -41,14 +41,14 @@ def of_layout(name: str, value: Tensor) -> str:
 
 
 def of_dtype(name: str, value: Tensor) -> str:
-    """For what should be floating point."""
+    """A hint for a value that should be floating point."""
     if name == "logits" and value.dim() == 1 and not value.is_complex():
         return "; pass the scores themselves, not their argmax"
     return "" if value.is_complex() else f"; use {name}.float()"
 
 
 def of_swapped(logits: Tensor, targets: Any, num_classes: int) -> str:
-    """For logits that do not fit where targets would."""
+    """A hint for logits that would fit as targets."""
     is_swapped = (
         isinstance(targets, Tensor)
         and targets.is_floating_point()
@@ -58,7 +58,7 @@ def of_swapped(logits: Tensor, targets: Any, num_classes: int) -> str:
 
 
 def of_logits(value: Tensor, num_classes: int, targets: Any) -> str:
-    """For logits that are not [N, num_classes]."""
+    """A hint for logits that are not [N, num_classes]."""
     shape = list(value.shape)
     if len(shape) == 1 and num_classes == 1:
         return "; use logits.unsqueeze(1)"
@@ -80,7 +80,7 @@ def of_logits(value: Tensor, num_classes: int, targets: Any) -> str:
 
 
 def of_labels(targets: Tensor, num_labels: int, ignore_index: int) -> str:
-    """For targets with values that are no labels."""
+    """A hint for targets with values that are no labels."""
     if targets.is_floating_point() and bool(targets.isnan().any()):
         return f"; NaN as 'not annotated': use targets.nan_to_num({ignore_index})"
     labels = set(targets.unique().tolist()) - {ignore_index}
@@ -106,12 +106,12 @@ def of_labels(targets: Tensor, num_labels: int, ignore_index: int) -> str:
 
 
 def of_share(number: float) -> str:
-    """For what should be between 0 and 1."""
+    """A hint for a value that should be between 0 and 1."""
     return f"; a share, not per cent: {number / 100:g}" if 1 <= number < 100 else ""
 
 
 def of_shape(name: str, value: Tensor, shapes: tuple[Any, ...], beside: tuple[str, Tensor]) -> str:
-    """For a tensor that has none of the shapes that fit the argument `beside` it."""
+    """A hint for a tensor that has none of the shapes that fit the argument `beside` it."""
     other, tensor = beside
     if other == "logits":
         if name == "targets":
@@ -122,7 +122,7 @@ def of_shape(name: str, value: Tensor, shapes: tuple[Any, ...], beside: tuple[st
 
 
 def _of_targets(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
-    """For targets that are not [N], or [N, C] for multi-label."""
+    """A hint for targets that are not [N], or [N, C] for multi-label."""
     num_rows, num_classes = logits
     if is_multilabel and value.shape == (num_rows,):
         return "; for the number of one class a row leave out multilabel=True"
@@ -136,7 +136,7 @@ def _of_targets(value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
 
 
 def _of_rows(name: str, value: Tensor, logits: torch.Size, is_multilabel: bool) -> str:
-    """For weights, values or ids that are not [N], nor [N, C]."""
+    """A hint for weights, values or ids that are not [N], nor [N, C]."""
     num_rows, num_classes = logits
     if name == "sample_weight" and value.shape == (num_classes,) and num_classes > 1:
         fix = ".expand(len(logits), -1)" if is_multilabel else "[targets]"

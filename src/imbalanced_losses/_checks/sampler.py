@@ -37,7 +37,7 @@ def place(num_replicas: Any, rank: Any) -> tuple[int, int] | None:
 
 
 def num_batches(num_groups: int, in_step: int, drop_last: bool) -> int:
-    """Of a process, where all processes together take `in_step` groups in a step; at least one."""
+    """How many batches each process gets if all together take `in_step` groups a step; ≥ 1."""
     if drop_last and num_groups < in_step:
         raise ValueError(
             f"group must hold >= {in_step} groups, groups_per_batch for every process, or "

@@ -1,8 +1,8 @@
-"""Ranks that rank their rows together, with the gradient that one process would have.
+"""Share rows, or sums, between processes so that the gradient equals that of one process.
 
-Two ways: the rows of every rank on every rank (`gather="rows"`), or every rank with its own rows
-and the sums of all (`gather="sums"`). Both begin with a header of fixed size, compared so that
-ranks which disagree all raise the same error.
+Either every process gets all rows (`gather="rows"`), or it keeps its own rows and gets the sums of
+all (`gather="sums"`). Both begin with a header of fixed size, compared so that processes which
+disagree all raise the same error.
 
 The only file that knows torch.distributed.
 """
@@ -30,13 +30,13 @@ __all__ = ["Gather", "GradReduce", "Group", "ProcessGroup", "Shards", "gather"]
 
 # Settings that are words, which travel as their place in this list.
 _WORDS = sorted({*get_args(Gather), *get_args(Reduction), *get_args(TemperatureUnit)})
-# What ranks may differ in.
+# What processes may differ in.
 _OWN = ("failed", "rows", "weighted", "valued", "differentiated")
 _HEADER = (*_OWN, "group", "classes", "target columns", "dtype")  # then the settings
 
 
 class Group:
-    """The ranks that gather: a process group, None for the default one.
+    """The processes that gather: a process group, None for the default one.
 
     A copy of a loss has the same group; a pickled loss, which another process may load, has none.
     """
@@ -56,17 +56,17 @@ class Group:
         return Group, ()
 
     def size(self) -> int:
-        """How many ranks it has; 1 without torch.distributed. Asked at every call."""
+        """How many processes it has; 1 without torch.distributed. Asked at every call."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size(self.handle)
 
     def rank(self) -> int:
-        """This rank's place among them; 0 without torch.distributed."""
+        """The place of this process among them; 0 without torch.distributed."""
         return 0 if self.size() == 1 else dist.get_rank(self.handle)
 
     def summed(self, numbers: list[int], device: torch.device | str | None) -> list[int]:
-        """The sum over ranks of each number; None: on a device that the group can send from."""
+        """The sum over processes of each number; None: on a device that the group can send from."""
         if device is None:
             is_nccl = "nccl" in dist.get_backend(self.handle)
             device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
@@ -83,21 +83,21 @@ def gather(
     how: Gather,
     grad_reduce: GradReduce,
 ) -> tuple[Pool, Processes | None]:
-    """The rows that this rank is to rank, and what it exchanges with others to do so.
+    """The rows that this process is to rank, and what it exchanges with others to do so.
 
-    Gradient flows to the rank's own rows. A trainer that averages gradients over ranks gets it
+    Gradient flows to its own rows. For a trainer that averages gradients over processes it is
     multiplied by their number: the average of world_size × (own part) is the sum of the parts,
     which is the gradient of one process with all rows. The value of the loss is not scaled.
 
     Args:
-        batch: this rank's rows, or the error that kept it from having any.
-        settings: what has to be the same on every rank, by name.
+        batch: the rows of this process, or the error that kept it from having any.
+        settings: what has to be the same on every process, by name.
         device: of the collectives.
         group, how, grad_reduce: as the loss was given them.
 
     Raises:
-        TypeError, ValueError: on every rank, the error of the first rank that has one.
-        RuntimeError: on every rank, when settings or the forms of the rows differ, or when a rank
+        TypeError, ValueError: on every process, the error of the first that has one.
+        RuntimeError: on every process, when settings or the forms of the rows differ, or when one
             does not take part.
     """
     headers = _exchanged_headers(batch, settings, device, group)
@@ -126,7 +126,7 @@ def gather(
 
 
 class Shards:
-    """Ranks that each keep rows of the same problems: the `Processes` of their ranking."""
+    """Processes that each keep their rows, and exchange sums."""
 
     def __init__(self, group: Group, is_differentiated: bool) -> None:
         self.group = group
@@ -148,7 +148,7 @@ class Shards:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """An all-reduce, whose gradient is already that of the loss of all ranks."""
+    """An all-reduce, whose gradient is already that of the loss of all processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
@@ -175,7 +175,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
-    """The rows of all ranks in rank order; the gradient reaches this one's."""
+    """The rows of all processes in their order; the gradient reaches the own ones."""
     parts = [
         own.unpacked(rows, own.logits.dtype) for rows in _all_rows(own.packed(), lengths, group)
     ]
@@ -186,7 +186,7 @@ def _rows_of_all(own: Pool, lengths: list[int], group: Group) -> Pool:
 
 
 def _all_rows(rows: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
-    """The rows [n, …] of each rank, sent as many as the longest has."""
+    """The rows [n, …] of each process, padded to the longest while they are sent."""
     padded = rows.new_zeros(max(lengths), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = zip(_all_gather(padded, group), lengths, strict=True)
@@ -196,7 +196,7 @@ def _all_rows(rows: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
 def _exchanged_headers(
     batch: Pool | Exception, settings: Mapping[str, Any], device: torch.device, group: Group
 ) -> list[dict[str, float]]:
-    """What each rank is about to send."""
+    """What each process is about to send."""
     own: Sequence[float] = (1, *(0 for _ in _HEADER[1:]))
     if isinstance(batch, Pool):
         logits, targets, weights, value, ids, *_ = batch
@@ -221,7 +221,7 @@ def _as_number(setting: str | float | tuple[float, ...] | None) -> float:
 
 
 def _raise_first_error(own: Exception | None, group: Group) -> None:
-    """Raise, on every rank, the error of the first rank that has one."""
+    """Raise, on every process, the error of the first that has one."""
     errors: list[tuple[bool, str] | None] = [None] * group.size()
     mine = None if own is None else (isinstance(own, TypeError), str(own))
     _together(dist.all_gather_object, errors, mine, group=group)
@@ -236,14 +236,14 @@ def _all_gather(tensor: Tensor, group: Group) -> list[Tensor]:
 
 
 def _together(collective: Callable[..., Any], *arguments: Any, group: Group) -> None:
-    """A collective; where a rank stays away, the others raise what that means."""
+    """A collective; if a process stays away, the others raise an error that says so."""
     try:
         collective(*arguments, group=group.handle)
     except RuntimeError as error:
         raise RuntimeError(
-            "the loss ranks the rows of all ranks together, and not all of them took part in this "
-            "forward pass: one has ended, failed, or made fewer steps than the others, as its own "
-            f"output will tell (this is rank {dist.get_rank(group.handle)} of {group.size()}). "
-            "Ranks with fewer batches: see imbalanced_losses.distributed.even_steps. "
+            "the loss ranks the rows of all processes together, and not all of them took part in "
+            "this forward pass: one has ended, failed, or made fewer steps than the others, as its "
+            f"own output will tell (this is rank {dist.get_rank(group.handle)} of {group.size()}). "
+            "For processes with fewer batches see imbalanced_losses.distributed.even_steps. "
             f"torch.distributed says: {error}"
         ) from error

@@ -77,7 +77,7 @@ class Pool(NamedTuple):
             pool.filled(weights=beside.weights is not None, value=beside.value is not None)
             for pool, beside in ((self, rows), (rows, self))
         ]
-        # Class by class in memory, as they will be ranked.
+        # Memory is laid out class by class, as the rows will be ranked.
         logits = torch.cat([pool.logits.T for pool in pools], dim=1).T
         rest = zip(*(pool.fields()[1:] for pool in pools), strict=True)
         fields = [None if field[0] is None else torch.cat(field) for field in rest]

@@ -84,7 +84,7 @@ class MemoryQueue:
 
     def require_same_grouping(self, is_grouped: bool) -> None:
         """Raise where rows with groups would be ranked with rows without."""
-        # Last what changes with the first rows: compilers guard what they have read.
+        # What changes with the first rows comes last, since compilers guard what they have read.
         if self.size > 0 and self.is_grouped != is_grouped and self.is_used:
             held, given = ("with", "without") if self.is_grouped else ("without", "with")
             raise ValueError(

@@ -41,7 +41,7 @@ def quota_indices(strata: Tensor, limit: int, seed: int, step: int) -> Sample:
     quota q is thus drawn with probability p = q/n + (1 − q/n) · rest/left, and weighted by 1/p
     (Horvitz and Thompson 1952), so that weighted counts estimate the counts in the pool.
 
-    A pure function of its arguments: the same draw on every rank and device, and after a
+    A pure function of its arguments: the same draw on every process and device, and after a
     checkpoint. The global random state is neither read nor changed.
 
     Args:
