@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## train four losses on real data: table, plots, JSON (under 4 minutes)
+demo: $(VENV)/.installed  ## train five ways on real data: table, plots, JSON (under 4 minutes)
 	$(BIN)/python -m demo
 
 demo-quick: $(VENV)/.installed  ## the same in its quick form (under 40 seconds)

@@ -1,1 +1,1 @@
-"""Four losses, one small network, one real data set: `python -m demo --help`."""
+"""Five ways to train one small network on one real data set: `python -m demo --help`."""

@@ -1,13 +1,12 @@
-"""The demo: its splits, its loader, its verdict and one tiny run of everything."""
+"""The demo: its splits, loader, measures and verdict, and a tiny run of everything."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
-from io import StringIO
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,15 @@ pytest.importorskip("rich")
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from demo import __main__ as demo_main
 from demo import data as demo_data
 from demo import report, train
 from demo.data import DataUnavailableError, Protein, Split, block_split, load_protein, row_split
+from demo.measures import Judged, judge
 from demo.train import LOSSES, Recipe, Run
-from rich.console import Console
+from sklearn.metrics import average_precision_score
 
 
 def make_data(num_blocks: int = 20, block_size: int = 60, num_features: int = 6) -> Protein:
@@ -196,9 +195,32 @@ def test_without_a_registry_the_demo_says_what_to_do(
     assert "Traceback" not in message
 
 
+# --- what a ranking is judged by -----------------------------------------------------------------
+
+
+def test_measures_by_hand() -> None:
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 1.0])
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
+    blocks = torch.tensor([7, 7, 7, 7, 3, 3, 3, 5])  # block 5 has no homologue and does not count
+    judged = judge(scores, labels, blocks)
+    # in block 7 the homologues are second and fourth, in block 3 first; in all 1st, 5th and 7th
+    assert judged == pytest.approx(((1 + 2 / 5 + 3 / 7) / 3, 0.75, 0.5, 2.5))
+
+
+def test_tied_scores_share_their_place() -> None:
+    scores = torch.randn(300, generator=torch.Generator().manual_seed(0)).round()
+    labels = (torch.arange(300) % 7 == 0).long()
+    blocks = torch.zeros(300, dtype=torch.int64)
+    judged = judge(scores, labels, blocks)
+    expected = average_precision_score(labels, scores)
+    assert (judged.ap, judged.block_ap) == pytest.approx((expected, expected))
+    assert judged.top1 == pytest.approx(labels[scores == scores.max()].double().mean().item())
+    assert judged.last == (scores >= scores[labels == 1].min()).sum()
+
+
 # --- training -----------------------------------------------------------------------------------
 
-TINY = Recipe(steps=6, batch_size=200, evaluate_every=4)
+TINY = Recipe(steps=6, block_steps=4, batch_size=200, evaluate_every=2)
 
 
 @pytest.fixture
@@ -209,9 +231,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_features_are_standardised_by_the_training_rows() -> None:
+def make_task() -> train.Task:
     data = make_data()
-    task = train.make_task(data, row_split(data.labels, 0))
+    return train.make_task(data, block_split(data.blocks, data.labels, 0))
+
+
+def test_features_are_standardised_by_the_training_rows() -> None:
+    task = make_task()
     torch.testing.assert_close(task.train.features.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(task.train.features.std(0), torch.ones(6))
     assert task.test.features.mean(0).abs().max() > 1e-4
@@ -219,105 +245,79 @@ def test_features_are_standardised_by_the_training_rows() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_is_repeatable_and_keeps_the_best_checkpoint(loss: str) -> None:
-    data = make_data()
-    task = train.make_task(data, row_split(data.labels, 0))
-    run = train.train(task, loss, 0, TINY)
+def test_a_run_depends_on_its_seed_alone(loss: str) -> None:
+    task = make_task()
+    first = train.train(task, loss, 0, TINY)
     torch.rand(1)
-    assert torch.equal(run.test_scores, train.train(task, loss, 0, TINY).test_scores)
-    assert [step for step, _ in run.curve] == [4, 6]
-    assert (run.best_step, run.validation_ap) == max(run.curve, key=lambda point: point[1])
+    again = train.train(task, loss, 0, TINY)
+    assert first._replace(seconds=0) == again._replace(seconds=0)
+    assert first.test != train.train(task, loss, 1, TINY).test
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("best_step", [4, 6])
-def test_the_weights_of_the_best_step_are_restored(
-    best_step: int, monkeypatch: pytest.MonkeyPatch
+def test_each_way_of_judging_has_the_checkpoint_of_its_own_best_validation(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = make_data()
-    task = train.make_task(data, row_split(data.labels, 0))
-    validation_scores: dict[int, Tensor] = {}
+    validation = iter([(0.3, 0.1), (0.5, 0.9), (0.4, 0.9)])
+    weights: list[Tensor] = []
 
-    def pretend(scores: Tensor, labels: Tensor) -> float:
-        step = 6 if validation_scores else 4
-        validation_scores.setdefault(step, scores)
-        return 0.9 if step == best_step else 0.2
+    def pretend(model: torch.nn.Sequential, part: train.Part) -> Judged:
+        weights.append(model[0].weight.detach().clone())
+        return Judged(*next(validation, (len(weights), -len(weights))), 0, 0)
 
-    monkeypatch.setattr(train, "average_precision", pretend)
-    run = train.train(task._replace(test=task.validation), "BCE", 0, TINY)
-    assert (run.best_step, run.validation_ap) == (best_step, 0.9)
-    assert torch.equal(run.test_scores, validation_scores[best_step])
-    assert not torch.equal(validation_scores[4], validation_scores[6])
+    monkeypatch.setattr(train, "_judge", pretend)
+    run = train.train(make_task(), "BCE", 0, TINY)
+    assert (run.ap_step, run.block_step) == (4, 4)
+    assert run.test[:2] == (4, -5)  # of the fourth and the fifth call
+    assert torch.equal(weights[3], weights[1])
+    assert not torch.equal(weights[1], weights[2])
 
 
-def test_all_losses_of_a_seed_start_and_see_the_same() -> None:
-    first, second = (train.make_model(6, seed=3)[0].weight for _ in range(2))
-    assert torch.equal(first, second)
-    batches = train._batches(1000, 3, TINY)
-    assert len(batches) == TINY.steps
-    assert all(map(torch.equal, batches, train._batches(1000, 3, TINY)))
-    assert torch.cat(batches[:5]).unique().numel() == 1000
+def test_batches_are_the_same_for_all_losses_and_blocks_come_whole() -> None:
+    part = make_task().train
+    for whole_blocks, size in ((False, 200), (True, 240)):
+        batches, again = (
+            list(islice(train._batches(part, whole_blocks, 3, TINY), 3)) for _ in range(2)
+        )
+        assert all(map(torch.equal, batches, again))
+        assert torch.cat(batches).unique().numel() == 3 * size
+    assert all(part.blocks[rows].unique(return_counts=True)[1].eq(60).all() for rows in batches)
 
 
 # --- the report ---------------------------------------------------------------------------------
 
 
 def make_runs(aps: dict[str, list[float]]) -> list[Run]:
-    scores = torch.linspace(-1, 1, 20)
+    """Runs whose mean AP per block is 0.1 below the AP over all rows."""
     return [
-        Run(loss, seed, [(50, 0.4), (100, ap)], 100, ap, ap, 1.0, scores)
+        Run(loss, seed, 100, 200, Judged(ap, ap - 0.1, 0.8, 60.0), 1.0)
         for loss, values in aps.items()
         for seed, ap in enumerate(values)
     ]
 
 
-def make_four(smooth_ap: list[float]) -> list[Run]:
-    return make_runs(
-        {
-            "BCE": [0.50, 0.60, 0.70],
-            "sqrt-weighted BCE": [0.60, 0.70, 0.80],
-            "SmoothAP": smooth_ap,
-            "SmoothAP + BCE": [0.61, 0.69, 0.80],
-        }
-    )
-
-
 @pytest.mark.parametrize(
     ("smooth_ap", "expected"),
     [
-        ([0.65, 0.75, 0.86], "SmoothAP is better (+0.053 test AP, 3 of 3 seeds)"),
-        ([0.55, 0.65, 0.74], "SmoothAP is worse (-0.053 test AP, 0 of 3 seeds)"),
-        ([0.65, 0.65, 0.81], "SmoothAP is not clearly different (+0.003 test AP, 2 of 3 seeds)"),
-        ([0.60, 0.70, 0.80], "SmoothAP is not clearly different (+0.000 test AP, 0 of 3 seeds)"),
+        ([0.65, 0.75, 0.86], "is better than sqrt-weighted BCE (+0.053 ± 0.014"),
+        ([0.55, 0.65, 0.74], "is worse than sqrt-weighted BCE (-0.053 ± 0.014"),
+        ([0.65, 0.65, 0.81], "is not clearly different from sqrt-weighted BCE (+0.003"),
+        ([0.60, 0.70, 0.80], "is not clearly different from sqrt-weighted BCE (+0.000"),
     ],
 )
 def test_the_verdict_calls_a_loss_a_loss(smooth_ap: list[float], expected: str) -> None:
-    first = report.verdict(make_four(smooth_ap)).split(". ")[0]
-    assert first.startswith(f"Against sqrt-weighted BCE, {expected}")
+    baseline = {loss: [0.60, 0.70, 0.80] for loss in LOSSES}
+    runs = make_runs(baseline | {"SmoothAP": smooth_ap})
+    assert f"SmoothAP {expected}" in report.verdict(runs).splitlines()[0]
+    runs = make_runs(baseline | {"SmoothAP within blocks": smooth_ap})
+    assert f"SmoothAP within blocks {expected}" in report.verdict(runs).splitlines()[1]
 
 
 def test_differences_are_paired_with_the_interval_of_students_t() -> None:
     runs = make_runs({"BCE": [0.50, 0.90], "SmoothAP": [0.52, 0.96]})
-    difference = report.paired_difference(runs, "SmoothAP", "BCE")
+    difference = report.paired_difference(runs[::-1], "ap", "SmoothAP", "BCE")
     # mean 0.04, standard error 0.02; the 97.5 % quantile with one degree of freedom is 12.706
-    assert difference.mean == pytest.approx(0.04)
-    assert difference.half_width == pytest.approx(12.7062 * 0.02, rel=1e-4)
-    assert str(difference) == "+0.040 ± 0.254  2/2"
-
-
-def test_the_table_fits_a_narrow_terminal() -> None:
-    losses = {loss: [0.5 + 0.01 * seed * len(loss) for seed in range(10)] for loss in LOSSES}
-    console = Console(width=80, record=True, file=StringIO())
-    console.print(report.make_table(make_runs(losses)))
-    text = console.export_text()
-    assert "9/10" in text
-    assert "…" not in text
-
-
-def test_precision_at_recall_by_hand() -> None:
-    scores, labels = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1, 0, 1, 0])
-    precision = report._precision_at(np.array([0.2, 0.5, 0.6, 1.0]), scores, labels)
-    assert precision.tolist() == pytest.approx([1, 1, 2 / 3, 2 / 3])
+    assert difference == pytest.approx((0.04, 12.7062 * 0.02, 2, 2), rel=1e-4)
 
 
 # --- the whole ----------------------------------------------------------------------------------
@@ -332,22 +332,16 @@ def test_a_tiny_run_writes_every_file(
     arguments = ["--quick", "--seeds", "2", "--split", split, "--output", str(tmp_path)]
     assert demo_main.main(arguments, make_data()) == 0
 
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("precision_recall.png", "training_curve.png", "metrics.json", "metrics.csv")
-    }
-    for name in ("precision_recall.png", "training_curve.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.png", "metrics.json"}
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["arguments"]["split"] == split
     assert metrics["versions"]["torch"] == torch.__version__
-    with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["loss"], row["seed"]) for row in rows] == [
-        (loss, seed) for seed in "01" for loss in LOSSES
+    assert [(run["loss"], run["seed"]) for run in metrics["runs"]] == [
+        (loss, seed) for seed in range(2) for loss in LOSSES
     ]
-    assert float(rows[0]["test_ap"]) == metrics["runs"][0]["test_ap"]
     printed = capsys.readouterr().out
-    assert metrics["verdict"] in " ".join(printed.split())
+    assert " ".join(metrics["verdict"].split()) in " ".join(printed.split())
     assert all(str(path) in printed for path in tmp_path.iterdir())
     assert "\x1b" not in printed
     assert "…" not in printed  # nothing was cut off
