@@ -192,13 +192,11 @@ def libauc_ap(rows: Rows) -> Loss:
     )
 
 
-def libauc_partial_auc(name: str, **own: Any) -> Make:
-    def make(rows: Rows) -> Loss:
-        if name == "pAUC_CVaR_Loss":
-            own["pos_len"] = int(rows.labels.sum())
-        loss_fn = getattr(_peers.load("libauc"), name)(data_len=len(rows.labels), **own)
-        return lambda logits, batch, numbers: loss_fn(
-            torch.sigmoid(logits)[:, None], batch.labels[:, None], numbers
-        )
-
-    return make
+def libauc_partial_auc(rows: Rows) -> Loss:
+    num_positives = int(rows.labels.sum())
+    loss_fn = _peers.load("libauc").pAUC_CVaR_Loss(
+        data_len=len(rows.labels), pos_len=num_positives, beta=0.01
+    )
+    return lambda logits, batch, numbers: loss_fn(
+        torch.sigmoid(logits)[:, None], batch.labels[:, None], numbers
+    )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table as Grid
+from typing import NamedTuple
 
 from benchmarks import _measure
 from benchmarks._measure import Row
@@ -80,7 +77,11 @@ def _by_holm(found: dict[str, Compared]) -> dict[str, Compared]:
 
 
 def report(name: str, rows: list[Row], *, by_validation: bool = False) -> None:
-    """Print a table for each number of a question, and draw it."""
+    """Print a table in Markdown for each number of a question, and draw it.
+
+    A cell is the mean value, the recipe's mean gain over that loss with * for p < .05, and the
+    splits on which the recipe is ahead.
+    """
     chosen, question = tuned(rows), QUESTIONS[name]
     value = "validation" if by_validation else "test"
     for number in dict.fromkeys(row["number"] for row in rows):
@@ -91,20 +92,22 @@ def report(name: str, rows: list[Row], *, by_validation: bool = False) -> None:
             task: {loss: own for (t, n, loss), own in chosen.items() if (t, n) == (task, number)}
             for task in names
         }
-        grid = Grid("loss", *names, "s", title=f"{number}: {value}, and the gain of {ours}")
         all_compared = {
             task: compared(runs, ours, value, sign) if ours in runs else {}
             for task, runs in by_task.items()
         }
+        print(f"\n{number}, {value}; gain of {ours}\n")
+        print("|".join(["", "loss", *names, "s a run", ""]))
+        print("|---" * (2 + len(names)) + "|")
         for loss in question.contenders:
             if any(loss in runs for runs in by_task.values()):
-                grid.add_row(*_row(loss, by_task, all_compared, value))
-        Console(width=60 + 18 * len(names)).print(grid)
+                cells = _cells(loss, by_task, all_compared, value)
+                print(f"| {' | '.join(cells)} |")
         if not by_validation:
-            _plot(all_compared, number, ours, f"{name}-{_slug(number)}")
+            _plot(all_compared, number, ours, f"quality-{name}-{_slug(number)}")
 
 
-def _row(
+def _cells(
     loss: str,
     by_task: dict[str, dict[str, dict[int, Tuned]]],
     all_compared: dict[str, dict[str, Compared]],
@@ -117,11 +120,12 @@ def _row(
             cells.append("–")
             continue
         seconds += [one.seconds for one in own.values()]
-        cell = f"{statistics.mean(getattr(one, value) for one in own.values()):.4f}"
+        mean = statistics.mean(getattr(one, value) for one in own.values())
+        cell = f"{mean:.4f}".lstrip("0")
         one = all_compared[task].get(loss)
         if one is not None:
-            star = "*" * (one.p < 0.05)
-            cell += f" {one.gain:+.4f}{star} {one.wins}/{one.splits}"
+            gain = f"{one.gain:+.4f}".replace("0.", ".").replace("-", "−")
+            cell += f" {gain}{'*' * (one.p < 0.05)} {one.wins}/{one.splits}"
         cells.append(cell)
     return [*cells, f"{statistics.median(seconds):.1f}"]
 
@@ -134,28 +138,38 @@ def _plot(all_compared: dict[str, dict[str, Compared]], number: str, ours: str, 
     """Forest plot: the mean gain over each loss with its 95 % t interval, a panel for each task."""
     from matplotlib import pyplot as plt
 
-    losses = list(dict.fromkeys(loss for found in all_compared.values() for loss in found))
+    losses = sorted({loss for found in all_compared.values() for loss in found})
     if not losses:
         return
+    columns = min(4, len(all_compared))
     figure, axes = plt.subplots(
-        1,
-        len(all_compared),
+        num_rows := -(-len(all_compared) // columns),
+        columns,
         sharey=True,
         squeeze=False,
-        figsize=(3.2 + 1.7 * len(all_compared), 1.3 + 0.27 * len(losses)),
+        figsize=(2.6 + 1.9 * columns, 0.6 + num_rows * (0.7 + 0.22 * len(losses))),
         layout="constrained",
     )
     heights = {loss: -k for k, loss in enumerate(losses)}
-    for axis, (task, found) in zip(axes[0], all_compared.items(), strict=True):
+    for axis in axes.flat[len(all_compared) :]:
+        axis.remove()
+    for axis, (task, found) in zip(axes.flat, all_compared.items(), strict=False):
         for loss, one in found.items():
-            style: dict[str, Any] = {"color": "#0072B2" if one.p < 0.05 else "#888888"}
+            color = "#0072B2" if one.p < 0.05 else "#888888"
             axis.errorbar(
-                one.gain, heights[loss], xerr=one.half, fmt="o", capsize=2, markersize=4, **style
+                one.gain,
+                heights[loss],
+                xerr=one.half,
+                fmt="o",
+                capsize=2,
+                markersize=4,
+                color=color,
             )
         axis.axvline(0, color="#444444", linewidth=1)
         axis.set_title(task, fontsize="medium")
-        axis.tick_params(axis="x", labelsize="small")
-    axes[0][0].set_yticks(list(heights.values()), list(heights), fontsize="small")
+        axis.tick_params(labelsize="small")
+        axis.locator_params(axis="x", nbins=4)
+    axes[0][0].set_yticks(list(heights.values()), list(heights))
     figure.supxlabel(f"{number}: gain of “{ours}” over each loss (blue: p < .05)", fontsize="small")
     figure.savefig(ASSETS / f"{name}.png", dpi=150)
     plt.close(figure)
