@@ -86,8 +86,9 @@ def header(num_threads: int, device: str) -> list[str]:
         machine += f", {torch.cuda.get_device_name()}"
     present = [name for name in _peers.PEERS if _peers.is_there(name)]
     versions = ", ".join(_peers.describe(name) for name in present)
-    module = ".".join(Path(sys.argv[0]).resolve().relative_to(_peers.ROOT).with_suffix("").parts)
-    module = module.removesuffix(".__main__")
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    start = parts.index("benchmarks") if "benchmarks" in parts else -2
+    module = ".".join(parts[start:]).removesuffix(".__main__")
     return [
         f"# machine: {machine}; threads: {num_threads}",
         f"# python {platform.python_version()}, torch {torch.__version__}, {versions}",
