@@ -120,6 +120,7 @@ $(PEERS)/.installed:
 	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/predecessor imbalanced-losses==0.6.0
 	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/pytorch-metric-learning pytorch-metric-learning==2.9.0
 	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/libauc libauc==2.0.1
+	$(BIN)/python -m pip install -qq --no-deps --target $(PEERS)/allrank allRank==1.4.3
 	@touch $@
 
 peers: $(VENV)/.installed $(PEERS)/.installed  ## fetch the peers that benchmarks compare with

@@ -167,7 +167,7 @@ def backend_of(series: str, case: Case) -> str:
 
 def what_went_wrong(error: Exception) -> str:
     """One line."""
-    if _worker._ran_out(error):
+    if _worker.ran_out(error):
         return "out of memory"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 

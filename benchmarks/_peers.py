@@ -35,7 +35,19 @@ PEERS = {
         "pytorch-metric-learning",
         "pytorch_metric_learning.losses",
     ),
-    "libauc": Peer(FOLDER / "libauc", "libauc", "libauc.losses.auc"),
+    "libauc": Peer(FOLDER / "libauc", "libauc", "libauc.losses"),
+    "allrank": Peer(FOLDER / "allrank", "allRank", "allrank.models.losses"),
+}
+
+# What peers import for their data sets and trainers; their losses use none of it.
+_PROGRESS: dict[str, dict[str, object]] = {"tqdm": {"tqdm": None, "trange": None}}
+STAND_INS: dict[str, dict[str, dict[str, object]]] = {
+    "pml": _PROGRESS,
+    "libauc": _PROGRESS,
+    "allrank": {
+        "allrank.data.dataset_loading": {"PADDED_Y_VALUE": -1},
+        "allrank.utils.file_utils": {"is_gs_path": None, "copy_file_to_local": None},
+    },
 }
 
 
@@ -68,17 +80,16 @@ def load(name: str) -> ModuleType:
     if not is_there(name):
         raise RuntimeError(f"{name} is not there: fetch it with `make peers`")
     sys.path.insert(0, str(peer.folder))
-    if name in ("pml", "libauc"):
-        _stand_in_for_tqdm()
+    for needed, names in STAND_INS.get(name, {}).items():
+        _stand_in(needed, names)
     module = importlib.import_module(peer.module)
     if not Path(str(module.__file__)).resolve().is_relative_to(peer.folder.resolve()):
         raise RuntimeError(f"{peer.module} was not imported from the folder of {name}")
     return module
 
 
-def _stand_in_for_tqdm() -> None:
-    """Both import progress bars for their data sets and trainers; their losses show none."""
-    if "tqdm" not in sys.modules and importlib.util.find_spec("tqdm") is None:
-        stand_in = ModuleType("tqdm")
-        stand_in.tqdm = stand_in.trange = None  # type: ignore[attr-defined]
-        sys.modules["tqdm"] = stand_in
+def _stand_in(name: str, names: dict[str, object]) -> None:
+    """A module with these names, for one of the peer's own or one that is not there."""
+    if name not in sys.modules and ("." in name or importlib.util.find_spec(name) is None):
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(names)

@@ -54,7 +54,7 @@ def main() -> None:
                 reply = measure_memory(request["contender"], case, request["limit_bytes"])
         except Exception as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
-            reply = {"died": "out of memory"} if _ran_out(error) else {"error": what}
+            reply = {"died": "out of memory"} if ran_out(error) else {"error": what}
         print(json.dumps(reply), file=replies, flush=True)
 
 
@@ -80,7 +80,7 @@ def measure_memory(contender: str, case: Case, limit_bytes: int) -> Reply:
         )
         torch.cuda.reset_peak_memory_stats()
     else:
-        _limit_address_space(limit_bytes)
+        limit_address_space(limit_bytes)
         _reset_peak()
     before = torch.cuda.memory_allocated() if on_cuda else _status_bytes("VmRSS")
     elapsed_ms = [mean_elapsed_ms(step, 1)]
@@ -107,13 +107,13 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _limit_address_space(limit_bytes: int) -> None:
+def limit_address_space(limit_bytes: int) -> None:
     """Make an allocation fail, rather than the machine, beyond so much more than now."""
     limit = _status_bytes("VmSize") + limit_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _ran_out(error: Exception) -> bool:
+def ran_out(error: Exception) -> bool:
     words = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 

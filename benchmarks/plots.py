@@ -23,6 +23,23 @@ STYLES: dict[str, dict[str, Any]] = {
     "libauc APLoss": {"color": "#009E73", "marker": "^", "linestyle": ":"},
 }
 NAMES = {"ours": "this library", "predecessor": "imbalanced-losses 0.6", "libauc APLoss": "LibAUC"}
+# Of the family: what is measured, its name and style.
+FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "smooth_ap": ("AP", {"color": "#0072B2", "marker": "o", "linewidth": 2.5}),
+    "recall_at_k, 1 %": ("recall at 1 %", {"color": "#56B4E9", "marker": "s"}),
+    "recall_at_fpr, 1 %": ("recall at an FPR of 1 %", {"color": "#000000", "marker": "x"}),
+    "partial_auc, to 1 %": ("partial AUC to 1 %", {"color": "#009E73", "marker": "^"}),
+    "ndcg": ("NDCG", {"color": "#D55E00", "marker": "v"}),
+    "LibAUC pAUC_CVaR_Loss, to 1 %": (
+        "LibAUC, partial AUC",
+        {"color": "#009E73", "marker": "^", "linestyle": ":"},
+    ),
+    "LibAUC NDCGLoss": ("LibAUC, NDCG", {"color": "#D55E00", "marker": "v", "linestyle": ":"}),
+    "allRank approxNDCGLoss": (
+        "allRank, NDCG",
+        {"color": "#CC79A7", "marker": "D", "linestyle": "--"},
+    ),
+}
 FITTED_FROM = 4096  # below, fixed costs bend the curve
 
 
@@ -95,8 +112,33 @@ def figure(rows: list[dict[str, str]], quantity: Quantity, problems: list[str], 
     plt.close(fig)
 
 
+def family(rows: list[dict[str, str]], path: Path) -> None:
+    """One line a metric, and one a loss of another library, up to where memory ran out."""
+    fig, axes = plt.subplots(figsize=(8, 4.6))
+    for name, (label, style) in FAMILY.items():
+        # Ours have been measured beside other libraries' as well.
+        ours = [row for row in rows if row["name"] == name and row["what"] == "members"]
+        here = ours or [row for row in rows if row["name"] == name]
+        points = [(int(r["rows"]), float(r["cpu_ms"])) for r in here if r["outcome"] == "ok"]
+        if points:
+            died = [int(row["rows"]) for row in here if row["outcome"] != "ok"]
+            end = f", out of memory at {min(died):,}" if died else ""
+            axes.plot(*zip(*points, strict=True), label=label + end, **style)
+    sizes = sorted({int(row["rows"]) for row in rows if row["what"] == "members"})
+    axes.set(xscale="log", yscale="log", xlabel="rows ranked, M, 1 % positive")
+    axes.set(ylabel="forward + backward, ms of CPU")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
 def main() -> None:
-    """Draw both figures."""
+    """Draw them all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="from the newest quick result")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -113,6 +155,11 @@ def main() -> None:
     for quantity in QUANTITIES:
         path = options.into / f"{quantity.name}.png"
         figure(rows, quantity, problems, path)
+        print(f"written: {path.name}")
+    source = _measure.newest("family", options.device)
+    if source is not None:
+        path = options.into / "family.png"
+        family(_measure.read_csv(source), path)
         print(f"written: {path.name}")
 
 

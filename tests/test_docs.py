@@ -208,6 +208,7 @@ def is_rounded(quoted: str, value: float) -> bool:
     [
         ("Time", "cpu-speed", ("ours_ms", "other_ms", "ratio")),
         ("Memory", "cpu-memory", ("peak_bytes",)),
+        ("The family, and groups", "cpu-family", ("cpu_ms", "ratio")),
     ],
 )
 def test_what_is_quoted_was_measured(heading: str, file: str, columns: tuple[str, ...]) -> None:

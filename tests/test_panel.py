@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from imbalanced_losses._ranking import sigmoid_sums
+from imbalanced_losses._ranking.backends import Backend
 from imbalanced_losses._ranking.dense import DensePlan
 from imbalanced_losses._ranking.panels import panels
+from imbalanced_losses._ranking.panels import ranks as ranks_by_panels
 from imbalanced_losses._ranking.panels.panels import PanelPlan
+from imbalanced_losses._ranking.partial_auc import partial_auc
+from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranks import Ranks
 from imbalanced_losses.functional import score_spread, smooth_ap
 from tests import oracle
 from tests.cases import seeded
@@ -182,6 +187,69 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, 
         _solved(scores, is_positive, 0.1, weights, "panel"), whole, strict=True
     ):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+@PANEL_DTYPES
+@pytest.mark.parametrize("num_live", [400, 150])
+@pytest.mark.parametrize("num_problems", [1, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_negatives_without_a_slope_are_set_apart(
+    monkeypatch: pytest.MonkeyPatch,
+    num_problems: int,
+    num_live: int,
+    weighted: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Beyond a budget, where they are moved by others alone."""
+    scores = torch.stack([FAMILIES["normal"](400, seed) for seed in range(num_problems)])
+    is_positive = torch.stack([labels(400, seed, 0.2) for seed in range(num_problems)])
+    weights = torch.rand(scores.shape, generator=seeded(0), dtype=torch.float64)
+    softness = 0.02 if dtype == torch.float32 else 1e-3  # so that slopes underflow
+    shares: list[float] = []
+    steep_of = ranks_by_panels.PanelRanks._steep
+
+    def seen(self: ranks_by_panels.PanelRanks, cotangent: Tensor) -> Tensor | None:
+        steep = steep_of(self, cotangent)
+        if steep is not None:
+            shares.append(len(steep) / cotangent.shape[1])
+        return steep
+
+    def gradient(dtype: torch.dtype, backend: Backend) -> Tensor:
+        leaf = scores.to(dtype).requires_grad_()
+        own = weights.to(dtype) if weighted else None
+        problems = Problems(leaf, 0.1, is_positive, own, num_live=num_live, backend=backend)
+        partial_auc(problems, 0.1, 0.02, softness).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad[:, :num_live].double()
+
+    monkeypatch.setattr(ranks_by_panels, "_WORTH_PARTING", 1)
+    monkeypatch.setattr(ranks_by_panels.PanelRanks, "_steep", seen)
+    got, exact = gradient(dtype, "panel"), gradient(torch.float64, "dense")
+    assert len(shares) == 1
+    assert 0 < shares[0] < 0.7
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    assert (got - exact).norm() < tolerance * exact.norm()
+
+
+def test_slopes_of_a_problem_that_is_worth_little_are_not_set_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scores = torch.stack([FAMILIES["normal"](400, seed) for seed in range(2)])
+    is_positive = torch.stack([labels(400, seed, 0.2) for seed in range(2)])
+    size = torch.tensor([1, 1e-30], dtype=torch.float64)
+
+    def worth(ranks: Ranks) -> Tensor:
+        return ranks.of_problem(size) * torch.sigmoid(30 - 9 * ranks.among("negatives"))
+
+    def gradient(backend: Backend) -> Tensor:
+        leaf = scores.clone().requires_grad_()
+        problems = Problems(leaf, 0.1, is_positive, backend=backend)
+        found = problems.ranked_sum(worth, queries="negatives", among=("negatives",))
+        return torch.autograd.grad(found.sum(), leaf)[0]
+
+    monkeypatch.setattr(ranks_by_panels, "_WORTH_PARTING", 1)
+    got, exact = gradient("panel"), gradient("dense")
+    assert ((got - exact).norm(dim=1) < 1e-9 * exact.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("num_panels", [1, 8, 9, 16, 30])

@@ -1,6 +1,6 @@
-"""What the pages about coming from pytorch-metric-learning and LibAUC say of them.
+"""What the pages about coming from other libraries say of them.
 
-`make peers` fetches both; without them these tests are skipped.
+`make peers` fetches these; without them these tests are skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks import _peers
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from imbalanced_losses import SmoothAPLoss
+from imbalanced_losses import NDCGLoss, SmoothAPLoss
 from imbalanced_losses.functional import smooth_ap
 
 
@@ -35,6 +35,11 @@ def metric_learning() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def libauc() -> Iterator[ModuleType]:
     yield from loaded("libauc")
+
+
+@pytest.fixture(scope="module")
+def allrank() -> Iterator[ModuleType]:
+    yield from loaded("allrank")
 
 
 def clusters(num_labels: int, each: int, noise: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -155,3 +160,28 @@ def test_libauc_partial_auc_keeps_a_number_for_each_row(libauc: ModuleType) -> N
         assert not loss_fn.state_dict()
         with pytest.raises(AssertionError, match="no positive sample"):
             loss_fn(probabilities, torch.zeros_like(labels), rows)
+
+
+def test_allrank_ndcg_is_the_same(allrank: ModuleType) -> None:
+    """Of padded slates that have a relevant row each; one without counts 0 there, and is no part
+    of the mean here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 20, generator=generator).requires_grad_()
+    grades = torch.randint(0, 5, (4, 20), generator=generator)
+    grades[:, 0] = 1
+    grades[0, 12:] = -1
+    loss_fn = NDCGLoss(queue_size=0, temperature=0.1, ignore_index=-1)
+    slate = torch.arange(4).repeat_interleave(20)
+
+    def both() -> tuple[Tensor, Tensor]:
+        theirs = allrank.approxNDCGLoss(scores, grades.float(), alpha=10.0)
+        return theirs, loss_fn(scores.reshape(-1, 1), grades.reshape(-1), group=slate)
+
+    theirs, ours = both()
+    torch.testing.assert_close(ours, 1 + theirs)
+    gradients = [torch.autograd.grad(loss, scores)[0] for loss in (theirs, ours)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+    grades[3] = 0
+    theirs, ours = both()
+    torch.testing.assert_close(3 / 4 * (1 - ours), -theirs)

@@ -22,10 +22,10 @@ class Budget(NamedTuple):
 
     def steps(self, ranks: Ranks) -> Tensor:
         """How far each query is within the budget, in widths of the step."""
-        within = ranks.of_problem(self.number) - ranks.among(self.rows)
+        number: Tensor = ranks.of_problem(self.number)
         if self.counts_itself:
-            within = within + 0.5 * ranks.weights
-        return within / ranks.of_problem(self.width)
+            number = number + 0.5 * ranks.weights
+        return (number - ranks.among(self.rows)) / ranks.of_problem(self.width)
 
     def holds(self, ranks: Ranks) -> Tensor:
         """1 for queries within the budget, 0 for those beyond, softly."""

@@ -78,7 +78,9 @@ class Canonical(NamedTuple):
 
 def at(values: Tensor, problem: Tensor, row: Tensor) -> Tensor:
     """Values [C, M] at places [Q]."""
-    return values[0, row] if values.shape[0] == 1 else values[problem, row]
+    if values.shape[0] == 1:
+        return values[0].index_select(0, row)  # a third of the time of an index
+    return values[problem, row]
 
 
 class Listed(NamedTuple):

@@ -14,7 +14,7 @@ from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, half_of
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, SlopesOf, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -82,31 +82,19 @@ class Asked:
     def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
         """What was asked for [C], over all processes."""
         if self.share is not None:
-            return self.averaged(self.share, problems, ranks, queries)[0]
+            counted = self.counted(self.share, ranks, queries)
+            return _average(self.share, problems, counted, queries)[0]
         total = problems.summed(queries.total(self.worth_of(ranks, queries), self.is_mean))
         if not self.is_mean or isinstance(queries, PreparedQueries):  # whose kernels divide
             return total
         return total / problems.mass_of_positives()
 
-    def averaged(
-        self, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
-    ) -> tuple[Tensor, Asked]:
-        """An average [C], and a sum that has its slopes."""
-        counted = share.of(Ranks(self.among, ranks, queries))
-        totals = [
-            problems.summed(queries.total(own))
-            for own in (counted * self.worth_of(ranks, queries), counted)
-        ]
-        divisor = torch.maximum(totals[1], share.least)
-        average = totals[0] / divisor
-        # What a share adds is what it is worth beyond the average, unless the divisor stays.
-        usual = torch.where(totals[1] > share.least, average, 0).detach()
-
-        def worth(ranks: Ranks) -> Tensor:
-            beyond = (self.worth(ranks) - ranks.of_problem(usual)) / ranks.of_problem(divisor)
-            return share.of(ranks) * beyond
-
-        return average, Asked(worth, self.queries, self.among)
+    def counted(
+        self, share: Share, ranks: tuple[Tensor, ...], queries: Queries
+    ) -> tuple[Tensor, Tensor]:
+        """What each query adds to the sum and to the divisor of an average."""
+        counts = share.of(Ranks(self.among, ranks, queries))
+        return counts * self.worth_of(ranks, queries), counts
 
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
         worth = self.worth(Ranks(self.among, ranks, queries))
@@ -147,18 +135,58 @@ class _SlopesOf:
         if asked.slopes is not None:
             slopes = asked.slopes(Ranks(asked.among, ranks, queries, index))
         else:
-            slopes = self._by_autograd(ranks, index)
+            with torch.enable_grad():
+                leaves = _leaves(ranks)
+                total = asked.worth(Ranks(asked.among, leaves, queries, index)).sum()
+            slopes = _derivatives((total,), leaves, (None,))
         if self.factor is None:
             return slopes
         return tuple(slope * self.factor[index] for slope in slopes)
 
-    def _by_autograd(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            leaves = tuple(rank.detach().requires_grad_() for rank in ranks)
-            total = self.asked.worth(Ranks(self.asked.among, leaves, self.queries, index)).sum()
-            if not total.requires_grad:  # worth the same wherever it ranks
-                return tuple(map(torch.zeros_like, leaves))
-            return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+def _average(
+    share: Share, problems: Problems, counted: tuple[Tensor, Tensor], queries: Queries
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[C] each: the average, what it is divided by, and the average where the divisor moves."""
+    total, counts = (problems.summed(queries.total(own)) for own in counted)
+    divisor = torch.maximum(counts, share.least)
+    average = total / divisor
+    return average, divisor, torch.where(counts > share.least, average, 0)
+
+
+def _average_and_slopes(
+    asked: Asked, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
+) -> tuple[Tensor, SlopesOf]:
+    """An average [C], and its derivatives by the ranks of the queries."""
+    with torch.enable_grad():
+        leaves = _leaves(ranks)
+        counted = asked.counted(share, leaves, queries)
+    detached = counted[0].detach(), counted[1].detach()
+    average, divisor, moving = _average(share, problems, detached, queries)
+    # What a count adds is what the query is worth beyond the average.
+    per_query = (
+        queries.of_problem(one).expand_as(ranks[0]) for one in (1 / divisor, -moving / divisor)
+    )
+    slopes, factor = _derivatives(counted, leaves, tuple(per_query)), queries.factor(False)
+    if factor is not None:
+        slopes = tuple(slope * factor for slope in slopes)
+    return average, lambda _, index: tuple(slope[index] for slope in slopes)
+
+
+def _leaves(ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(rank.detach().requires_grad_() for rank in ranks)
+
+
+def _derivatives(
+    outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], factors: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """Those of Σ factor · output by the leaves, 0 where it does not depend on them."""
+    moving = [k for k, output in enumerate(outputs) if output.requires_grad]
+    if not moving:
+        return tuple(map(torch.zeros_like, leaves))
+    return torch.autograd.grad(
+        [outputs[k] for k in moving], leaves, [factors[k] for k in moving], materialize_grads=True
+    )
 
 
 class _RankedSum(torch.autograd.Function):
@@ -186,14 +214,15 @@ class _RankedSum(torch.autograd.Function):
         if moves_temperature:  # what τ changes is told from the slopes of all rows
             given = given._replace(num_live=given.scores.shape[1])
         plan = rank_plan(given, queries, asked.among, problems.backend)
-        found, summed = None, asked
-        if asked.share is not None:
-            ranks = asked.clamped(plan.ranks(), queries)
-            found, summed = asked.averaged(asked.share, problems, ranks, queries)
-        elif not is_moved:
+        found: Tensor | None = None
+        if not is_moved:
             ranks = plan.ranks()
-        if is_moved:
-            ranks, slopes = plan.ranks_and_gradient(_SlopesOf(summed, queries))
+        else:
+            slopes_of: SlopesOf = _SlopesOf(asked, queries)
+            if asked.share is not None:
+                ranks = asked.clamped(plan.ranks(), queries)
+                found, slopes_of = _average_and_slopes(asked, asked.share, problems, ranks, queries)
+            ranks, slopes = plan.ranks_and_gradient(slopes_of)
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
             ctx.again, ctx.asked, ctx.layout = problems.again, asked, given.layout
             ctx.is_shared = given.processes is not None

@@ -7,8 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imbalanced_losses._ranking.panels.line import Line
 from imbalanced_losses._ranking.panels.panels import Cloud, Panels
 from imbalanced_losses._ranking.plan import Canonical, Listed, Rows, SlopesOf, at, half_of, is_in
+
+# Negatives from which it is worth looking for those that have a slope, and the share of these up to
+# which they are set apart.
+_WORTH_PARTING, _MOST_STEEP = 1 << 15, 0.7
 
 
 class _Moved(NamedTuple):
@@ -19,6 +24,18 @@ class _Moved(NamedTuple):
     row: Tensor
     weights: Tensor | None
     cotangent: Tensor  # [K, n], the slopes by their ranks
+
+    def at(self, index: Tensor, line: Line) -> _Moved:
+        """Some of them."""
+        problem, row, weights = self.problem, self.row, self.weights
+        problem = problem.index_select(0, index) if len(line.origin) > 1 else problem[: len(index)]
+        return _Moved(
+            Cloud(self.cloud.scores.index_select(0, index), problem, line),
+            problem,
+            row.index_select(0, index),
+            None if weights is None else weights.index_select(0, index),
+            self.cotangent.index_select(1, index),
+        )
 
 
 class PanelRanks:
@@ -53,11 +70,12 @@ class PanelRanks:
         moments = torch.cat([self._moments_of(rows) for rows in self.among])  # [K, p, S]
         self._moments = moments if given.processes is None else given.processes.sum(moments)
         field = panels.field(self._moments, 0)
-        sums = panels.evaluated(field, panels.queries, torch.float64)  # [K, Q]
-        return tuple(
-            own.add_(half_of(queries, rows, given)).to(given.scores.dtype)
-            for own, rows in zip(sums, self.among, strict=True)
-        )
+        halves = [half_of(queries, rows, given) for rows in self.among]
+        ranks = given.scores.new_empty(len(halves), len(queries.row))
+        for columns, values in panels.values(field, panels.queries):
+            for rank, own, half in zip(ranks, values, halves, strict=True):
+                rank[columns] = own.add_(half[columns] if isinstance(half, Tensor) else half)
+        return ranks.unbind()
 
     def _moments_of(self, rows: Rows) -> Tensor:
         """[1, p, S] of the rows of a set."""
@@ -78,24 +96,25 @@ class PanelRanks:
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
         """[K, Q], the slopes by the ranks, -> [C, M]."""
-        given, panels, own = self.given, self.panels, self._own
-        scores, weights = given.scores, given.weights
-        sources, queries = panels.sources, panels.queries
-        problem, row = self.queries.problem, self.queries.row
+        given, panels = self.given, self.panels
+        scores, weights, sources = given.scores, given.weights, panels.sources
+        listed, own = self.queries, self._own
+        moved = _Moved(
+            panels.queries, listed.problem, listed.row, None if own is None else own[0], cotangent
+        )
         for_queries = panels.field(self._moments, 1)  # [K, p, S]
-        slopes = panels.moments(queries, cotangent)
+        steep = self._steep(cotangent)
+        steeply = moved if steep is None else moved.at(steep, panels.line)
+        slopes = panels.moments(steeply.cloud, steeply.cotangent)
         if given.processes is not None:
             slopes = given.processes.sum(slopes)
         for_sources = panels.field(slopes, 1, transposed=True)
         num_constant = scores.shape[1] - given.num_live
         if num_constant > 0:  # all rows have moved the fields, but only live ones are moved
-            live = (self.queries.row < given.num_live).nonzero().squeeze(1)
-            cotangent = cotangent[:, live]
+            moved = moved.at((moved.row < given.num_live).nonzero().squeeze(1), panels.line)
+            steep = None
             sources = Cloud(scores[:, : given.num_live], None, panels.line)
-            problem, row = problem[live], row[live]
-            queries = Cloud(queries.scores[live], problem, panels.line)
             weights = None if weights is None else weights[:, : given.num_live]
-            own = None if own is None else own[:, live]
         members = [is_in(self.queries.rows, rows) for rows in self.among]
         # Rows that are no queries are sources of "all", and of the set that queries are not in.
         others = [k for k, rows in enumerate(self.among) if rows == "all" or members[k] is False]
@@ -111,33 +130,52 @@ class PanelRanks:
                 out *= weights
             if given.layout.num_problems > 1:  # one without queries has a gradient of exactly zero
                 out *= given.layout.for_rows(panels.line.is_asked.to(out.dtype))
-        moved = _Moved(queries, problem, row, None if own is None else own[0], cotangent)
-        change = self._change_of_queries(moved, for_queries, for_sources)
+        own_sets = [k for k, member in enumerate(members) if member is not False]
+        if steep is None:
+            change = self._change(moved, for_queries, own_sets, for_sources)
+        else:
+            change = self._change(moved, for_queries[:0], own_sets, for_sources)
+            change.index_add_(0, steep, self._change(steeply, for_queries, [], for_sources))
         if num_constant > 0:
             out = torch.nn.functional.pad(out, (0, num_constant))
-        places = row if len(out) == 1 else row + problem * out.shape[1]
-        out.view(-1).index_copy_(0, places, change)
+        places = moved.row if len(out) == 1 else moved.row + moved.problem * out.shape[1]
+        out.view(-1).index_copy_(0, places, change.to(out.dtype))
         return out
 
-    def _change_of_queries(self, moved: _Moved, for_queries: Tensor, for_sources: Tensor) -> Tensor:
-        """[n]. A query is a source of the sets that it is in, and moves its own ranks.
+    def _steep(self, cotangent: Tensor) -> Tensor | None:
+        """Which queries have slopes that the sums can tell from 0; None if most have.
+
+        Negatives beyond a budget have none, and these are most of them.
+        """
+        num_queries, is_alone = cotangent.shape[1], self.given.layout.num_problems == 1
+        if self._positives is None or num_queries < _WORTH_PARTING:
+            return None
+        is_flat = torch.ones(num_queries, dtype=torch.bool, device=cotangent.device)
+        for sizes in map(torch.abs, cotangent):
+            least = sizes.max() * torch.finfo(sizes.dtype).eps ** 1.5 if is_alone else 0.0
+            is_flat &= sizes <= least  # no NaN is
+        steep = is_flat.logical_not_().nonzero().squeeze(1)
+        return steep if len(steep) < _MOST_STEEP * num_queries else None
+
+    def _change(
+        self, moved: _Moved, for_queries: Tensor, own_sets: list[int], for_sources: Tensor
+    ) -> Tensor:
+        """[n] float64. A query is a source of the sets that it is in, and moves its own ranks.
 
         These cancel: summed in float64.
         """
-        members = [is_in(self.queries.rows, rows) for rows in self.among]
-        own_sets = [k for k, member in enumerate(members) if member is not False]
         fields = torch.cat((for_queries, for_sources[own_sets]))
-        change = self.given.scores.new_empty(len(moved.row))
+        change = fields.new_empty(len(moved.row))
         for columns, values in self.panels.values(fields, moved.cloud):
             as_query, as_source = values.split((len(for_queries), len(own_sets)))
             for number, k in enumerate(own_sets):
-                if members[k] is None:
+                if is_in(self.queries.rows, self.among[k]) is None:
                     of_row = at(self.given.is_positive, moved.problem[columns], moved.row[columns])
                     as_source[number] *= of_row == (self.among[k] == "positives")
             total = as_source[0] if len(own_sets) == 1 else as_source.sum(0)
             if moved.weights is not None:
                 total *= moved.weights[columns]
-            for slope, one in zip(as_query, moved.cotangent, strict=True):
+            for slope, one in zip(as_query, moved.cotangent, strict=False):
                 total.addcmul_(slope, one[columns], value=-1)
             change[columns] = total
         return change
