@@ -16,9 +16,15 @@ from imbalanced_losses._ranking import PLANS
 from imbalanced_losses._ranking.cuda import prepared
 from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from imbalanced_losses._ranking.panels.panels import PRECISIONS
-from tests.ranks import Ranks
+from tests.helpers.ranks import Ranks
 
-collect_ignore = ["trainer_accumulation.py", "trainer_groups.py"]  # scripts, of other packages
+collect_ignore = [  # scripts, of other packages
+    "project/trainer_accumulation.py",
+    "project/trainer_groups.py",
+    "hardening/fuzz/__main__.py",
+    "hardening/mutation.py",
+    "hardening/mutation_plugin.py",
+]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly

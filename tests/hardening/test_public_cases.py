@@ -1,0 +1,1216 @@
+"""Uses that people reported in public as failing, of other libraries most of them, tried here.
+
+Two losses are in the same state where they make the same of the steps to come (`future`).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses.functional import smooth_ap
+from tests.helpers.cases import seeded
+from tests.helpers.ranks import TIMEOUT_S, Failure, Ranks
+from tests.helpers.rows import IGNORED, Batch, make_batch
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "binary": lambda: SmoothAPLoss(1, 8, 0.2),
+    "capped": lambda: SmoothAPLoss(3, 8, 0.2, max_pool_size=6),
+    "multilabel": lambda: SmoothAPLoss(3, 8, 0.2, multilabel=True),
+    "mix": lambda: MixedLoss(
+        CrossEntropy(1),
+        SmoothAPLoss(1, 8, 0.2),
+        main_weight=0.9,
+        warmup_steps=1,
+        blend_steps=9,
+        temperature=(0.3, 0.1, 9),
+    ),
+}
+EACH_LOSS = pytest.mark.parametrize("name", LOSSES)
+OF_TOOLS = pytest.mark.filterwarnings("ignore")  # of other packages, about themselves
+
+
+def ranking(loss_fn: Any) -> SmoothAPLoss:
+    found: SmoothAPLoss = getattr(loss_fn, "main_loss", loss_fn)
+    return found
+
+
+def steps_of(loss_fn: Any, seeds: range, num_rows: int = 5) -> list[float]:
+    own = ranking(loss_fn)
+    found = []
+    for seed in seeds:
+        batch = make_batch(num_rows, own.num_classes, seed=seed, multilabel=own.multilabel)
+        found.append(float(batch.through(loss_fn)))
+    return found
+
+
+def future(loss_fn: Any) -> list[float]:
+    """The temperature, then what a copy makes of training steps to come."""
+    copied = copy.deepcopy(loss_fn).train()
+    return [ranking(copied).temperature, *steps_of(copied, range(900, 906))]
+
+
+def used(name: str, **settings: float) -> Any:
+    """A loss in the middle of training."""
+    loss_fn = LOSSES[name]()
+    steps_of(loss_fn, range(3))
+    for key, value in settings.items():
+        setattr(ranking(loss_fn), key, value)
+    return loss_fn
+
+
+class Net(nn.Module):
+    """A model that holds its loss."""
+
+    def __init__(self, loss_fn: Any = None, seed: int = 7) -> None:
+        super().__init__()
+        self.loss = LOSSES["binary"]() if loss_fn is None else loss_fn
+        self.linear = nn.Linear(4, ranking(self.loss).num_classes)
+        for parameter in self.linear.parameters():
+            nn.init.normal_(parameter, generator=seeded(seed))
+
+    def forward(self, features: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        logits = self.linear(features)
+        loss: Tensor = self.loss(logits, targets, sample_weight=weights)
+        return loss
+
+
+def fed(net: Net, seed: int) -> tuple[Tensor, Tensor]:
+    """Six rows for such a model."""
+    own = ranking(net.loss)
+    targets = make_batch(6, own.num_classes, multilabel=own.multilabel).targets
+    return torch.randn(6, 4, generator=seeded(seed)), targets
+
+
+def trained(net: Net, seeds: range, after: Callable[[], Any] = lambda: None) -> Net:
+    for seed in seeds:
+        net.zero_grad()
+        net(*fed(net, seed)).backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+        after()
+    return net
+
+
+# --- State is no weight: tools that average, broadcast, cast or share ----------------------------
+
+
+@EACH_LOSS
+def test_the_state_of_a_loss_is_one_tensor_that_is_no_weight(name: str) -> None:
+    """Its size is set by the arguments alone, so that no tool meets another; bl0/moco #15."""
+    loss_fn = used(name)
+    assert list(loss_fn.buffers()) == list(loss_fn.parameters()) == []
+    new, old = LOSSES[name]().state_dict(), loss_fn.state_dict()
+    keys = ["_extra_state"] if name != "mix" else ["_extra_state", "main_loss._extra_state"]
+    assert sorted(old) == keys
+    for key, value in old.items():
+        assert value.dtype == torch.uint8
+        assert value.shape == new[key].shape
+    partner = CrossEntropy(3, class_weight=torch.ones(3))
+    assert list(partner.buffers()) == list(partner.state_dict()) == []
+
+
+AVERAGES: dict[str, dict[str, Any]] = {
+    "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True},
+    "ema-by-tensor": {"avg_fn": get_ema_avg_fn(0.9), "use_buffers": True},
+    "swa": {"use_buffers": True},
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@EACH_LOSS
+def test_averaging_the_weights_of_a_model_that_holds_the_loss(
+    name: str, average: dict[str, Any]
+) -> None:
+    """The average loads, and nothing is done to the queue it is taken of; pytorch/pytorch #84053"""
+    net = Net(LOSSES[name]())
+    averaged = AveragedModel(net, **average)
+    trained(net, range(4), after=lambda: averaged.update_parameters(net))
+    assert future(net.loss) == future(trained(Net(LOSSES[name]()), range(4)).loss)
+
+    loaded = trained(Net(LOSSES[name]()), range(2))
+    loaded.load_state_dict(averaged.module.state_dict())
+    assert loaded.linear.weight.equal(averaged.module.linear.weight)
+    assert future(loaded.loss) == future(averaged.module.loss) == future(LOSSES[name]())
+
+
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda stack: stack.float().mean(0),
+    "float64": lambda stack: stack.double().mean(0),
+    "bfloat16": lambda stack: stack.to(torch.bfloat16).mean(0),
+    "as-before": lambda stack: stack.double().mean(0).to(stack.dtype),
+    "ema": lambda stack: 0.9 * stack[0] + 0.1 * stack[-1],
+}
+
+
+@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS)
+@EACH_LOSS
+def test_the_mean_of_checkpoints(name: str, mean: Callable[[Tensor], Tensor]) -> None:
+    """The loss goes on without a queue, and says so once; pytorch/pytorch #84053."""
+    saved = [trained(Net(LOSSES[name]()), range(n)).state_dict() for n in (2, 3, 5)]
+    averaged = {key: mean(torch.stack([state[key] for state in saved])) for key in saved[0]}
+    net = trained(Net(LOSSES[name]()), range(20, 24))
+    ranking(net.loss).temperature = 0.17
+    expected = copy.deepcopy(net.loss)
+    ranking(expected).reset_queue()
+    with pytest.warns(UserWarning, match=r"loss\.(main_loss\.)?_extra_state") as said:
+        net.load_state_dict(averaged)
+    assert len(said) == sum(key.endswith("_extra_state") for key in saved[0])
+    assert future(net.loss) == future(expected)
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(),
+    "type": lambda module: module.type(torch.float64),
+    "share_memory": lambda module: module.share_memory(),
+    "initialise": lambda module: [nn.init.zeros_(b) for b in module.buffers()],
+    "roll": lambda module: [b.data.copy_(b.data.flip(0)) for b in module.buffers() if b.dim()],
+    "low-precision-buffers": lambda module: [
+        setattr(b, "data", b.data.bfloat16()) for b in module.buffers() if b.is_floating_point()
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@EACH_LOSS
+def test_what_is_done_to_all_tensors_of_a_model(
+    name: str, change: Callable[[nn.Module], Any]
+) -> None:
+    """Casts, shared memory, initialisation, buffers by the list; huggingface/transformers #30709"""
+    loss_fn = used(name)
+    expected = future(loss_fn)
+    change(nn.ModuleList([loss_fn]))
+    assert future(loss_fn) == expected
+    loaded = LOSSES[name]()
+    loaded.load_state_dict(loss_fn.state_dict())
+    assert future(loaded) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@EACH_LOSS
+def test_a_loss_built_under_another_default_dtype(name: str, dtype: torch.dtype) -> None:
+    """As trainers in low precision build their models; huggingface/transformers #30709."""
+    with default_dtype(dtype):
+        loss_fn = LOSSES[name]()
+    steps_of(loss_fn, range(3))
+    assert future(loss_fn) == future(used(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_weight_after_another_default_dtype(dtype: torch.dtype) -> None:
+    """1e5 is infinite in float16 alone; huggingface/transformers #30709."""
+    with default_dtype(dtype):
+        loss_fn = SmoothAPLoss(1, 8, 0.1)
+    for built in (loss_fn, plain := SmoothAPLoss(1, 8, 0.1)):
+        Batch(torch.tensor([[1.0], [0.0]]), torch.tensor([1, 0]), torch.tensor([1e5, 1.0])).through(
+            built
+        )
+    assert steps_of(loss_fn, range(2)) == steps_of(plain, range(2))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@EACH_LOSS
+def test_a_loss_built_without_memory_and_given_a_checkpoint(name: str) -> None:
+    """The meta device and assign=True, diagnosed too; pytorch/pytorch #102212."""
+    loss_fn = used(name)
+    with torch.device("meta"):
+        loaded = LOSSES[name]()
+    loaded.load_state_dict(loss_fn.state_dict(), assign=True)
+    assert future(loaded) == future(loss_fn)
+    own = ranking(loss_fn)
+    batch = make_batch(5, own.num_classes, multilabel=own.multilabel)
+    found, expected = (
+        ranking(each).diagnose(batch.logits, batch.targets) for each in (loaded, loss_fn)
+    )
+    assert found.ap.equal(expected.ap)
+    assert found.pool_size.equal(expected.pool_size)
+
+
+BY_INFERENCE: dict[str, Callable[[str], Any]] = {
+    "built": lambda name: LOSSES[name](),
+    "copied": lambda name: copy.deepcopy(LOSSES[name]()),
+    "double": lambda name: LOSSES[name]().double(),
+    "loaded": lambda name: loaded_from(LOSSES[name]().state_dict(), name, assign=False),
+    "assigned": lambda name: loaded_from(LOSSES[name]().state_dict(), name, assign=True),
+}
+
+
+def loaded_from(state: dict[str, Any], name: str, assign: bool) -> Any:
+    loss_fn = LOSSES[name]()
+    loss_fn.load_state_dict(state, assign=assign)
+    return loss_fn
+
+
+@pytest.mark.parametrize("make", BY_INFERENCE.values(), ids=BY_INFERENCE)
+@EACH_LOSS
+def test_a_loss_made_in_inference_mode_trains(name: str, make: Callable[[str], Any]) -> None:
+    """As a server that also learns builds its models; sgl-project/sglang #33470."""
+    with torch.inference_mode():
+        loss_fn = make(name)
+    steps_of(loss_fn, range(3))
+    assert future(loss_fn) == future(used(name))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda loss_fn: pickle.loads(pickle.dumps(loss_fn)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+@EACH_LOSS
+def test_a_copy_trains_by_itself(name: str, way: Callable[[Any], Any]) -> None:
+    """A copy starts where the loss is and leaves it there; the copies of pytorch/pytorch #84053."""
+    loss_fn = used(name)
+    expected = future(loss_fn)
+    copied = way(loss_fn)
+    assert future(copied) == expected
+    steps_of(copied, range(50, 53))
+    assert future(loss_fn) == expected
+    assert future(copied) != expected
+
+
+@EACH_LOSS
+def test_a_loss_sent_through_torch_multiprocessing(name: str) -> None:
+    """What arrives shares nothing with what was sent; Lightning-AI/pytorch-lightning #18238."""
+    loss_fn = used(name)
+    expected = future(loss_fn)
+    received = pickle.loads(ForkingPickler.dumps(loss_fn))
+    assert future(received) == expected
+    steps_of(received, range(50, 53))
+    assert future(loss_fn) == expected
+    assert future(received) != expected
+
+
+def train_as_receiver(number: int, loss_fn: Any, results: Any) -> None:
+    steps_of(loss_fn, range(10 * number, 10 * number + 3))
+    results.put((number, future(loss_fn)))
+
+
+@pytest.mark.slow
+def test_a_loss_handed_to_processes() -> None:
+    """Each receiver's is its own, and the sender's stays; Lightning-AI/pytorch-lightning #18238."""
+    loss_fn = used("binary")
+    expected, own = future(loss_fn), {}
+    for number in (1, 2):
+        own[number] = copy.deepcopy(loss_fn)
+        steps_of(own[number], range(10 * number, 10 * number + 3))
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=train_as_receiver, args=(number, loss_fn, results)) for number in own
+    ]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=3 * TIMEOUT_S) for _ in processes)
+    for process in processes:
+        process.join(TIMEOUT_S)
+    assert future(loss_fn) == expected
+    assert found == {number: future(each) for number, each in own.items()}
+
+
+# --- Tools that save and load models -------------------------------------------------------------
+
+
+@EACH_LOSS
+def test_calling_a_model_with_its_own_state_dict(name: str) -> None:
+    """functional_call takes what state_dict gives; Lightning-AI/pytorch-lightning #21124."""
+    net = trained(Net(LOSSES[name]()), range(3)).eval()
+    given = fed(net, 9)
+    found = torch.func.functional_call(net, net.state_dict(), given)
+    assert found.equal(net(*given))
+    torch.func.functional_call(net, net.state_dict(), given)
+    assert set(net.state_dict()) == set(Net(LOSSES[name]()).state_dict())
+
+
+def by_dcp(source: Net, target: Net, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    dcp.save({"model": get_model_state_dict(source)}, checkpoint_id=folder / "dcp")
+    state = {"model": get_model_state_dict(target)}
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(target, state["model"])
+
+
+def by_dcp_of_modules(source: Net, target: Net, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"model": source}, checkpoint_id=folder / "dcp")
+    dcp.load({"model": target}, checkpoint_id=folder / "dcp")
+
+
+def by_full_state_dict(source: Net, target: Net, folder: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True)
+    torch.save(get_model_state_dict(source, options=options), folder / "model.pt")
+    set_model_state_dict(target, torch.load(folder / "model.pt"), options=options)
+
+
+def by_broadcast(source: Net, target: Net, folder: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(source, options=options)
+    set_model_state_dict(target, state if dist.get_rank() == 0 else {}, options=options)
+
+
+def by_safetensors(source: Net, target: Net, folder: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_model(source, str(folder / "model.safetensors"))
+    safetensors.load_model(target, str(folder / "model.safetensors"))
+
+
+def by_accelerate(source: Net, target: Net, folder: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.save(source.state_dict(), folder / "pytorch_model.bin")
+    accelerate.load_checkpoint_in_model(target, str(folder), strict=True)
+
+
+WAYS = (by_dcp, by_dcp_of_modules, by_full_state_dict, by_safetensors, by_accelerate)
+
+
+@OF_TOOLS
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [*LOSSES, "no-queue"])
+def test_checkpoints_of_a_model_that_holds_the_loss(
+    name: str, way: Callable[[Net, Net, Path], None], tmp_path: Path
+) -> None:
+    """What saves and loads a model carries the loss; Lightning-AI/pytorch-lightning #21124."""
+    make = LOSSES.get(name, lambda: SmoothAPLoss(1, 0, 0.2, max_pool_size=4))
+    net, loaded = trained(Net(make()), range(4)), Net(make(), seed=8)
+    ranking(net.loss).temperature = 0.11
+    way(net, loaded, tmp_path)
+    assert loaded.linear.weight.equal(net.linear.weight)
+    assert future(loaded.loss) == future(net.loss)
+
+
+@OF_TOOLS
+def test_a_checkpoint_of_before_the_model_held_the_loss(tmp_path: Path) -> None:
+    """What is not in the file stays as it is; the use: accelerate.load_checkpoint_in_model."""
+    accelerate = pytest.importorskip("accelerate")
+    net, loaded = Net(), trained(Net(seed=8), range(4))
+    expected = future(loaded.loss)
+    torch.save({f"linear.{k}": v for k, v in net.linear.state_dict().items()}, tmp_path / "old.bin")
+    accelerate.load_checkpoint_in_model(loaded, str(tmp_path / "old.bin"))
+    assert loaded.linear.weight.equal(net.linear.weight)
+    assert future(loaded.loss) == expected
+
+
+@pytest.mark.parametrize("by_tool", [False, True], ids=["by-torch", "by-accelerate"])
+def test_a_checkpoint_of_version_0_9(by_tool: bool, tmp_path: Path) -> None:
+    """Keys of older versions load by tools too; the use: accelerate.load_checkpoint_in_model."""
+    net, batch = Net(seed=8), make_batch(5)
+    batch.through(net.loss)
+    net.loss.temperature = 0.11
+    free = 3
+    state = {
+        **{f"linear.{key}": value for key, value in net.linear.state_dict().items()},
+        "loss.temperature": torch.tensor(0.11, dtype=torch.float64),
+        "loss.num_steps": torch.tensor(1),
+        "loss._queue.logits": torch.cat((batch.logits, torch.zeros(free, 1))),
+        "loss._queue.targets": torch.cat((batch.targets, torch.full((free,), IGNORED))),
+        "loss._queue.weights": torch.cat((torch.ones(5), torch.zeros(free))),
+        "loss._queue.cursor": torch.tensor(5),
+        "loss._queue.is_weighted": torch.tensor(False),
+    }
+    loaded = trained(Net(), range(3))
+    if by_tool:
+        accelerate = pytest.importorskip("accelerate")
+        torch.save(state, tmp_path / "old.bin")
+        accelerate.load_checkpoint_in_model(loaded, str(tmp_path / "old.bin"))
+    else:
+        loaded.load_state_dict(state)
+    assert loaded.linear.weight.equal(net.linear.weight)
+    assert future(loaded.loss) == future(net.loss)
+
+
+def resume_sharded(rank: int, name: str, way: Callable[..., None], folder: Path) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    net, loaded = Net(LOSSES[name]()), Net(LOSSES[name](), seed=8)
+    for each in (net, loaded):
+        fully_shard(each)
+    for seed in range(3):
+        net(*fed(net, 10 * rank + seed)).backward()
+    folder = folder if way is not by_full_state_dict else folder / f"of_{rank}"
+    folder.mkdir(exist_ok=True)
+    way(net, loaded, folder)
+    same = loaded.linear.weight.full_tensor().equal(net.linear.weight.full_tensor())
+    return same, future(loaded.loss) == future(net.loss)
+
+
+@pytest.mark.parametrize("way", [by_dcp, by_dcp_of_modules, by_full_state_dict, by_broadcast])
+@pytest.mark.parametrize("name", ["binary", "mix"])
+def test_checkpoints_of_a_sharded_model(
+    name: str, way: Callable[[Net, Net, Path], None], tmp_path: Path, ranks: Ranks
+) -> None:
+    """FSDP2 with the loss inside; Lightning-AI/pytorch-lightning #21124."""
+    assert ranks.run(resume_sharded, name, way, tmp_path) == [(True, True)] * 2
+
+
+def pretrained_model(transformers: Any, with_loss: bool = True) -> Any:
+    class Model(transformers.PreTrainedModel):  # type: ignore[misc]
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.linear = nn.Linear(4, 1)
+            if with_loss:
+                self.loss = LOSSES["binary"]()
+            self.post_init()
+
+        def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+            loss: Tensor = self.loss(self.linear(features), targets)
+            return loss
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight)
+
+    return Model
+
+
+@OF_TOOLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pretrained_model_that_holds_the_loss(dtype: torch.dtype, tmp_path: Path) -> None:
+    """save_pretrained and from_pretrained, low precision too; huggingface/transformers #30709."""
+    transformers = pytest.importorskip("transformers")
+    model = pretrained_model(transformers)(transformers.PretrainedConfig())
+    steps_of(model.loss, range(3))
+    model.loss.temperature = 0.11
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype).train()
+    assert loaded.linear.weight.equal(model.linear.weight.to(dtype))
+    assert future(loaded.loss) == future(model.loss)
+    new = type(model)._from_config(transformers.PretrainedConfig(), dtype=dtype)
+    steps_of(new.loss, range(3))
+    assert future(new.loss) == future(used("binary"))
+
+
+@OF_TOOLS
+def test_a_pretrained_model_of_before_it_held_the_loss(tmp_path: Path) -> None:
+    """The usual start of fine-tuning: the file knows no loss; the use: from_pretrained."""
+    transformers = pytest.importorskip("transformers")
+    base = pretrained_model(transformers, with_loss=False)(transformers.PretrainedConfig())
+    base.save_pretrained(tmp_path)
+    loaded = pretrained_model(transformers).from_pretrained(tmp_path).train()
+    assert loaded.linear.weight.equal(base.linear.weight)
+    assert future(loaded.loss) == future(LOSSES["binary"]())
+
+
+def lightning_net(lightning: Any, at: str = "__init__") -> Any:
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        """Holds its loss from __init__ on, or from configure_model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            if at == "__init__":
+                self.net = Net()
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "net"):
+                self.net = Net()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            loss: Tensor = self.net(*batch)
+            return loss
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("loss", self.net(*batch))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    if at == "__init__":
+        del Module.configure_model
+    return Module()
+
+
+def lightning_run(
+    folder: Path, epochs: int, callbacks: list[Any], resumed: Any = None, **options: Any
+) -> Any:
+    """A run of three steps and a validation pass an epoch; its module."""
+    lightning = pytest.importorskip("lightning")
+    module = lightning_net(lightning, options.pop("at", "__init__"))
+    batches = [fed(Net(), seed) for seed in range(3)]
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=bool(callbacks),
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader, loader, ckpt_path=resumed)
+    return module
+
+
+@OF_TOOLS
+def test_averaging_in_lightning(tmp_path: Path) -> None:
+    """Its checkpoint loads and resumes, and the queue is that without; pytorch/pytorch #84053."""
+    lightning = pytest.importorskip("lightning")
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+
+    def callbacks() -> list[Any]:
+        keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "last", save_top_k=1)
+        return [averaging.EMAWeightAveraging(decay=0.9), keep]
+
+    module = lightning_run(tmp_path, 2, callbacks())
+    assert future(module.net.loss) == future(lightning_run(tmp_path, 2, []).net.loss)
+
+    saved = tmp_path / "last.ckpt"
+    loaded = type(module).load_from_checkpoint(saved)
+    assert loaded.net.linear.weight.equal(module.net.linear.weight)
+    resumed = lightning_run(tmp_path, 3, callbacks(), saved)
+    assert future(resumed.net.loss) == future(lightning_run(tmp_path, 3, []).net.loss)
+
+
+@OF_TOOLS
+@pytest.mark.parametrize("at", ["__init__", "configure_model"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_low_precision_in_lightning(precision: str, at: str, tmp_path: Path) -> None:
+    """The loss is built where low precision is the default; huggingface/transformers #30709."""
+    module = lightning_run(tmp_path, 1, [], precision=precision, at=at)
+    loss_fn = module.net.loss
+    assert module.net.linear.weight.dtype != torch.float32
+    loss_fn.reset_queue()
+    steps_of(loss_fn, range(3))
+    assert future(loss_fn) == future(used("binary"))
+
+
+# --- Processes -----------------------------------------------------------------------------------
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sums": {"gather": "sums"},
+    "not-gathered": {"gather_distributed": False},
+    "groups": {},
+}
+
+
+def train_inside_and_outside(rank: int, setting: str, is_weighted: bool) -> list[list[Tensor]]:
+    """Losses and gradients of a model that holds its loss, and of one beside its loss."""
+    options: dict[str, Any] = dict(SETTINGS[setting])
+    if setting == "groups":
+        pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
+        options["process_group"] = pairs[rank // 2]
+    found = []
+    for is_inside in (True, False):
+        plain = Net(SmoothAPLoss(1, 8, 0.1, **options))
+        loss_fn = plain.loss
+        if not is_inside:
+            plain.loss, plain.forward = None, plain.linear.forward  # type: ignore[method-assign]
+        wrapped = DistributedDataParallel(plain)
+        steps = []
+        for seed in range(4):
+            wrapped.zero_grad()
+            features, targets = fed(Net(), 100 * rank + seed)
+            targets[1] = rank % 2  # another share of positives
+            weights = torch.arange(1.0, 7.0) if is_weighted and rank % 2 == 1 else None
+            if is_inside:
+                loss = wrapped(features, targets, weights)
+            else:
+                loss = loss_fn(wrapped(features), targets, sample_weight=weights)
+            loss.backward()
+            steps += [loss.detach(), *(p.grad.clone() for p in plain.parameters())]
+        found.append(steps)
+    return found
+
+
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["", "weights-on-one"])
+@pytest.mark.parametrize("setting", ["sums", "not-gathered"])
+def test_a_loss_inside_a_ddp_module(setting: str, is_weighted: bool, ranks: Ranks) -> None:
+    """Queues that differ by process, with the default broadcast_buffers=True; bl0/moco #15."""
+    for inside, outside in ranks.run(train_inside_and_outside, setting, is_weighted):
+        torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_loss_inside_a_ddp_module_that_ranks_within_groups() -> None:
+    """Four processes, ranked by twos; bl0/moco #15."""
+    four = Ranks(4)
+    try:
+        for inside, outside in four.run(train_inside_and_outside, "groups", False):
+            torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+    finally:
+        four.close()
+
+
+# --- Arguments of a call -------------------------------------------------------------------------
+
+
+THIRD = {"index": torch.arange(5), "one": torch.ones(1), "name": "mean", "none": None, "int": 1}
+
+
+@pytest.mark.parametrize("third", THIRD.values(), ids=THIRD)
+def test_something_else_in_third_place(third: Any) -> None:
+    """LibAUC's loss_fn(scores, targets, index): refused before anything is kept; LibAUC 0.6."""
+    loss_fn = used("binary")
+    expected = future(loss_fn)
+    with pytest.raises(TypeError, match="return_per_class"):
+        loss_fn(*make_batch(5)[:2], third)
+    assert future(loss_fn) == expected
+
+
+class Scan(Tensor):
+    """A tensor that carries something along, as MONAI's MetaTensor does."""
+
+    note: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Any:
+        made = tensor.as_subclass(cls)
+        made.note = "spacing 1 mm"
+        return made
+
+
+class Labels(Scan):
+    """Another one, which does not know the first, as fastai's TensorCategory."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is Scan for kind in types):
+            return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+CALLS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    "binary": ({}, lambda: SmoothAPLoss(1, 0, 0.2)),
+    "queue": ({}, lambda: SmoothAPLoss(1, 8, 0.2, max_pool_size=4)),
+    "classes": ({"num_classes": 3}, lambda: SmoothAPLoss(3, 8, 0.2)),
+    "multilabel": (
+        {"num_classes": 3, "multilabel": True},
+        lambda: SmoothAPLoss(3, 8, 0.2, multilabel=True, temperature_unit="spread"),
+    ),
+    "mix": (
+        {"num_classes": 3},
+        lambda: MixedLoss(CrossEntropy(3), SmoothAPLoss(3), main_weight=0.5),
+    ),
+    "cross-entropy": ({"num_classes": 3}, lambda: CrossEntropy(3)),
+    "binary-cross-entropy": ({}, lambda: CrossEntropy(1)),
+}
+SUBCLASSES: dict[str, tuple[type[Scan] | None, ...]] = {
+    "logits": (Scan, None, None),
+    "targets": (None, Scan, None),
+    "weights": (None, None, Scan),
+    "all": (Scan, Scan, Scan),
+    "strangers": (Scan, Labels, None),
+}
+
+
+@pytest.mark.parametrize("kinds", SUBCLASSES.values(), ids=SUBCLASSES)
+@pytest.mark.parametrize("name", CALLS)
+def test_tensor_subclasses(name: str, kinds: tuple[type[Scan] | None, ...]) -> None:
+    """The tensors of imaging libraries are tensors; Project-MONAI/MONAI #4699, fastai #3110."""
+    shape, make = CALLS[name]
+    loss_fn, plain = make(), make()
+    for seed in range(2):
+        batch = make_batch(6, **shape, seed=seed)._replace(weights=torch.arange(1.0, 7.0)).leaf()
+        given = [
+            part if kind is None else kind.of(part) for part, kind in zip(batch, kinds, strict=True)
+        ]
+        loss = loss_fn(given[0], given[1], sample_weight=given[2])
+        loss.backward()
+        assert type(loss) is Tensor
+        beside = batch.leaf()
+        expected = beside.through(plain)
+        expected.backward()
+        assert loss.equal(expected)
+        assert batch.logits.grad is not None
+        assert type(batch.logits.grad) is Tensor
+        assert batch.logits.grad.equal(beside.logits.grad)
+    assert pickle.loads(pickle.dumps(copy.deepcopy(loss_fn)))(*batch[:2]).equal(plain(*batch[:2]))
+
+
+def test_tensor_subclasses_in_the_functional_form() -> None:
+    """Scores and labels as imaging libraries have them; Project-MONAI/MONAI #4699."""
+    batch = make_batch(9, 3).leaf()
+    scores, is_positive = batch.logits.T, (batch.targets == torch.arange(3)[:, None])
+    found = smooth_ap(Scan.of(scores), Scan.of(is_positive), 0.2).ap
+    expected = smooth_ap(scores, is_positive, 0.2).ap
+    assert type(found) is Tensor
+    assert found.equal(expected)
+    own, other = (torch.autograd.grad(ap.sum(), batch.logits)[0] for ap in (found, expected))
+    assert own.equal(other)
+
+
+PLACES = ("logits", "targets", "sample_weight")
+OTHERS = {
+    "queue": lambda: SmoothAPLoss(1, 8, 0.2),
+    "mix": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 8, 0.2), main_weight=0.5),
+    "cross-entropy": lambda: CrossEntropy(1),
+}
+
+
+def call_with_dtensor(rank: int, name: str, place: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    batch = make_batch(6)._replace(weights=torch.ones(6))
+    given = dict(zip(PLACES, batch, strict=True))
+    given[place] = distribute_tensor(given[place], mesh, [Replicate()])
+    OTHERS[name]()(**given)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_distributed_tensors(name: str, place: str, ranks: Ranks) -> None:
+    """The message says how to make it a tensor; the use: torch.distributed.tensor."""
+    for error in ranks.run(call_with_dtensor, name, place):
+        assert isinstance(error, Failure), error
+        assert error.error == "TypeError"
+        assert place in error.message
+        assert "full_tensor()" in error.message
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "nested": lambda tensor: torch.nested.nested_tensor(list(tensor.split(3))),
+    "jagged": lambda tensor: torch.nested.nested_tensor(list(tensor.split(3)), layout=torch.jagged),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
+}
+
+
+@OF_TOOLS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_tensors_of_other_layouts(name: str, place: str, layout: str) -> None:
+    """Refused by argument and form; the uses: torch.sparse, torch.nested, quantisation."""
+    given = dict(zip(PLACES, make_batch(6)._replace(weights=torch.ones(6)), strict=True))
+    given[place] = LAYOUTS[layout](given[place])
+    form = {"sparse": "sparse", "quantized": "quanti[sz]ed"}.get(layout, "nested|jagged")
+    with pytest.raises(TypeError, match=rf"(?i)^{place}\b.*({form})"):
+        OTHERS[name]()(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_wide_unsigned_targets_and_weights(name: str, dtype: torch.dtype) -> None:
+    """16-bit masks; ProjectNeura/MIPCandy #30."""
+    shape, make = CALLS[name]
+    batch = make_batch(6, **shape)._replace(weights=torch.arange(6))
+    expected = batch.through(make())
+    for given in (
+        batch._replace(targets=batch.targets.to(dtype)),
+        batch._replace(weights=batch.weights.to(dtype)),
+        batch._replace(targets=batch.targets.to(dtype), weights=batch.weights.to(dtype)),
+    ):
+        assert given.through(make()).equal(expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_large_unsigned_target_is_no_mark(name: str) -> None:
+    """2⁶⁴ − 100 has the bits of −100; ProjectNeura/MIPCandy #30."""
+    shape, make = CALLS[name]
+    batch = make_batch(6, **shape)
+    targets = batch.targets.clone()
+    targets.view(-1)[0] = IGNORED
+    with pytest.raises(ValueError, match=r"targets.*18446744073709551516"):
+        make()(batch.logits, targets.view(torch.uint64))
+
+
+@pytest.mark.parametrize("name", ["multilabel", "mix", "cross-entropy"])
+def test_nan_for_labels_that_nobody_gave(name: str) -> None:
+    """The message has the way out, and it works; torchxrayvision #119, catboost #3079."""
+    loss_fn = multilabel_loss(name)
+    batch = make_batch(8, 3, multilabel=True)
+    marked = batch.targets.clone()
+    marked[2, 1] = marked[5, 0] = IGNORED
+    missing = torch.where(marked == IGNORED, torch.nan, marked.float())
+    with pytest.raises(ValueError, match=r"targets.*nan_to_num"):
+        loss_fn(batch.logits, missing)
+    found = loss_fn(batch.logits, missing.nan_to_num(IGNORED))
+    assert found.equal(multilabel_loss(name)(batch.logits, marked))
+
+
+def multilabel_loss(name: str) -> Any:
+    pointwise = CrossEntropy(3, multilabel=True)
+    if name == "cross-entropy":
+        return pointwise
+    main = SmoothAPLoss(3, 64, 0.2, multilabel=True)
+    return MixedLoss(pointwise, main, main_weight=0.5) if name == "mix" else main
+
+
+@pytest.mark.parametrize("is_saved", [False, True], ids=["", "through-a-checkpoint"])
+@pytest.mark.parametrize("name", ["multilabel", "mix", "cross-entropy"])
+def test_a_weight_for_each_label(name: str, is_saved: bool) -> None:
+    """[N, C] weights are those of C problems, in the queue too; the use: multi-label data."""
+    loss_fn = multilabel_loss(name)
+    singles = [single_loss(name) for _ in range(3)]
+    for seed in range(4):
+        batch = make_batch(6, 3, seed=seed, multilabel=True)
+        weights = torch.rand(6, 3, generator=seeded(seed)) * 3
+        weights[seed, 1] = 0
+        found = loss_fn(batch.logits, batch.targets, sample_weight=weights)
+        each = [
+            single(batch.logits[:, c : c + 1], batch.targets[:, c], sample_weight=weights[:, c])
+            for c, single in enumerate(singles)
+        ]
+        if name == "cross-entropy":  # the mean over labels, not over classes
+            expected = (torch.stack(each) * weights.sum(0)).sum() / weights.sum()
+        elif name == "multilabel":
+            expected = torch.stack(each).mean()
+        else:
+            pointwise = CrossEntropy(3, multilabel=True)
+            aside = pointwise(batch.logits, batch.targets, sample_weight=weights)
+            expected = 0.5 * torch.stack(each).mean() + 0.5 * aside
+        torch.testing.assert_close(found, expected)
+        if is_saved:
+            saved, loss_fn = loss_fn.state_dict(), multilabel_loss(name)
+            loss_fn.load_state_dict(saved)
+
+
+def single_loss(name: str) -> Any:
+    return CrossEntropy(1) if name == "cross-entropy" else SmoothAPLoss(1, 64, 0.2)
+
+
+SET_LATER: list[tuple[str, str, Any]] = [
+    ("binary", "reduction", "none"),
+    ("binary", "queue_size", 1024),
+    ("binary", "ignore_index", 255),
+    ("binary", "target_prior", 0.1),
+    ("binary", "num_classes", 2),
+    ("binary", "multilabel", True),
+    ("binary", "max_pool_size", 4),
+    ("binary", "temperature_unit", "spread"),
+    ("binary", "gather", "sums"),
+    ("binary", "update_queue_in_eval", True),
+    ("mix", "warmup_steps", 3),
+    ("mix", "calls_per_step", 2),
+    ("cross-entropy", "gamma", 2.0),
+    ("cross-entropy", "ignore_index", 255),
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), SET_LATER)
+def test_settings_assigned_later(name: str, setting: str, value: Any) -> None:
+    """As fastai's NoneReduce sets reduction: refused, not half taken; TabularVAE #2."""
+    loss_fn = CrossEntropy(1) if name == "cross-entropy" else used(name)
+    before = getattr(loss_fn, setting)
+    with pytest.raises(AttributeError, match=setting):
+        setattr(loss_fn, setting, value)
+    assert getattr(loss_fn, setting) == before
+
+
+def test_settings_that_may_be_assigned_later() -> None:
+    """The temperature, documented attributes, and what others write on a module; fastai."""
+    loss_fn, partner = used("binary"), CrossEntropy(1)
+    for name, value in {
+        "temperature": 0.5,
+        "backend": "panel",
+        "check_values": False,
+        "sampling_seed": 3,
+        "note_of_the_user": "kept",
+    }.items():
+        setattr(loss_fn, name, value)
+        assert getattr(loss_fn, name) == value
+    partner.check_values = False
+    assert steps_of(loss_fn, range(2))
+
+
+# --- What surrounds a call -----------------------------------------------------------------------
+
+SCHEDULE: dict[str, Any] = {"main_weight": 0.5, "warmup_steps": 2}
+STATELESS: dict[str, Callable[[], Any]] = {
+    "no-queue": lambda: SmoothAPLoss(1, 0, 0.2),
+    "constant-mix": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 0, 0.2), main_weight=0.5),
+    "cross-entropy": lambda: CrossEntropy(1),
+}
+STATEFUL: dict[str, Callable[[], Any]] = {
+    "queue": lambda: SmoothAPLoss(1, 8, 0.2),
+    "cap": lambda: SmoothAPLoss(1, 0, 0.2, max_pool_size=4),
+    "schedule": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 0, 0.2), **SCHEDULE),
+    "mix-with-queue": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 8, 0.2), main_weight=0.5),
+}
+
+
+def in_backward(loss_fn: Any, batch: Batch) -> Tensor:
+    """Call the loss from a tensor's hook."""
+    found: list[Tensor] = []
+    start = torch.ones(1, requires_grad=True)
+    middle = start * 2
+    middle.register_hook(lambda gradient: found.append(batch.through(loss_fn)))
+    middle.sum().backward()
+    return found[0]
+
+
+@pytest.mark.parametrize("make", STATELESS.values(), ids=STATELESS)
+def test_a_stateless_loss_called_in_a_backward_pass(make: Callable[[], Any]) -> None:
+    """Hooks may compute losses; the use: Tensor.register_hook."""
+    batch = make_batch(6)
+    assert in_backward(make(), batch).equal(batch.through(make()))
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_a_loss_called_in_a_backward_pass(make: Callable[[], Any], calls_before: int) -> None:
+    """Where state would move, it says so and nothing moves; the use: Tensor.register_hook."""
+    loss_fn = make()
+    steps_of(loss_fn, range(calls_before))
+    expected = future(loss_fn)
+    with pytest.raises(RuntimeError, match="backward pass"):
+        in_backward(loss_fn, make_batch(5))
+    assert future(loss_fn) == expected
+
+
+EACH_CHECKPOINT = pytest.mark.parametrize("use_reentrant", [False, True])
+
+
+@EACH_CHECKPOINT
+@pytest.mark.parametrize("make", STATELESS.values(), ids=STATELESS)
+def test_activation_checkpointing_around_a_stateless_loss(
+    make: Callable[[], Any], use_reentrant: bool
+) -> None:
+    """A head and its loss in one checkpointed block; the use: torch.utils.checkpoint."""
+    gradients = []
+    for is_checkpointed in (False, True):
+        loss_fn, batch = make(), make_batch(6).leaf()
+        for _ in range(2):
+            loss = (
+                checkpoint(loss_fn, batch.logits, batch.targets, use_reentrant=use_reentrant)
+                if is_checkpointed
+                else loss_fn(*batch[:2])
+            )
+            loss.backward()
+        gradients.append(batch.logits.grad)
+    assert gradients[0].equal(gradients[1])
+
+
+@EACH_CHECKPOINT
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_activation_checkpointing_around_a_loss_with_state(
+    make: Callable[[], Any], use_reentrant: bool
+) -> None:
+    """The way out is to keep the loss outside; the use: torch.utils.checkpoint."""
+    loss_fn, batch = make(), make_batch(6).leaf()
+    loss = checkpoint(loss_fn, batch.logits, batch.targets, use_reentrant=use_reentrant)
+    expected = future(loss_fn)
+    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
+        loss.backward()
+    assert future(loss_fn) == expected
+
+
+def test_a_loss_keeps_no_more_than_its_rows() -> None:
+    """Two columns of a wide output are not the whole output; the use: a head of many parts."""
+    loss_fn = SmoothAPLoss(2, 8)
+    wide = torch.randn(1000, 500, generator=seeded(0))
+    loss_fn(wide[:, :2], torch.arange(1000) % 2)
+    assert len(pickle.dumps(loss_fn)) < 20_000
+    assert len(pickle.dumps(copy.deepcopy(loss_fn))) < 20_000
+
+
+def test_a_buffer_that_is_filled_anew_holds_another_batch() -> None:
+    """A buffer is a place, not a batch; the use: static inputs, as of captured graphs."""
+    loss_fn, first, second = SmoothAPLoss(1, 12, 0.2), make_batch(6), make_batch(6, seed=1)
+    buffer = first.logits.clone()
+    loss_fn(buffer, first.targets)
+    buffer.copy_(second.logits)
+    found = loss_fn.diagnose(buffer, first.targets)
+    expected = loss_fn.diagnose(second.logits.clone(), first.targets)
+    assert found.pool_size.tolist() == expected.pool_size.tolist() == [12]
+    assert found.smooth_ap.equal(expected.smooth_ap)
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_torch_func_grad(make: Callable[[], Any]) -> None:
+    """Refused where state would move, right in eval(); lightgbm-org/LightGBM #3026."""
+    loss_fn, batch = make(), make_batch(5)
+    steps_of(loss_fn, range(3))
+    expected = future(loss_fn)
+    gradient = torch.func.grad(lambda logits: loss_fn(logits, batch.targets))
+    with pytest.raises(RuntimeError, match=r"torch\.func|eval\(\)"):
+        gradient(batch.logits)
+    assert future(loss_fn) == expected
+
+    beside = batch.leaf()
+    beside.through(loss_fn.eval()).backward()
+    torch.testing.assert_close(gradient(batch.logits), beside.logits.grad)
+    assert future(loss_fn) == expected
+
+
+# --- Compilers -----------------------------------------------------------------------------------
+
+
+class Exported(nn.Module):
+    """A model with its loss, as it is exported."""
+
+    def __init__(self, loss_fn: Any) -> None:
+        super().__init__()
+        self.linear, self.loss = nn.Linear(4, 1), loss_fn
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.loss(self.linear(features), targets)
+        return loss
+
+
+EXPORTED: dict[str, Callable[[], Any]] = {
+    "no-queue": lambda: SmoothAPLoss(1, 0, 0.2),
+    "queue": lambda: SmoothAPLoss(1, 8, 0.2),
+    "mix-with-queue": STATEFUL["mix-with-queue"],
+    "cross-entropy": lambda: CrossEntropy(1),
+}
+
+
+@OF_TOOLS
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_for_batches_of_any_size(name: str, training: bool, strict: bool) -> None:
+    """A dynamic number of rows, and the program can be saved; pytorch/pytorch #140011."""
+    loss_fn = EXPORTED[name]()
+    for seed in range(2):
+        make_batch(3, seed=seed).through(loss_fn)
+    net = Exported(loss_fn).train(training)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    given = torch.randn(6, 4, generator=seeded(0)), torch.arange(6) % 2
+    expected = future(loss_fn) if name != "cross-entropy" else None
+    program = torch.export.export(net, given, dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    torch.export.save(program, io.BytesIO())
+    assert expected is None or future(loss_fn) == expected
+    if training and name in ("queue", "mix-with-queue"):
+        return
+    other = torch.randn(11, 4, generator=seeded(1)), torch.arange(11) % 3 % 2
+    torch.testing.assert_close(program.module()(*other), net(*other))
+
+
+class Holder(nn.Module):
+    """A model that is deployed, and was trained with a loss that it holds."""
+
+    def __init__(self, loss_fn: Any) -> None:
+        super().__init__()
+        self.linear, self.loss = nn.Linear(4, 1), loss_fn
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)
+
+
+@OF_TOOLS
+@pytest.mark.parametrize("name", EXPORTED)
+def test_scripting_a_model_that_holds_the_loss(name: str) -> None:
+    """As BCEWithLogitsLoss allows it; the use: torch.jit.script, Lightning to_torchscript."""
+    model, features = Holder(EXPORTED[name]()), torch.randn(3, 4, generator=seeded(0))
+    assert torch.jit.script(model)(features).equal(model(features))
+
+
+@OF_TOOLS
+def test_mixing_with_a_compiled_loss() -> None:
+    """torch.compile(loss) in the place of the loss; the use: OptimizedModule."""
+    torch._dynamo.reset()
+
+    def mix(compiled: Callable[[Any], Any]) -> MixedLoss:
+        main = compiled(SmoothAPLoss(1, 8, 0.2))
+        return MixedLoss(CrossEntropy(1), main, main_weight=0.9, warmup_steps=1, blend_steps=2)
+
+    plain, found = mix(lambda it: it), mix(lambda it: torch.compile(it, backend="eager"))
+    for seed in range(6):
+        batch, beside = make_batch(6, seed=seed).leaf(), make_batch(6, seed=seed).leaf()
+        loss, expected = batch.through(found), beside.through(plain)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(batch.logits.grad, beside.logits.grad)
+    plain.load_state_dict(
+        {key.replace("_orig_mod.", ""): value for key, value in found.state_dict().items()}
+    )
+
+
+def test_two_names_for_one_loss() -> None:
+    """A copy of the model keeps that they are one (the use: `AveragedModel`, `deepcopy`)."""
+    net = nn.Module()
+    net.ap = SmoothAPLoss(1, 8)
+    net.mix = MixedLoss(CrossEntropy(1), net.ap, main_weight=0.9)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), AveragedModel(net).module):
+        assert copied.ap is copied.mix.main_loss is not net.ap
+
+
+def test_a_copy_of_a_compiled_mix_trains_by_itself() -> None:
+    """`copy.copy` of what torch.compile makes shares the module (the use: a second run)."""
+    mix = MixedLoss(
+        CrossEntropy(1), torch.compile(SmoothAPLoss(1, 8), backend="eager"), main_weight=0.9
+    )  # type: ignore[arg-type]
+    before = future(mix)
+    steps_of(copy.copy(mix), range(2))
+    assert future(mix) == before
+
+
+def test_a_mix_of_a_compiled_loss_is_recomputed() -> None:
+    """Compiled code cannot tell that it runs a second time, the mix around it can."""
+    torch.compiler.reset()
+    compiled = torch.compile(SmoothAPLoss(1, 8), backend="eager")
+    mix = MixedLoss(CrossEntropy(1), compiled, main_weight=0.9)  # type: ignore[arg-type]
+    logits, targets = torch.randn(6, 1, requires_grad=True), torch.arange(6) % 2
+    loss = checkpoint(mix, logits, targets, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
+        loss.backward()
+
+
+def scheduled_mix() -> MixedLoss:
+    return MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 0), main_weight=0.9, blend_steps=3)
+
+
+@pytest.mark.parametrize("make", [lambda: SmoothAPLoss(1, 8), scheduled_mix])
+def test_a_replica_for_data_parallel(make: Callable[[], Any]) -> None:
+    """lightly-ai/lightly #968."""
+    with pytest.raises(RuntimeError, match="keep the loss outside the wrapped module"):
+        make()._replicate_for_data_parallel()
+    SmoothAPLoss(1, 0)._replicate_for_data_parallel()
+
+
+def test_weights_of_classes_are_no_weights_of_a_model() -> None:
+    """huggingface/transformers #30709, of a setting that is a tensor."""
+    with torch.device("meta"):
+        built = CrossEntropy(2, [1.0, 1e5])
+    for loss_fn in (built, CrossEntropy(2, torch.tensor([1.0, 1e5])).half()):
+        assert loss_fn.class_weight is not None
+        assert loss_fn.class_weight.tolist() == [1.0, 1e5]
+        assert list(loss_fn.buffers()) == []
