@@ -29,13 +29,11 @@ collect_ignore = [  # scripts, of other packages
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
-settings.register_profile(
-    "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
-)
+settings.register_profile("fast", max_examples=30, derandomize=True, database=None, deadline=None)
 settings.register_profile(
     "thorough", max_examples=200, derandomize=True, database=None, deadline=None
 )
-settings.load_profile("repeatable")
+settings.load_profile("fast")
 
 
 @pytest.hookimpl(wrapper=True)

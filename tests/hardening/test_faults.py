@@ -108,28 +108,6 @@ def test_a_bad_row_costs_its_own_step_at_most(config: dict[str, Any], seed: int)
     assert 0 < len(bad_at) < 25
 
 
-def test_a_grad_scaler_skips_only_the_steps_with_a_live_nan() -> None:
-    config = CONFIGURATIONS["binary"]
-    bad_at = bad_rows(0, 40, 1)
-    loss_fn = SmoothAPLoss(1, 20, 0.3)
-    shift = nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([shift], 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6)
-    skipped = []
-    for step in range(40):
-        batch, before = batch_with(bad_at.get(step), step, 0, config), scaler.get_scale()
-        optimizer.zero_grad()
-        scaler.scale(loss_fn(batch.logits + shift, batch.targets)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() < before:
-            skipped.append(step)
-    live = [step for step, bad in bad_at.items() if math.isnan(bad.value) and not bad.is_ignored]
-    assert 0 < len(live) < len(bad_at)
-    assert skipped == live
-    assert shift.item() != 0.0
-
-
 def outcomes_of_rank(rank: int, seed: int, num_ranks: int, config: dict[str, Any]) -> Any:
     """Of each step: whether loss and gradient are finite, and the state after it."""
     loss_fn = SmoothAPLoss(queue_size=20, temperature=0.3, **config)
@@ -163,16 +141,6 @@ def test_a_bad_row_of_one_rank_costs_all_ranks_one_step(
     ranks: Ranks, config: dict[str, Any]
 ) -> None:
     assert_bad_rows_cost_one_step(ranks, 2, config)
-
-
-@pytest.mark.slow
-def test_a_bad_row_of_one_rank_of_three_costs_all_ranks_one_step() -> None:
-    pool = Ranks(3)
-    try:
-        for config in CONFIGURATIONS.values():
-            assert_bad_rows_cost_one_step(pool, 3, config)
-    finally:
-        pool.close()
 
 
 # --- Steps that break off ------------------------------------------------------------------------

@@ -102,14 +102,6 @@ def test_ids_of_every_dtype() -> None:
     assert functional.smooth_ap(scores, labels, group=far).ap.equal(expected)
 
 
-@EACH_MEMBER
-def test_one_group_is_none(member: Member) -> None:
-    logits, targets, values = rows(member, 50)
-    values["group"] = torch.full((50,), 2**62)
-    expected = member.make()(logits, targets, **{**values, "group": None})
-    torch.testing.assert_close(member.make()(logits, targets, **values), expected)
-
-
 @pytest.mark.parametrize("shift", [False, True])
 @EACH_MEMBER
 def test_queued_rows_join_their_group(member: Member, shift: bool) -> None:
@@ -305,29 +297,6 @@ def test_processes_that_can_not_rank_within_groups(ranks: Ranks) -> None:
     for found in ranks.run(by_sums):
         assert isinstance(found, Failure)
         assert 'use gather="rows"' in found.message
-
-
-@pytest.mark.parametrize("queue_size", [0, 24])
-@pytest.mark.parametrize("name", ["AP", "partial AUC", "NDCG at rows"])
-def test_compiled_in_one_graph(name: str, queue_size: int) -> None:
-    torch.compiler.reset()
-    member = MEMBERS[name]
-    eager, inner = (member.make(queue_size=queue_size) for _ in range(2))
-    compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
-    logits, targets, values = rows(member, 60)
-    for start in range(0, 60, 20):
-        part = slice(start, start + 20)
-        own = {name: field[part] for name, field in values.items()}
-        leaves = [logits[part].clone().requires_grad_() for _ in range(2)]
-        losses = [
-            loss_fn(leaf, targets[part], **own)
-            for loss_fn, leaf in zip((eager, compiled), leaves, strict=True)
-        ]
-        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
-        slopes = [
-            torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)
-        ]
-        torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-13)
 
 
 def test_they_reach_the_main_loss() -> None:

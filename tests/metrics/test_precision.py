@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._ranking import dense, sigmoid_sums
-from imbalanced_losses.functional import Backend, score_spread, smooth_ap
-from tests.helpers import oracle
+from imbalanced_losses.functional import Backend, smooth_ap
 from tests.helpers.cases import Batch, random_batch, seeded
 
 LOW = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -92,38 +91,6 @@ def _assert_exact_within_two_ulp(
     assert (error <= 2 * _ulp(exact_gradient, dtype) + rounding).all()
 
 
-@pytest.mark.parametrize("config", CONFIGURATIONS)
-def test_single_precision_logits(config: dict[str, Any]) -> None:
-    """float32 is as near to float64 as rounding allows at 364 rows."""
-    batches = _batches(config, torch.float32)
-    arguments = {**config, "queue_size": QUEUE_SIZE, "temperature": 0.1}
-    loss, gradient = _run(SmoothAPLoss(**arguments), batches, torch.float32)
-    exact, exact_gradient = _run(SmoothAPLoss(**arguments), batches, torch.float64)
-    assert loss.dtype == gradient.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact.item(), rel=0, abs=1e-6)
-    error = (gradient.double() - exact_gradient).abs().max()
-    assert error <= 1e-5 * exact_gradient.abs().max()
-
-
-@pytest.mark.parametrize("config", CONFIGURATIONS)
-def test_double_precision_stays(config: dict[str, Any]) -> None:
-    """float64 logits are computed, stored in the queue and returned in float64, and a pool that is
-    too near to its neighbours for float32 is still told apart.
-    """
-    loss_fn = SmoothAPLoss(**{**config, "queue_size": QUEUE_SIZE, "temperature": 1e-9})
-    batches = _batches(config, torch.float32)
-    close = [batch._replace(logits=1 + 1e-9 * batch.logits) for batch in batches]
-    loss, gradient = _run(loss_fn, close, torch.float64)
-    assert loss.dtype == gradient.dtype == torch.float64
-    spread_unit = config.get("temperature_unit") == "spread"
-    expected_fn = SmoothAPLoss(
-        **{**config, "queue_size": QUEUE_SIZE, "temperature": 1e-9 if spread_unit else 1.0}
-    )
-    expected, _ = _run(expected_fn, batches, torch.float64)
-    # 1 + 1e-9·s holds 7 digits of s.
-    assert loss.item() == pytest.approx(expected.item(), rel=0, abs=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [*LOW.values(), torch.float32], ids=[*LOW, "float32"])
 def test_counts_beyond_the_dtype(dtype: torch.dtype) -> None:
     """70 000 rows, more than float16 can count to, and ranks that bfloat16 and float16 could not
@@ -141,21 +108,6 @@ def test_counts_beyond_the_dtype(dtype: torch.dtype) -> None:
     exact = ((0.5 + above[:, :positives].sum(1)) / (0.5 + above.sum(1))).mean()
     assert ap.dtype == torch.float32
     assert ap.item() == pytest.approx(exact.item(), rel=1e-5, abs=0)
-
-
-@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
-def test_functional_in_low_precision(dtype: torch.dtype) -> None:
-    """`smooth_ap` and `score_spread` of low-precision scores are float32's of the same scores."""
-    batch = random_batch(seeded(0), 60, 3)
-    scores = batch.logits.T.to(dtype)
-    is_positive = torch.rand(scores.shape, generator=seeded(1)) < 0.3
-    assert torch.equal(
-        smooth_ap(scores, is_positive, 0.1).ap, smooth_ap(scores.float(), is_positive, 0.1).ap
-    )
-    assert torch.equal(score_spread(scores), score_spread(scores.float()))
-    assert score_spread(scores).tolist() == pytest.approx(
-        [oracle.spread(row.tolist()) for row in scores], rel=1e-6
-    )
 
 
 # Global settings ----------------------------------------------------------------------------------
@@ -191,32 +143,6 @@ def test_autocast_changes_nothing(config: dict[str, Any]) -> None:
         for got, expected in zip(inside, outside, strict=True):
             assert got.dtype == torch.float32
             _assert_within_rounding(got, expected)
-
-
-@pytest.mark.parametrize("config", CONFIGURATIONS)
-@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
-def test_autocast_model(dtype: torch.dtype, config: dict[str, Any]) -> None:
-    """Behind a layer that autocast runs in low precision, the loss is that of its logits as they
-    are, in float32, and the gradient that reaches the layer is exact within 2 ulp.
-    """
-    _, targets, _ = random_batch(
-        seeded(0), 300, config["num_classes"], multilabel=config.get("multilabel", False)
-    )
-    layer, features = nn.Linear(8, config["num_classes"]), torch.randn(300, 8)
-    loss_fn, outside = (SmoothAPLoss(**config, queue_size=0, temperature=0.1) for _ in range(2))
-    with torch.autocast("cpu", dtype=dtype):
-        logits = layer(features)
-        logits.retain_grad()
-        loss = loss_fn(logits, targets)
-    loss.backward()
-    exact = logits.detach().double().requires_grad_()
-    (exact_gradient,) = torch.autograd.grad(outside(exact, targets), exact)
-    _assert_exact_within_two_ulp(logits.grad, exact_gradient, dtype)
-    assert logits.dtype == dtype
-    assert loss.dtype == torch.float32
-    _assert_within_rounding(loss.detach(), outside(logits.detach().float(), targets))
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.abs().max() > 0
 
 
 class _Products(TorchDispatchMode):

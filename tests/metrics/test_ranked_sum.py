@@ -218,29 +218,6 @@ def test_slopes_that_are_handed_in_are_those_of_autograd(
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["dense", "panel"])
-@EACH_METRIC
-def test_second_derivatives(metric: Metric, backend: Backend) -> None:
-    """In scores and temperature, against finite differences; and what is differentiated again is
-    the gradient that one pass gives.
-    """
-    way = Way((2, 7), backend, tau=0.4)
-    of = given(way, weighted=True)
-    of.is_positive[1] = of.is_positive[0]
-
-    def total(scores: Tensor, temperature: Tensor) -> Tensor:
-        problems = of.problems(way, scores.detach(), scores=scores, temperature=temperature)
-        return metric.of(problems, of.constants)
-
-    inputs = of.scores.requires_grad_(), of.temperature.requires_grad_()
-    assert torch.autograd.gradgradcheck(total, inputs)
-    once, again = (
-        torch.autograd.grad(total(*inputs).sum(), inputs, create_graph=create_graph)
-        for create_graph in (False, True)
-    )
-    torch.testing.assert_close(once, again, rtol=1e-8, atol=1e-11)
-
-
 @WEIGHTED
 @EACH_WAY
 def test_mass(way: Way, weighted: bool, request: pytest.FixtureRequest) -> None:
@@ -254,57 +231,6 @@ def test_mass(way: Way, weighted: bool, request: pytest.FixtureRequest) -> None:
             for c, (p, own) in enumerate(zip(of.is_positive, weights, strict=True))
         ]
         assert problems.mass(rows).tolist() == pytest.approx(expected, rel=1e-12)
-
-
-VALUED = {
-    "mean": lambda problems: problems.ranked_mean(AP, among=("all", "positives")),
-    "beside negatives": lambda problems: (
-        problems.ranked_sum(
-            lambda ranks: ranks.among("positives") / (1 + ranks.among("negatives")),
-            queries="negatives",
-            among=("positives", "negatives"),
-            by_value=True,
-        )
-        / problems.mass("positives", by_value=True)
-    ),
-}
-
-
-@WEIGHTED
-@EACH_WAY
-@pytest.mark.parametrize("metric", VALUED.values(), ids=VALUED)
-def test_value(
-    metric: Callable[[Problems], Tensor],
-    way: Way,
-    weighted: bool,
-    request: pytest.FixtureRequest,
-) -> None:
-    """Of positives: their weight in a mean, and among positives; of negatives never looked at."""
-    of, example = given(way, weighted), like(way, request, torch.float64)
-    of.is_positive[1::2], of.is_positive[:, 3] = of.is_positive[0], True
-    value = torch.rand(way.shape, generator=seeded(1), dtype=torch.float64)
-    value[:, 3] = 0
-    weights = torch.ones_like(value) if of.weights is None else of.weights
-    scores = of.scores.to(example).requires_grad_()
-    unseen = torch.where(of.is_positive & (weights > 0), 1e200 * value, torch.nan).to(example)
-    found = metric(of.problems(way, example, scores=scores, value=unseen))
-    expected_from = of.scores.clone().requires_grad_()
-    expected = []
-    for c, (p, w, v) in enumerate(zip(of.is_positive, weights, value, strict=True)):
-        s = expected_from[c]
-        x = torch.sigmoid((s - s[:, None]) / of.temperature[c]) + 0.5 * torch.eye(len(s))
-        if metric is VALUED["mean"]:
-            worth = (x * p * w).sum(1) / (x * w).sum(1)
-            expected.append((w * v * worth)[p].sum() / (w * v)[p].sum())
-        else:
-            x = x * ~torch.eye(len(s), dtype=torch.bool) + torch.eye(len(s))
-            unit = w / w.max()
-            worth = (x * p * unit * v).sum(1) / (1 + (x * ~p * unit).sum(1))
-            expected.append((unit * worth)[~p].sum() / (unit * v)[p].sum())
-    total = torch.stack(expected)
-    assert_close(found, total.detach())
-    slopes = torch.autograd.grad(total.sum(), expected_from)[0]
-    assert_close(torch.autograd.grad(found.sum(), scores)[0], slopes)
 
 
 def test_what_is_worth_nothing_is_not_valid() -> None:

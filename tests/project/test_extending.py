@@ -17,9 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss, extending
+from imbalanced_losses import SmoothAPLoss, extending
 from imbalanced_losses.extending import Problems, RankingOptions
-from tests.helpers.ranks import WORLD_SIZE, Failure, Ranks
 from tests.helpers.rows import Batch, make_batch, numbers_of, state_of
 from tests.project.test_docs import PAGES, ROOT, blocks
 
@@ -89,81 +88,6 @@ def test_value_is_the_formula(num_classes: int, weighted: bool) -> None:
     assert got == pytest.approx(loss_by_loops(batch, 0.3, 0.25, 0.3, num_classes), abs=1e-12)
 
 
-@pytest.mark.parametrize("unit", ["score", "spread"])
-def test_gradcheck(unit: str) -> None:
-    batch = make_batch(12, 2, dtype=torch.float64).leaf()
-    loss_fn = make(2, temperature_unit=unit, reduction="sum")
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda logits: loss_fn(logits, batch.targets), batch.logits)
-
-
-def test_hard_steps_give_recall() -> None:
-    """τ and softness near zero: the share of positives among the k highest."""
-    logits = torch.randn(50, 1, dtype=torch.float64)
-    targets = torch.arange(50) % 7 == 0
-    loss_fn = make(budget=0.21, temperature=1e-6, softness=1e-3)  # k = 10.5
-    top = logits.squeeze(1).topk(10).indices
-    recall = targets[top].sum() / targets.sum()
-    assert loss_fn(logits, targets).item() == pytest.approx(1 - recall.item(), abs=1e-6)
-
-
-def test_weight_two_is_the_row_twice() -> None:
-    """Of negatives: a positive would tie with its copy."""
-    batch = make_batch(15, dtype=torch.float64)
-    weights = torch.where(batch.targets == 1, 1.0, 2.0).double()
-    once = batch._replace(weights=weights).through(make())
-    index = torch.cat((torch.arange(15), (batch.targets == 0).nonzero().squeeze(1)))
-    twice = Batch(batch.logits[index], batch.targets[index]).through(make())
-    assert once.item() == pytest.approx(twice.item(), abs=1e-12)
-
-
-def test_the_queue_makes_one_large_batch() -> None:
-    first, second = (make_batch(10, seed=seed, dtype=torch.float64) for seed in (0, 1))
-    loss_fn = make(queue_size=10)
-    first.through(loss_fn)
-    logits = torch.cat((second.logits, first.logits))
-    together = make()(logits, torch.cat((second.targets, first.targets)))
-    assert second.through(loss_fn).item() == pytest.approx(together.item(), abs=1e-12)
-
-
-@pytest.mark.parametrize("targets", [[0] * 4, [1] * 4, [-100] * 4, []], ids=str)
-def test_nothing_to_rank(targets: list[int]) -> None:
-    logits = torch.full((len(targets), 1), torch.inf).requires_grad_()
-    loss, per_class, valid = make()(logits, torch.tensor(targets, dtype=torch.int64), True)
-    loss.backward()
-    assert loss.item() == 0
-    assert not valid.item()
-    assert per_class.isnan().all()
-    assert (logits.grad == 0).all()
-
-
-def test_infinities_rank_as_extremes() -> None:
-    logits = torch.tensor([[torch.inf], [0.0], [-torch.inf]], requires_grad=True)
-    loss = make(budget=0.5, softness=0.01)(logits, torch.tensor([1, 0, 0]))
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert logits.grad.isfinite().all()
-
-
-def test_it_takes_part_in_the_rest() -> None:
-    """Mixing, checkpoints, repr: what is written for ranking losses serves this one."""
-    loss_fn, other = make(queue_size=6), make(queue_size=6)
-    batch = make_batch(9)
-    batch.through(loss_fn)
-    other.load_state_dict(loss_fn.state_dict())
-    assert batch.through(other) == batch.through(loss_fn)
-    mix = MixedLoss(CrossEntropy(1), make(), main_weight=0.5)
-    expected = (batch.through(CrossEntropy(1)) + batch.through(make())) / 2
-    assert batch.through(mix).item() == pytest.approx(expected.item())
-    assert repr(make()).endswith("budget=0.3, softness=0.25)")
-
-
-@pytest.mark.parametrize("bad", [{"budget": 0}, {"budget": 1}, {"softness": 0}], ids=str)
-def test_bad_arguments(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="budget must be in"):
-        make(**bad)
-
-
 @pytest.mark.parametrize("queue_size", [0, 20])
 def test_compiled_in_one_graph(queue_size: int) -> None:
     torch._dynamo.reset()
@@ -210,45 +134,6 @@ def test_no_option_is_lost() -> None:
     assert numbers_of(state_of(loss_fn)).equal(numbers_of(state_of(other)))
     with pytest.raises(TypeError, match="queue_sise"):
         RecallAtBudgetLoss(2, queue_sise=7)
-
-
-def test_diagnose() -> None:
-    """What a batch gives to learn from is a matter of the rows, whatever the metric."""
-    loss_fn, other = make(queue_size=8), SmoothAPLoss(1, 8, 0.3)
-    for seed in range(2):
-        batch = make_batch(9, seed=seed)
-        found, expected = (one.diagnose(batch.logits, batch.targets) for one in (loss_fn, other))
-        torch.testing.assert_close(found._replace(metric=expected.metric), expected, rtol=0, atol=0)
-        for one in (loss_fn, other):
-            batch.through(one)
-
-
-def rows_of(rank: int | None, **options: Any) -> tuple[float, Tensor]:
-    """Loss and gradient of one process with its rows, or with all rows for None."""
-    batch = make_batch(13, 3, dtype=torch.float64)._replace(
-        weights=torch.linspace(0, 2, 13).double()
-    )
-    own = {None: slice(None), 0: slice(6), 1: slice(6, None)}[rank]
-    batch = Batch(*(field[own] for field in batch)).leaf()
-    loss = batch.through(make(3, **options))
-    loss.backward()
-    return loss.item(), batch.logits.grad
-
-
-def rows_of_rank(rank: int, options: dict[str, Any]) -> tuple[float, Tensor]:
-    return rows_of(rank, **options)
-
-
-@pytest.mark.parametrize("unit", ["score", "spread"])
-@pytest.mark.parametrize("gather", ["rows", "sums"])
-def test_two_processes_are_one(ranks: Ranks, gather: str, unit: str) -> None:
-    loss, gradient = rows_of(None, temperature_unit=unit)
-    found = ranks.run(rows_of_rank, {"gather": gather, "temperature_unit": unit})
-    for outcome, part in zip(found, (gradient[:6], gradient[6:]), strict=True):
-        assert not isinstance(outcome, Failure), outcome
-        assert outcome[0] == pytest.approx(loss, abs=1e-12)
-        # DDP averages.
-        torch.testing.assert_close(outcome[1], WORLD_SIZE * part, rtol=1e-10, atol=1e-13)
 
 
 def test_it_is_one_short_file_that_imports_nothing_private() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -78,30 +77,6 @@ def test_a_series_of_ours(series: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(row) <= set(gpu.COLUMNS)
 
 
-class Full(StandIn):
-    """A device that has no memory for large steps, and captures nothing."""
-
-    def peak_bytes(self, step: Step) -> int:
-        self.last_peak_bytes = 456
-        if self.calls > 0:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
-        return super().peak_bytes(step)
-
-    def captured(self, step: Step) -> Step:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-
-
-@pytest.mark.usefixtures("_few_rounds")
-def test_a_series_ends_where_memory_does() -> None:
-    cases = [Case(size) for size in (64, 128, 256)]
-    first, second = _gpu_worker.measured("ours", cases, Full())
-    assert first["outcome"] == "ok"
-    assert first["graph_ms"] == ""
-    assert first["note"].endswith("operation not permitted when stream is capturing")
-    assert (second["num_rows"], second["outcome"]) == (128, "out of memory")
-    assert (second["peak_bytes"], second["eager_ms"]) == (456, "")
-
-
 def test_every_series_has_a_worker_and_the_sizes_of_the_goals() -> None:
     wanted = gpu.all_series(quick=False)
     assert {series.name for series in wanted} == set(_gpu_worker.SERIES)
@@ -112,64 +87,11 @@ def test_every_series_has_a_worker_and_the_sizes_of_the_goals() -> None:
     assert all(len(series.cases) <= 3 for series in gpu.all_series(quick=True))
 
 
-def test_rates() -> None:
-    found = _gpu_worker.rates(StandIn(), 1 << 12, programs=1, rounds=2)
-    assert set(found) == {"bytes_per_s", "sigmoids_per_s"}
-    assert all(rate > 0 for rate in found.values())
-
-
-def test_the_loops_compute_what_they_claim() -> None:
-    from benchmarks import _gpu_rates
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.arange(64, dtype=torch.float64)
-    out = torch.empty(64, device=device)
-    _gpu_rates.sigmoids[(2,)](out, 3, BLOCK=32, enable_fp_fusion=True)
-    expected = sum(torch.sigmoid(1e-6 * x + 1e-3 * r) for r in range(3))
-    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-6, atol=0)
-
-
 def row(series: str, num_rows: int, eager_ms: float | str, **more: Any) -> dict[str, Any]:
     backend = series.removeprefix("ours, ") if "," in series else "dense"
     blank = dict.fromkeys(gpu.COLUMNS, "") | {"num_classes": 1, "queue_size": 0, "outcome": "ok"}
     blank |= {"series": series, "num_rows": num_rows, "eager_ms": eager_ms}
     return blank | {"positive_rate": 0.1, "backend": backend, "peak_bytes": 1 << 20} | more
-
-
-def test_bounds() -> None:
-    dense = gpu.with_bounds(row("ours", 4096, 0.1), RATES)
-    assert dense["bytes_bound_ms"] == pytest.approx(4096 * 9 / 3e12 * 1e3)
-    assert dense["operations_bound_ms"] == pytest.approx(2 * 409.6 * 4096 / 1e12 * 1e3)
-    linear = gpu.with_bounds(row("ours, panel", 1 << 20, 0.1, num_classes=3), RATES)
-    scores = 3 * (1 << 20)
-    assert linear["bytes_bound_ms"] == pytest.approx(scores * 198 / 3e12 * 1e3)
-    sigmoids = scores * (48 + 2 * 0.1 * 256)
-    assert linear["operations_bound_ms"] == pytest.approx(sigmoids / 1e12 * 1e3)
-    case = {"num_classes": 10, "queue_size": 1024, "backend": "dense"}
-    classes = gpu.with_bounds(row("ours, loss", 3072, 1, **case), RATES)
-    assert classes["operations_bound_ms"] == pytest.approx(2 * 4096 * (4096 / 1e12) * 1e3)
-    other = row("predecessor", 4096, 0.1, backend="")
-    assert gpu.with_bounds(other, RATES) == other
-    assert gpu.with_bounds(row("ours", 4096, 0.1), {"outcome": "died"})["bytes_bound_ms"] == ""
-
-
-def test_crossing_is_where_both_are_as_fast() -> None:
-    """Dense (M / 8000)² ms, linear 1 ms: at M = 8,000, whatever sizes were measured."""
-    rows = [
-        row(f"ours, {name}", size, ms)
-        for size in gpu.CROSSING_SIZES
-        for name, ms in (("dense", (size / 8000) ** 2), ("panel", 1.0))
-    ]
-    assert gpu.crossing(rows, 1) == pytest.approx(8000**2)
-    assert gpu.crossing(rows, 10) is None
-    assert gpu.crossing(rows[:2], 1) is None
-    assert gpu.crossing(rows[4:], 1) == 0
-    for_ten = [one | {"num_classes": 10} for one in rows]
-    assert gpu.crossing(for_ten, 10) == pytest.approx(10 * 8000**2)
-    lines = "\n".join(gpu.advice([*rows, *for_ten[4:]], 1 << 29))
-    assert "2^29.0" in lines
-    assert "C = 1: as fast at M = 8,000, MOST_FUSED_PAIRS = 1 << 26 (2^25.9)" in lines
-    assert "C = 10: linear was faster" in lines
 
 
 def made_up(series: str) -> list[dict[str, Any]]:
@@ -210,22 +132,6 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert (tmp_path / "plots" / "gpu.png").stat().st_size > 10_000
     gpu.figure(rows, "read from the file", tmp_path / "again.png")  # from text as well
     assert gpu.goals([]) == [line for line in gpu.goals([]) if line.endswith("not measured")]
-
-
-def test_a_process_that_dies_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "import sys; print('{\"num_rows\": 7}', flush=True); sys.exit('it broke')"
-    monkeypatch.setattr(gpu.sys, "executable", "true")
-    assert gpu.asked({"series": "ours"}, 60) == []
-
-    class Script(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, command: list[str], **options: Any) -> None:
-            assert json.loads(command[-1]) == {"series": "ours"}
-            super().__init__(["python3", "-c", script], **options)
-
-    monkeypatch.setattr(gpu.subprocess, "Popen", Script)
-    assert gpu.asked({"series": "ours"}, 60) == [{"num_rows": 7}, {"outcome": "it broke"}]
-    script = "import time; print('{\"num_rows\": 7}', flush=True); time.sleep(60)"
-    assert gpu.asked({"series": "ours"}, 1) == [{"num_rows": 7}, {"outcome": "more than 1 s"}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

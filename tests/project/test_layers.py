@@ -93,11 +93,6 @@ def test_imports_have_no_cycle() -> None:
     assert len(list(TopologicalSorter(imported).static_order())) == len(FILES)
 
 
-def test_every_layer_exists() -> None:
-    found = {first_level(path) for path in FILES}
-    assert {name for names in LAYERS for name in names} <= found
-
-
 def test_only_gather_knows_torch_distributed() -> None:
     known = {name for path, name in zip(FILES, NAMES, strict=True) if "distributed" in code(path)}
     assert known == {"_rows/gather.py"}
@@ -165,10 +160,6 @@ def test_importing_the_package_imports_nothing_optional() -> None:
     )
     brought = set(json.loads(run.stdout)) - set(sys.stdlib_module_names)
     assert brought == {"imbalanced_losses"}
-
-
-def test_the_package_is_typed() -> None:
-    assert (PACKAGE / "py.typed").exists()
 
 
 def test_the_map_in_contributing_is_complete() -> None:

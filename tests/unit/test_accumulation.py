@@ -75,29 +75,6 @@ def test_gradient_and_state_are_those_of_the_whole_batch(
         torch.testing.assert_close(field, other, rtol=1e-12, atol=1e-13)
 
 
-def test_sums_of_micro_batches_are_something_else() -> None:
-    """The reason why it exists."""
-    model, features, targets = make_model(), make_features(), make_batch(24).targets
-    loss_fn = SmoothAPLoss(1, 0, 0.2)
-    loss_fn(model(features), targets).backward()
-    by_whole = gradients(model)
-    for rows, labels in zip(features.split(8), targets.split(8), strict=True):
-        (loss_fn(model(rows), labels) / 3).backward()
-    difference = max((a - b).abs().max() for a, b in zip(gradients(model), by_whole, strict=True))
-    assert difference > 0.01
-
-
-def test_gradients_are_added_to_those_there() -> None:
-    model, features, targets = make_model(), make_features(), make_batch(24).targets
-    loss_fn = SmoothAPLoss(1, 0, 0.2)
-    for _ in range(2):
-        backward_in_micro_batches(model, loss_fn, features.split(8), targets)
-    twice = gradients(model)
-    backward_in_micro_batches(model, loss_fn, features.split(8), targets)
-    for both, once in zip(twice, gradients(model), strict=True):
-        torch.testing.assert_close(both, 2 * once)
-
-
 def test_dropout_draws_the_same_numbers_twice_and_goes_on_after() -> None:
     """Beside both micro-batches in one graph, with the numbers that they would draw."""
     model, features, targets = make_model(nn.Dropout(0.5)), make_features(), make_batch(24).targets
@@ -189,31 +166,6 @@ def test_under_autocast_with_a_scaler(dtype: torch.dtype) -> None:
     for own, other in zip(gradients(model), expected, strict=True):
         assert other.any()
         torch.testing.assert_close(own, other, rtol=eps, atol=eps * other.abs().max().item())
-
-
-def test_a_model_may_be_any_function() -> None:
-    model, features, targets = make_model(), make_features(), make_batch(24).targets
-    batches = [{"x": rows} for rows in features.split(12)]
-    loss_fn = SmoothAPLoss(1, 0, 0.2)
-    backward_in_micro_batches(
-        lambda batch: model(batch["x"]), loss_fn, batches, targets, module=model
-    )
-    by_function = gradients(model)
-    backward_in_micro_batches(model, loss_fn, features.split(12), targets)
-    assert all(map(torch.equal, by_function, gradients(model)))
-
-
-def test_a_loss_may_know_nothing_of_weights() -> None:
-    model, features, targets = make_model(), make_features(), make_batch(24).targets
-    loss_fn = SmoothAPLoss(1, 0, 0.2)
-
-    def without_weights(logits: Tensor, targets: Tensor) -> Any:
-        return loss_fn(logits, targets)
-
-    backward_in_micro_batches(model, without_weights, features.split(12), targets)
-    by_function = gradients(model)
-    backward_in_micro_batches(model, loss_fn, features.split(12), targets)
-    assert all(map(torch.equal, by_function, gradients(model)))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -128,21 +127,6 @@ def test_any_sharpness(tau: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
-def test_ragged_problems(tensor_temperature: bool) -> None:
-    """Queries of a problem may be many, few or none, in any order: problems stay apart."""
-    tau = torch.tensor([0.2, 0.5, 1.0, 3.0]).double() if tensor_temperature else 0.5
-    given = _problem(9, 6, 4, 2, temperature=tau)
-    given = given._replace(problem=torch.tensor([3, 0, 3, 3, 2, 0, 3, 2, 3]))  # none of problem 1
-    for got, expected in zip(
-        _derivatives(sigmoid_sums, given, 2), _derivatives(_formula, given, 2), strict=True
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    (gradient,) = torch.autograd.grad(sigmoid_sums(*given).sum(), given.sources)
-    assert (gradient[1] == 0).all()
-    assert (gradient[[0, 2, 3]] != 0).all()
-
-
-@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("num_problems", [1, 3])
 @pytest.mark.parametrize(("num_queries", "num_sources"), [(0, 0), (0, 5), (4, 0)])
 def test_nothing_to_sum(
@@ -191,20 +175,6 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, t
     for got, expected in zip(_derivatives(sigmoid_sums, given, 2), whole, strict=True):
         # Sums of 23 terms in another order.
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_every_named_backend_is_the_same_function(dtype: torch.dtype) -> None:
-    """Whatever "auto" takes, it is what "dense" defines, and so is "panel": to the dtype's rounding
-    in the value and the first derivative.
-    """
-    given = _problem(20, 30, 2, 2, dtype=dtype)
-    expected = _derivatives(sigmoid_sums, given, 1)
-    for backend in ("auto", "dense", "panel"):
-        got = _derivatives(partial(sigmoid_sums, backend=backend), given, 1)
-        for a, b in zip(got, expected, strict=True):
-            bound = (1e-11 if dtype == torch.float64 else 2e-6) * b.abs().max().item()
-            torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
 def test_the_same_twice() -> None:
@@ -422,30 +392,6 @@ def test_temperature_gradient_far_from_zero() -> None:
     gradients = [torch.autograd.grad(_as_columns(sigmoid_sums(*p)), tau)[0] for p in (given, moved)]
     # Scores of 10⁶ are rounded by 10⁻¹⁰.
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=0)
-
-
-@pytest.mark.parametrize("num_problems", [1, 3])
-@pytest.mark.parametrize("backend", ["dense", "panel"])
-def test_batch_of_cotangents(backend: Backend, num_problems: int) -> None:
-    """`is_grads_batched=True` gives the gradients that one cotangent after the other gives."""
-    given = _problem(7, 9, num_problems, 2)
-    leaves = _leaves(given)
-    out = sigmoid_sums(*given, backend=backend)
-    cotangents = torch.randn(4, *out.shape, dtype=torch.float64)
-    batched = torch.autograd.grad(out, leaves, cotangents, retain_graph=True, is_grads_batched=True)
-    one_by_one = [torch.autograd.grad(out, leaves, c, retain_graph=True) for c in cotangents]
-    for got, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
-        torch.testing.assert_close(got, torch.stack(expected))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own import
-def test_forward_mode_is_refused() -> None:
-    """Forward-mode differentiation raises rather than being silently wrong."""
-    given = _problem(3, 4)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(given.sources, given.sources)
-        with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
-            sigmoid_sums(*given._replace(sources=dual))
 
 
 def test_vmap_over_weights() -> None:

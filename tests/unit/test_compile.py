@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,101 +20,62 @@ from imbalanced_losses._ranking.average_precision import average_precision
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.helpers.cases import seeded
 from tests.helpers.rows import IGNORED, assert_same_state, state_of
+from tests.project.compile_matrix import MOST_GRAPHS, Configuration, all_configurations, graphs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 
-STEPS = 30
 OPERATORS = torch.ops.imbalanced_losses
-
-
-def batches(num_classes: int, multilabel: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Steps whose number of positives changes."""
-    found = []
-    for step in range(STEPS):
-        generator = seeded(step)
-        shape = (64, num_classes) if multilabel else (64,)
-        labels = 2 if multilabel else max(2, num_classes)
-        targets = torch.randint(0, labels, shape, generator=generator)
-        is_kept = torch.rand(shape, generator=generator) < 0.1 * (1 + step % 5)
-        targets = targets * is_kept
-        if step % 3 == 0:
-            targets[1] = IGNORED
-        found.append((torch.randn(64, 8, generator=generator), targets))
-    return found
-
-
-def trained(loss_fn: nn.Module, steps: list[tuple[Tensor, Tensor]], compiled: Any) -> list[Tensor]:
-    """Losses and gradients; `compiled` makes a step of it."""
-    model = nn.Linear(
-        8, steps[0][1].shape[-1] if loss_fn_is_multilabel(loss_fn) else classes(loss_fn)
-    )
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, generator=seeded(5))
-
-    def forward(features: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = loss_fn(model(features), targets)
-        return loss
-
-    step = compiled(forward)
-    found = []
-    for features, targets in steps:
-        model.zero_grad()
-        loss = step(features, targets)
-        loss.backward()
-        found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]  # type: ignore[union-attr]
-    return found
-
-
-def ranking(loss_fn: Any) -> Any:
-    return getattr(loss_fn, "main_loss", loss_fn)
-
-
-def classes(loss_fn: Any) -> int:
-    count: int = ranking(loss_fn).num_classes
-    return count
-
-
-def loss_fn_is_multilabel(loss_fn: Any) -> bool:
-    return bool(ranking(loss_fn).multilabel)
-
 
 LOSSES: dict[str, Any] = {
     "binary": lambda: SmoothAPLoss(1, 0, 0.1),
-    "binary-queue": lambda: SmoothAPLoss(1, 150, 0.1),
-    "classes": lambda: SmoothAPLoss(10, 0, 0.1),
     "classes-queue": lambda: SmoothAPLoss(10, 150, 0.1),
     "labels-queue": lambda: SmoothAPLoss(3, 150, 0.1, multilabel=True),
     "spread": lambda: SmoothAPLoss(1, 150, 0.1, temperature_unit="spread"),
     "prior": lambda: SmoothAPLoss(1, 150, 0.1, target_prior=0.1, queue_follows_shift=True),
     "mixed": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 50, 0.1), main_weight=0.5),
 }
+FAST = (14, 22, 33, 44, 55)  # each metric; with and without queue, groups, classes, training
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_one_graph_with_the_results_of_eager_code(name: str, training: bool) -> None:
+@pytest.mark.parametrize(
+    "one",
+    [
+        pytest.param(one, marks=() if number in FAST else pytest.mark.slow, id=str(one))
+        for number, one in enumerate(all_configurations())
+    ],
+)
+def test_a_metric_in_one_graph(one: Configuration) -> None:
+    """With the results of eager code, over steps whose numbers of rows and positives change."""
+    assert graphs_of(one) <= MOST_GRAPHS
+
+
+def rows(loss_fn: Any, num_rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Logits and targets for a loss, one row in ten ignored."""
+    own = getattr(loss_fn, "main_loss", loss_fn)
+    shape = (num_rows, own.num_classes) if own.multilabel else (num_rows,)
+    num_labels = 2 if own.multilabel else max(2, own.num_classes)
+    targets = torch.randint(0, num_labels, shape, generator=seeded(seed))
+    targets[seed::10] = IGNORED
+    return torch.randn(num_rows, own.num_classes, generator=seeded(seed + 1)), targets
+
+
+@pytest.mark.parametrize("name", ["labels-queue", "prior", "mixed"])
+def test_the_options_of_a_loss_in_one_graph(name: str) -> None:
     torch._dynamo.reset()
-    loss_fn = LOSSES[name]().train(training)
-    beside = copy.deepcopy(loss_fn)
-    counter = CompileCounterWithBackend("aot_eager")
-    steps = batches(classes(loss_fn), loss_fn_is_multilabel(loss_fn))
-    found = trained(loss_fn, steps, lambda f: torch.compile(f, fullgraph=True, backend=counter))
-    expected = trained(beside, steps, lambda f: f)
-    for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
-    assert counter.frame_count <= 2
+    eager = LOSSES[name]()
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    for seed in range(4):
+        results = []
+        for loss_fn in (eager, compiled):
+            logits, targets = rows(eager, 64, seed)
+            loss = loss_fn(logits.requires_grad_(), targets)
+            loss.backward()
+            results.append((loss.detach(), logits.grad))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     # Compiled code counts no steps.
-    saved, other = (ranking(one)._saved()._replace(num_steps=0) for one in (loss_fn, beside))
+    owns = (getattr(one, "main_loss", one) for one in (compiled._orig_mod, eager))
+    saved, other = (own._saved()._replace(num_steps=0) for own in owns)
     torch.testing.assert_close(saved, other, rtol=1e-5, atol=1e-6)
-
-
-def test_the_default_compiler() -> None:
-    torch._dynamo.reset()
-    loss_fn = SmoothAPLoss(1, 150, 0.1)
-    beside = copy.deepcopy(loss_fn)
-    found = trained(loss_fn, batches(1), lambda f: torch.compile(f, fullgraph=True))
-    for own, other in zip(found, trained(beside, batches(1), lambda f: f), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_temperature_that_changes_is_not_compiled_anew() -> None:
@@ -162,44 +125,29 @@ def test_bad_labels_raise_in_compiled_code_and_change_nothing() -> None:
     assert_same_state(loss_fn, before)
 
 
-class Scored(nn.Module):
-    def __init__(self, queue_size: int) -> None:
-        super().__init__()
-        self.linear, self.loss_fn = nn.Linear(8, 3), SmoothAPLoss(3, queue_size, 0.1)
-
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self.loss_fn(self.linear(features), targets)
-        return loss
-
-
-@pytest.mark.parametrize("queue_size", [0, 32])
-@pytest.mark.parametrize("training", [True, False])
-def test_export(queue_size: int, training: bool) -> None:
-    module = Scored(queue_size).train(training)
-    beside = copy.deepcopy(module)
-    features, targets = batches(3)[1]
-    exported = torch.export.export(module, (features, targets)).module()
-    for _ in range(2):
-        torch.testing.assert_close(exported(features, targets), beside(features, targets))
+def exports() -> list[Any]:
+    """Of several labels with a queue in the fast suite."""
+    each = itertools.product([*LOSSES, "cross-entropy"], (True, False), (True, False))
+    return [
+        pytest.param(*one, marks=() if one[0] == "labels-queue" else pytest.mark.slow)
+        for one in each
+    ]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", [*LOSSES, "cross-entropy"])
+@pytest.mark.parametrize(("name", "strict", "training"), exports())
 def test_export_of_a_batch_of_any_length(name: str, strict: bool, training: bool) -> None:
+    """And what is exported can be saved, and has left the state alone."""
     loss_fn = (LOSSES | {"cross-entropy": lambda: CrossEntropy(3)})[name]().train(training)
-    beside = copy.deepcopy(loss_fn)
-    num_classes = classes(loss_fn)
-    shape = (20, num_classes) if loss_fn_is_multilabel(loss_fn) else (20,)
-    logits, targets = torch.randn(20, num_classes, generator=seeded(0)), torch.arange(20) % 2
-    targets = targets.view(-1, *(1,) * (len(shape) - 1)).expand(shape).clone()
-    rows = {0: torch.export.Dim("rows", min=2, max=64)}
-    exported = torch.export.export(
-        loss_fn, (logits, targets), dynamic_shapes=(rows, rows), strict=strict
-    ).module()
+    beside, before = copy.deepcopy(loss_fn), state_of(loss_fn)
+    batch = rows(loss_fn, 20, 0)
+    dim = {0: torch.export.Dim("rows", min=2, max=64)}
+    program = torch.export.export(loss_fn, batch, dynamic_shapes=(dim, dim), strict=strict)
+    torch.export.save(program, io.BytesIO())
+    assert_same_state(loss_fn, before)
+    exported = program.module()
     for length in (20, 9):
-        batch = logits[:length], targets[:length]
-        torch.testing.assert_close(exported(*batch), beside(*batch))
+        part = [field[:length] for field in batch]
+        torch.testing.assert_close(exported(*part), beside(*part))
 
 
 def test_what_is_traced() -> None:
@@ -225,15 +173,6 @@ def test_tensors_without_values(queue_size: int) -> None:
     loss, per_class, valid = SmoothAPLoss(3, queue_size).to("meta")(logits, targets, True)
     loss.backward()
     assert (per_class.shape, valid.dtype, logits.grad.shape) == ((3,), torch.bool, (20, 3))
-
-
-def test_functions_of_tensors_without_values() -> None:
-    with FakeTensorMode():
-        scores = torch.randn(3, 20, requires_grad=True)
-        ap, valid = smooth_ap(scores, scores > 0, 0.1)
-        ap.sum().backward()
-        assert (ap.shape, valid.shape) == ((3,), (3,))
-        assert scores.grad is not None
 
 
 @pytest.mark.parametrize("backend", ["dense", "panel"])

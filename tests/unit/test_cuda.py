@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from imbalanced_losses import (
     SmoothAPLoss,
 )
 from imbalanced_losses._loss import RankingLoss
-from imbalanced_losses._ranking.choose import choose_fused
 from imbalanced_losses.functional import smooth_ap
 from tests.helpers import far_device
 from tests.helpers.cases import seeded
@@ -195,56 +194,6 @@ def test_derivatives_by_scores_and_temperature(device: str, backend: str) -> Non
     assert torch.autograd.gradcheck(ap, inputs, rtol=1e-4)
 
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "binary": {"num_classes": 1},
-    "classes": {"num_classes": 5},
-    "labels": {"num_classes": 3, "multilabel": True},
-    "spread": {"num_classes": 1, "temperature_unit": "spread", "queue_follows_shift": True},
-    "prior": {"num_classes": 1, "target_prior": 0.05},
-}
-
-
-def batches(config: dict[str, Any], rows: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    num_classes = config["num_classes"]
-    for step in range(steps):
-        generator = seeded(step)
-        shape = (rows, num_classes) if config.get("multilabel") else (rows,)
-        labels = num_classes if num_classes > 1 and len(shape) == 1 else 2
-        targets = torch.randint(0, labels, shape, generator=generator)
-        targets[step] = IGNORED
-        logits = torch.randn(rows, num_classes, generator=generator)
-        yield logits, targets
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [*((name, "dense") for name in CONFIGURATIONS), ("spread", "panel")],
-)
-def test_a_loss_is_that_of_the_host(
-    name: str, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """Losses, gradients and queue over some steps with ignored rows."""
-    config = CONFIGURATIONS[name]
-    monkeypatch.setattr(SmoothAPLoss, "backend", backend)
-
-    def trained(device: str) -> tuple[list[Tensor], dict[str, Any]]:
-        loss_fn = SmoothAPLoss(**config, queue_size=30, temperature=0.1)
-        found = []
-        for logits, targets in batches(config, 24, 3):
-            leaf = logits.to(device).requires_grad_()
-            loss = loss_fn(leaf, targets.to(device))
-            loss.backward()
-            assert leaf.grad is not None
-            found += [loss.detach().cpu(), leaf.grad.cpu()]
-        return found, state_of(loss_fn.cpu())
-
-    expected, state = trained("cpu")
-    got, own_state = trained(request.getfixturevalue("device"))
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(own_state, state)
-
-
 FAMILY: dict[str, Callable[..., RankingLoss]] = {
     "AP": partial(SmoothAPLoss, 2),
     "AP, spread and prior": partial(
@@ -362,11 +311,6 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_choice_by_rows_alone() -> None:
-    assert choose_fused(1, 4096) == choose_fused(100, 1280) == "dense"
-    assert choose_fused(1, 1 << 20) == choose_fused(100, 16384) == "panel"
-
-
 OF_PLAN = "*{f} *{f} *i32 *i32 *{f}"
 POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 128}
 SIGNATURES = {
@@ -450,7 +394,6 @@ SIGNATURES = {
         {"QUERIES": "positives", "DIVIDED": True, "LARGEST": 1e38, "BQ": 16} | POWERS,
     ),
 }
-WIDE = {"POWERS": 32, "BLOCK": 64}
 VARIANTS = {
     "prepare": [{}, {"BLOCKS": 1, "FIXED": False, "WEIGHTED": False}],
     "soft_ranks": [{}, {"BQ": 4, "BM": 256}, {"BQ": 1, "BM": 1024, "CHUNK": 1024}],

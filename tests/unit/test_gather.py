@@ -1,183 +1,16 @@
-"""Ranks: the gradient and the loss of one process with all rows, in real processes over gloo."""
+"""Ranks: when they gather, what they gather, and what they say where they disagree."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from tests.helpers.ranks import WORLD_SIZE, Failure, Ranks
-from tests.helpers.rows import IGNORED, Batch, assert_same_state, make_batch, numbers_of, state_of
-
-# --- Training on two ranks and on one ------------------------------------------------------------
-
-
-class Case(NamedTuple):
-    """A training run; the rows of each step are split over the ranks in order."""
-
-    sizes: tuple[int, ...] = (6, 6)  # rows of each rank
-    num_classes: int = 1
-    steps: int = 1
-    ignored: tuple[int, ...] = ()  # rows of the global batch
-    negative: tuple[int, ...] = ()
-    weighted: bool = False
-    recomputed: bool = False
-    multilabel: bool = False
-    options: dict[str, Any] = {}  # noqa: RUF012, never changed
-
-    def loss_fn(self) -> SmoothAPLoss:
-        options = {"queue_size": 0, "temperature": 0.3, **self.options}
-        return SmoothAPLoss(self.num_classes, multilabel=self.multilabel, **options)
-
-    def model(self) -> nn.Linear:
-        model = nn.Linear(5, self.num_classes, bias=False, dtype=torch.float64)
-        with torch.no_grad():
-            model.weight.copy_(make_batch(self.num_classes, 5, seed=99).logits)
-        return model
-
-    def global_batch(self, step: int) -> Batch:
-        """Features in the place of logits."""
-        num_rows = sum(self.sizes)
-        features = make_batch(num_rows, 5, seed=step, dtype=torch.float64).logits
-        targets = make_batch(num_rows, self.num_classes, multilabel=self.multilabel).targets
-        targets[list(self.negative)] = 0
-        targets[list(self.ignored)] = IGNORED
-        weights = torch.arange(num_rows).remainder(3).add(0.5) if self.weighted else None
-        return Batch(features, targets, weights)
-
-
-class Outcome(NamedTuple):
-    losses: list[float]
-    gradients: list[Tensor]
-    state: dict[str, Tensor]
-
-
-def loss_of(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    loss_fn: SmoothAPLoss,
-    recomputed: bool,
-) -> Tensor:
-    if not recomputed:
-        return Batch(logits, targets, weights).through(loss_fn)
-    loss: Tensor = checkpoint(
-        loss_of, logits, targets, weights, loss_fn, False, use_reentrant=False
-    )
-    return loss
-
-
-def trained(case: Case, model: nn.Module, rows: slice) -> Outcome:
-    """Steps of gradient descent on these rows of each global batch."""
-    loss_fn = case.loss_fn()
-    losses, gradients = [], []
-    for step in range(case.steps):
-        features, *rest = (
-            None if field is None else field[rows] for field in case.global_batch(step)
-        )
-        model.zero_grad()
-        loss = loss_of(model(features), *rest, loss_fn, case.recomputed)
-        loss.backward()
-        losses.append(loss.item())
-        (parameter,) = model.parameters()
-        assert parameter.grad is not None
-        gradients.append(parameter.grad.clone())
-        with torch.no_grad():
-            parameter -= 0.5 * parameter.grad
-    return Outcome(losses, gradients, loss_fn.state_dict())
-
-
-def train_rank(rank: int, case: Case) -> Outcome:
-    start = sum(case.sizes[:rank])
-    model = DistributedDataParallel(case.model())
-    return trained(case, model, slice(start, start + case.sizes[rank]))
-
-
-def train_alone(case: Case) -> Outcome:
-    return trained(case, case.model(), slice(None))
-
-
-SPLITS = {
-    "equal": Case((6, 6)),
-    "unequal": Case((9, 3)),
-    "one-row": Case((1, 11)),
-    "first-without-rows": Case((0, 12)),
-    "second-without-rows": Case((12, 0)),
-    "first-ignored": Case((4, 8), ignored=(0, 1, 2, 3)),
-    "some-ignored": Case((6, 6), ignored=(0, 5, 6)),
-    "second-without-positive": Case((6, 6), negative=(6, 7, 8, 9, 10, 11)),
-    "no-positive": Case((6, 6), negative=tuple(range(12))),
-    "nothing": Case((0, 0)),
-    "weighted": Case((5, 7), weighted=True),
-}
-KINDS = {
-    "binary": {"num_classes": 1},
-    "classes": {"num_classes": 3},
-    "labels": {"num_classes": 3, "multilabel": True},
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "queue": {"queue_size": 20},
-    "wide-queue": {"queue_size": 100},
-    "capped": {"max_pool_size": 8},
-    "capped-queue": {"queue_size": 20, "max_pool_size": 8},
-    "sum": {"reduction": "sum"},
-    "spread": {"queue_size": 20, "temperature_unit": "spread"},
-    "follows-shift": {"queue_size": 20, "queue_follows_shift": True},
-    "always": {"gather_distributed": True},
-}
-
-
-def cases() -> list[Any]:
-    splits = [
-        pytest.param(case._replace(**kind), id=f"{kind_name}-{name}")
-        for kind_name, kind in KINDS.items()
-        for name, case in SPLITS.items()
-    ]
-    options = [
-        pytest.param(
-            Case((9, 4), steps=3, options=option, **kind), id=f"{kind_name}-{name}-3-steps"
-        )
-        for kind_name, kind in KINDS.items()
-        for name, option in OPTIONS.items()
-    ]
-    return [*splits, *options]
-
-
-@pytest.mark.parametrize("case", cases())
-def test_two_ranks_train_as_one_process_with_all_rows(ranks: Ranks, case: Case) -> None:
-    alone = train_alone(case)
-    outcomes: list[Outcome] = ranks.run(train_rank, case)
-    for outcome in outcomes:
-        assert outcome.losses == pytest.approx(alone.losses, rel=1e-12, abs=1e-15)
-        for found, expected in zip(outcome.gradients, alone.gradients, strict=True):
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * scale)
-        # But for the rounding of a model that saw fewer rows at once.
-        numbers = numbers_of(outcome.state), numbers_of(alone.state)
-        torch.testing.assert_close(*numbers, rtol=1e-12, atol=1e-12)
-    first, second = outcomes
-    assert first.losses == second.losses
-    torch.testing.assert_close(first.state, second.state, rtol=0, atol=0)
-
-
-def test_only_cases_without_a_positive_have_no_gradient() -> None:
-    without = {
-        parameter.id
-        for parameter in cases()
-        if not train_alone(*parameter.values).gradients[0].any()
-    }
-    assert without == {
-        "binary-no-positive",
-        "classes-no-positive",
-        "labels-no-positive",
-        *(f"{kind}-nothing" for kind in KINDS),
-    }
-
+from tests.helpers.rows import assert_same_state, make_batch, state_of
 
 # --- When not to gather --------------------------------------------------------------------------
 
@@ -219,12 +52,6 @@ def eval_on_first_rank(rank: int) -> bool:
 
 def test_one_rank_may_evaluate_by_itself(ranks: Ranks) -> None:
     assert ranks.run(eval_on_first_rank) == [True, True]
-
-
-def test_without_a_process_group_nothing_is_gathered() -> None:
-    batch = make_batch(6)
-    loss_fn = SmoothAPLoss(1, 0, 0.3, gather_distributed=True)
-    assert batch.through(loss_fn) == batch.through(SmoothAPLoss(1, 0, 0.3))
 
 
 # --- Ranks that disagree -------------------------------------------------------------------------
@@ -299,31 +126,28 @@ def test_ranks_that_disagree_raise_the_same_error(ranks: Ranks, what: str, name:
     assert first == second
     assert first.error == "RuntimeError"
     assert first.message.startswith(f"ranks disagree on {name}: ")
-    assert all(isinstance(state, dict) for state in ranks.run(disagree, "nothing"))
-
-
-def test_bad_input_on_one_rank_is_an_error_on_every_rank() -> None:
-    """In processes of its own: a rank left alone in a collective breaks it for what comes after."""
-    pool = Ranks(timeout_s=5)
-    try:
-        first, second = pool.run(disagree, "bad-target")
-    finally:
-        pool.close()
-    assert isinstance(first, Failure)
-    assert isinstance(second, Failure)
-    assert first.error == second.error == "ValueError"
-    assert "targets must be integers in 0..2" in first.message
 
 
 @pytest.mark.parametrize(
-    ("what", "name"),
-    [("complex-logits", "logits"), ("no-tensor", "logits"), ("flag", "return_per_class")],
+    ("what", "name", "error"),
+    [
+        ("complex-logits", "logits", "TypeError"),
+        ("no-tensor", "logits", "TypeError"),
+        ("flag", "return_per_class", "TypeError"),
+        ("bad-target", "targets", "ValueError"),
+    ],
 )
-def test_a_type_error_on_one_rank_is_one_on_every_rank(ranks: Ranks, what: str, name: str) -> None:
+def test_bad_input_on_one_rank_is_an_error_on_every_rank(
+    ranks: Ranks, what: str, name: str, error: str
+) -> None:
     first, second = ranks.run(disagree, what)
     assert first == second
-    assert first.error == "TypeError"
+    assert first.error == error
     assert first.message.startswith(f"on rank {WORLD_SIZE - 1}: {name} must ")
+
+
+def test_ranks_that_agree_raise_nothing(ranks: Ranks) -> None:
+    assert all(isinstance(state, dict) for state in ranks.run(disagree, "nothing"))
 
 
 # --- The rows that are gathered ------------------------------------------------------------------

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from imbalanced_losses._ranking import sigmoid_sums
 from imbalanced_losses._ranking.dense import DensePlan
 from imbalanced_losses._ranking.panels import line as lines
 from imbalanced_losses._ranking.panels.line import Line
@@ -146,17 +145,6 @@ def test_panels_are_bounded(family: str) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("tau", [0.001, 0.01, 0.1])
-@pytest.mark.parametrize("outlier", [1e6, -1e12, 1e30, 1e38])
-def test_an_outlier_costs_next_to_nothing(outlier: float, tau: float, dtype: torch.dtype) -> None:
-    """One row far away adds no more than a few panels."""
-    scores = FAMILIES["normal"](5000, 0).to(dtype)[None]
-    before = _line(scores, tau).num_panels
-    scores[0, 17] = outlier
-    assert _line(scores, tau).num_panels <= 1.2 * before + 200
-
-
-@DTYPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_tensor_of_all_pairs(family: str, dtype: torch.dtype) -> None:
     """A training step and its second derivative make nothing larger than some coefficients a row
@@ -229,18 +217,6 @@ def test_nan_stays_in_its_problem(dtype: torch.dtype) -> None:
                 assert error <= 2e-6 * gradient[c].norm() + 1e-14 / tau
 
 
-def test_nan_that_nobody_asks_for() -> None:
-    """A NaN in a problem without queries is in no sum, as by the definition."""
-    scores = torch.randn(2, 40, generator=seeded(0), dtype=torch.float64)
-    scores[1, 5] = math.nan
-    problem = torch.zeros(6, dtype=torch.int64)
-    at_queries, at_sources = PanelPlan(scores[0, :6], problem, scores, 0.1).both_sums(
-        1, torch.ones(2, 40, 1, dtype=torch.float64), torch.ones(6, 1, dtype=torch.float64)
-    )
-    assert at_queries.isfinite().all()
-    assert at_sources.isfinite().all()
-
-
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("case", range(3), ids=["plain", "segments", "occupied"])
 def test_nan_weights_stay_in_their_problem(case: int, order: int) -> None:
@@ -255,23 +231,6 @@ def test_nan_weights_stay_in_their_problem(case: int, order: int) -> None:
     assert at_queries[problem != 1].isfinite().all()
     assert at_sources[[0, 2]].isfinite().all()
     assert at_queries[problem == 1].isnan().any()
-
-
-@DTYPES
-@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
-def test_neighbours_do_not_meet(tensor_temperature: bool, dtype: torch.dtype) -> None:
-    """Problems one behind the other on the line give what each gives alone."""
-    value_bound, bound = (1e-6, 2e-6) if dtype == torch.float32 else (1e-12, 1e-9)
-    for (scores, is_positive, _), tau in _several(dtype):
-        spread = torch.tensor([0.3, 1.0, 40.0], dtype=dtype) * tau
-        together = _solved(scores, is_positive, spread if tensor_temperature else tau)
-        for c in range(3):
-            alone = _solved(
-                scores[c], is_positive[c], spread[c].item() if tensor_temperature else tau
-            )
-            assert together[0][c].item() == pytest.approx(alone[0].item(), rel=0, abs=value_bound)
-            error = (together[1][c] - alone[1]).norm()
-            assert error <= bound * alone[1].norm() + 1e-14 / tau
 
 
 @DTYPES
@@ -319,22 +278,6 @@ def test_cumulative_sums_by_products(before: tuple[int, ...], length: int) -> No
     torch.testing.assert_close(found, mass.cumsum(-1), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("scores", "intervals"),
-    [
-        ([], []),
-        ([3.0], [(3.0, 3.0)]),
-        ([5000.0, 1.0, -7000.0, 2.0], [(-7000.0, -7000.0), (1.0, 2.0), (5000.0, 5000.0)]),
-    ],
-    ids=["none", "one", "far apart"],
-)
-def test_intervals_of_few_scores(scores: list[float], intervals: list[tuple[float, float]]) -> None:
-    """A process may hold hardly a row of a problem."""
-    found = lines._intervals(torch.tensor(scores), per_panel=1.0, reach=5)
-    assert torch.equal(found, torch.tensor(intervals, dtype=torch.float64).reshape(-1, 2))
-    assert found.dtype == torch.float64
-
-
 class Alone:
     """The exchange of one process that holds all rows."""
 
@@ -357,13 +300,3 @@ def test_one_process_that_exchanges_lays_the_line_of_one_that_does_not(
     if alone.occupied is not None:
         assert found.occupied is not None
         assert torch.equal(found.occupied, alone.occupied)
-
-
-def test_no_sources() -> None:
-    queries, problem = torch.randn(3, generator=seeded(0)), torch.tensor([0, 1, 1])
-    sums = sigmoid_sums(
-        queries, problem, torch.empty(2, 0), torch.empty(2, 0, 1), 0.1, backend="panel"
-    )
-    assert torch.equal(sums, torch.zeros(3, 1))
-    found = lines._lowest_and_highest(torch.empty(2, 0), queries, problem)
-    assert torch.equal(found[1], torch.stack((queries[0], queries[1:].max())).double())

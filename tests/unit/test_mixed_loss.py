@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,15 +64,6 @@ def test_the_weight_of_each_call(options: dict[str, Any], expected: list[float])
     assert weights_of(make_mix(**options), len(expected)) == expected
 
 
-def test_phases() -> None:
-    loss_fn = make_mix(warmup_steps=1, blend_steps=2)
-    phases = []
-    for step in range(4):
-        phases.append((loss_fn.num_steps, loss_fn.in_warmup, loss_fn.in_blend))
-        run(loss_fn, 1, step)
-    assert phases == [(0, True, False), (1, False, True), (2, False, True), (3, False, False)]
-
-
 def test_steps_of_ones_own() -> None:
     loss_fn = make_mix(warmup_steps=1, calls_per_step=None)
     run(loss_fn, 3)
@@ -84,22 +74,6 @@ def test_steps_of_ones_own() -> None:
         make_mix().step()
 
 
-def test_steps_are_counted_by_ones() -> None:
-    by_step, by_call = make_mix(calls_per_step=None, warmup_steps=9), make_mix()
-    for step in range(3):
-        assert by_step.num_steps == by_call.num_steps == step
-        by_step.step()
-        run(by_call, 1, step)
-
-
-@pytest.mark.parametrize("main_weight", [0.1, 0.3, 0.7, 0.9, 10 / 11])
-def test_after_the_blend_the_weight_is_exactly_the_one_given(main_weight: float) -> None:
-    for blend_steps in range(1, 12):
-        loss_fn = make_mix(main_weight=main_weight, blend_steps=blend_steps)
-        loss_fn._num_steps = blend_steps
-        assert loss_fn.main_weight == main_weight
-
-
 def test_a_loss_of_weight_zero_is_not_computed() -> None:
     loss_fn = make_mix(main_weight=1, warmup_steps=1)
     calls = []
@@ -107,26 +81,6 @@ def test_a_loss_of_weight_zero_is_not_computed() -> None:
         getattr(loss_fn, name).register_forward_hook(lambda *_, name=name: calls.append(name))
     run(loss_fn, 3)
     assert calls == ["auxiliary_loss", "main_loss", "main_loss"]
-
-
-@pytest.mark.parametrize(
-    ("options", "is_counted"),
-    [
-        ({}, False),
-        ({"warmup_steps": 1}, True),
-        ({"blend_steps": 1}, True),
-        ({"warmup_steps": 1, "blend_steps": 1}, True),
-        ({"temperature": (1.0, 0.1, 3)}, True),
-    ],
-    ids=str,
-)
-def test_compiled_code_counts_where_the_number_is_used(
-    options: dict[str, Any], is_counted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loss_fn = make_mix(**options)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    loss_fn._count()
-    assert loss_fn.num_steps == is_counted
 
 
 def test_evaluation_counts_nothing() -> None:
@@ -145,16 +99,6 @@ def test_an_error_counts_nothing() -> None:
         assert_same_state(loss_fn, before)
 
 
-def test_the_weights_of_rows_reach_both_losses() -> None:
-    batch = make_batch(6)
-    weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 3.0])
-    main, auxiliary = SmoothAPLoss(1, 0, 0.3), CrossEntropy(1)
-    mix = MixedLoss(auxiliary, main, main_weight=0.25)
-    expected = 0.25 * main(batch.logits, batch.targets, sample_weight=weights)
-    expected = expected + 0.75 * auxiliary(batch.logits, batch.targets, sample_weight=weights)
-    torch.testing.assert_close(mix(batch.logits, batch.targets, sample_weight=weights), expected)
-
-
 def test_an_error_in_the_warm_up_is_no_business_of_the_main_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -169,18 +113,6 @@ def test_an_error_in_the_warm_up_is_no_business_of_the_main_loss(
     assert len(refused) == 1
 
 
-def test_any_callable_is_an_auxiliary_loss() -> None:
-    def mean_square(logits: Tensor, targets: Tensor) -> Tensor:
-        return (logits.squeeze(1) - targets).square().mean()
-
-    batch = make_batch(6).leaf()
-    loss_fn = MixedLoss(mean_square, SmoothAPLoss(1, 0, 0.3), main_weight=0.5)
-    loss_fn(batch.logits, batch.targets).backward()
-    expected = 0.5 * (SmoothAPLoss(1, 0, 0.3)(batch.logits, batch.targets))
-    expected = expected + 0.5 * mean_square(batch.logits, batch.targets)
-    torch.testing.assert_close(batch.logits.grad, torch.autograd.grad(expected, batch.logits)[0])
-
-
 # --- The switch -----------------------------------------------------------------------------------
 
 
@@ -193,16 +125,6 @@ def test_the_queue_is_emptied_where_the_main_loss_begins() -> None:
     assert int((loss_fn.main_loss._queue.targets >= 0).sum()) == 6
     run(loss_fn, 1, 3)
     assert int((loss_fn.main_loss._queue.targets >= 0).sum()) == 12
-
-
-def test_a_refit_knows_the_weights_of_rows() -> None:
-    weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 3.0])
-    loss_fn = make_mix(warmup_steps=1, refit_temperature=True)
-    run(loss_fn, 1)
-    batch = make_batch(6, seed=5)
-    loss_fn(batch.logits, batch.targets, sample_weight=weights)
-    expected = 0.3 * score_spread(batch.logits[:, 0], weights).item()
-    assert loss_fn.main_loss.temperature == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", [None, (0.3, 0.3, 1)])
@@ -229,13 +151,6 @@ def test_the_temperature_goes_geometrically_from_start_to_end() -> None:
             assert loss_fn.main_loss.temperature == found[-1]
     root = 0.01**0.25
     assert found == pytest.approx([1, 1, root, root**2, root**3, 0.01, 0.01])
-
-
-def test_without_a_schedule_the_temperature_is_ones_own() -> None:
-    loss_fn = make_mix()
-    loss_fn.main_loss.temperature = 0.7
-    run(loss_fn, 2)
-    assert loss_fn.current_temperature == loss_fn.main_loss.temperature == 0.7
 
 
 # --- Resuming -------------------------------------------------------------------------------------
@@ -416,14 +331,3 @@ def test_repr() -> None:
     assert make_mix(**own).extra_repr() == (
         "main_weight=0.75, warmup_steps=1, blend_steps=2, refit_temperature=True, calls_per_step=2"
     )
-
-
-def test_repr_of_a_function() -> None:
-    def by_name(function: Any) -> str:
-        return MixedLoss(function, SmoothAPLoss(1), main_weight=0.5).extra_repr()
-
-    assert by_name(nn.functional.binary_cross_entropy_with_logits) == (
-        "auxiliary_loss=binary_cross_entropy_with_logits, main_weight=0.5"
-    )
-    nameless = functools.partial(nn.functional.binary_cross_entropy_with_logits)
-    assert by_name(nameless) == f"auxiliary_loss={nameless!r}, main_weight=0.5"

@@ -87,17 +87,6 @@ def test_sums_of_every_order(
         _assert_plan_exact(_several_problems(num_problems, dtype, tau, wild=wild), num_columns)
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 200])
-@pytest.mark.parametrize("num_problems", [1, 3])
-def test_sums_block_by_block(
-    monkeypatch: pytest.MonkeyPatch, num_problems: int, block: int
-) -> None:
-    """However points are cut into blocks."""
-    monkeypatch.setattr(panels, "BLOCK", block)
-    for dtype in (torch.float32, torch.float64):
-        _assert_plan_exact(_several_problems(num_problems, dtype, 0.05, wild=True), 2)
-
-
 # The table ----------------------------------------------------------------------------------------
 
 # (absolute, relative to the largest |φₙ| of the panel pair) for orders 0, 1, 2.

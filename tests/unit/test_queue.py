@@ -303,18 +303,6 @@ TestQueueMachine.settings = settings(
 # --- The same, one fact at a time ----------------------------------------------------------------
 
 
-def test_the_pool_is_the_batch_and_the_queue() -> None:
-    loss_fn = SmoothAPLoss(3, 8, 0.2)
-    first, second = make_batch(5, 3, seed=1), make_batch(4, 3, seed=2).leaf()
-    first.through(loss_fn)
-    second.through(loss_fn).backward()
-
-    pool = make_batch(4, 3, seed=2).leaf()
-    rows = Batch(torch.cat((pool.logits, first.logits)), torch.cat((pool.targets, first.targets)))
-    rows.through(SmoothAPLoss(3, 0, 0.2)).backward()
-    torch.testing.assert_close(second.logits.grad, pool.logits.grad, rtol=1e-6, atol=1e-7)
-
-
 def test_the_queue_keeps_copies_without_graph() -> None:
     loss_fn = SmoothAPLoss(1, 4)
     batch = make_batch(3).leaf()
@@ -388,20 +376,3 @@ def test_rows_have_weights_from_the_first_weighted_one_on() -> None:
     weights = loss_fn._queue.rows_beside(batch).weights
     assert weights is not None
     assert weights.tolist() == [2, 1, 1, 1, 1, 1, 2, 2]
-
-
-def test_weighted_float64_rows_beside_a_float32_batch() -> None:
-    loss_fn = SmoothAPLoss(2, 8, 0.3)
-    first = make_batch(5, 2, dtype=torch.float64)._replace(weights=torch.arange(1.0, 6))
-    first.through(loss_fn)
-    second = make_batch(4, 2, seed=1)
-    rows = Batch(
-        torch.cat((second.logits, first.logits.float())),
-        torch.cat((second.targets, first.targets)),
-        torch.cat((torch.ones(4), torch.arange(1.0, 6))),
-    )
-    loss = second.through(loss_fn)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, rows.through(SmoothAPLoss(2, 0, 0.3)))
-    unweighted = rows._replace(weights=None).through(SmoothAPLoss(2, 0, 0.3))
-    assert abs(float(loss - unweighted)) > 1e-3

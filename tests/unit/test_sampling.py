@@ -87,17 +87,6 @@ def test_without_shuffling_groups_come_by_their_first_row() -> None:
     ]
 
 
-def test_epoch_and_seed_choose_the_order() -> None:
-    orders = {
-        str(epoch_of(GroupBatchSampler(GROUP, 3, seed=seed), epoch))
-        for seed in range(4)
-        for epoch in range(4)
-    }
-    assert len(orders) == 16
-    sampler = GroupBatchSampler(GROUP, 3)
-    assert list(sampler) == list(sampler) == epoch_of(GroupBatchSampler(GROUP, 3))
-
-
 @pytest.mark.parametrize(
     "name", [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 )
@@ -184,24 +173,6 @@ def test_what_was_left_of_the_epoch_comes(num_consumed: int) -> None:
     again.load_state_dict(state)
     again.set_epoch(4)
     assert len(batches_of(loader)) == len(again) == 5
-
-
-def test_workers_fetch_ahead_of_what_was_consumed() -> None:
-    sampler, loader = make_loader(num_workers=1)
-    iterator = iter(loader)
-    next(iterator)
-    assert sampler.state_dict()["num_consumed"] == 3
-    again, loader = make_loader()
-    again.load_state_dict(sampler.state_dict(1))
-    assert batches_of(loader) == [rows.tolist() for (rows,) in iterator]
-
-
-def test_the_epoch_comes_from_the_state() -> None:
-    state = GroupBatchSampler(GROUP, 2).state_dict() | {"epoch": 9}
-    sampler = GroupBatchSampler(GROUP, 2)
-    sampler.load_state_dict(state)
-    assert sampler.epoch == 9
-    assert list(sampler) == epoch_of(GroupBatchSampler(GROUP, 2), 9)
 
 
 # --- Wrong arguments ------------------------------------------------------------------------------

@@ -27,17 +27,6 @@ def _answer(seed: int, num_problems: int, backend: str) -> tuple[Tensor, Tensor]
 
 @BACKENDS
 @CLASSES
-def test_no_result_lives_in_it(backend: str, num_problems: int) -> None:
-    """Later calls leave earlier results alone."""
-    first = _answer(0, num_problems, backend)
-    copies = [tensor.clone() for tensor in first]
-    for seed in range(1, 4):
-        _answer(seed, num_problems, backend)
-    assert all(map(torch.equal, first, copies))
-
-
-@BACKENDS
-@CLASSES
 def test_backward_after_another_forward(backend: str, num_problems: int) -> None:
     """What backward needs is not in it either."""
     scores = torch.randn(num_problems, 3000, generator=seeded(0)).requires_grad_()
@@ -86,17 +75,3 @@ def test_same_place_same_memory() -> None:
     assert taken(Place.PAIRS, 20_000) == large
     assert taken(Place.POWERS, 20_000) != large
     assert taken(Place.PAIRS, 20_000, torch.float64) != large
-
-
-def test_none_where_it_would_not_pay() -> None:
-    """Little memory, a great deal, other devices and vmap are left to PyTorch."""
-    like = torch.zeros(1)
-    assert scratch(Place.PAIRS, (10,), like, torch.float32) is None
-    assert scratch(Place.PAIRS, (1 << 22,), like, torch.float32) is None
-    assert scratch(Place.PAIRS, (20_000,), like.to("meta"), torch.float32) is None
-
-    def under_vmap(tensor: Tensor) -> Tensor:
-        assert scratch(Place.PAIRS, (20_000,), like, torch.float32) is None
-        return tensor
-
-    torch.func.vmap(under_vmap)(torch.zeros(2))

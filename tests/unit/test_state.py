@@ -94,30 +94,6 @@ def test_the_next_ten_steps_are_the_same(
     torch.testing.assert_close(state, values, rtol=0, atol=0)
 
 
-@EACH_FORM
-def test_float64_rows_are_saved_in_full(saved_by: Callable[[SmoothAPLoss], State]) -> None:
-    loss_fn, other = new_loss(num_classes=1), new_loss(num_classes=1)
-    sizes = [value.shape for value in loss_fn.state_dict().values()]
-    batch = make_batch(4, dtype=torch.float64)
-    batch.through(loss_fn)
-    assert [value.shape for value in loss_fn.state_dict().values()] == sizes
-    other.load_state_dict(saved_by(loss_fn))
-    assert queued_rows(other) == rows_of(batch)
-    assert rows_of(batch) != rows_of(batch._replace(logits=batch.logits.float()))
-
-
-def test_a_checkpoint_is_copied_where_the_state_is() -> None:
-    """A captured graph, for one, goes on with the memory that it knows."""
-    loss_fn = new_loss(num_classes=1)
-    state = state_of(loss_fn)
-    trained(loss_fn, range(1))
-    places = [field.data_ptr() for field in vars(loss_fn._queue).values() if torch.is_tensor(field)]
-    loss_fn.load_state_dict(state, assign=True)
-    assert queued_rows(loss_fn) == []
-    found = [field.data_ptr() for field in vars(loss_fn._queue).values() if torch.is_tensor(field)]
-    assert found == places
-
-
 def test_whether_there_were_weights_is_saved() -> None:
     """Rows that all weigh 1 are summed by another way, whose last bit may differ."""
     loss_fn = new_loss(num_classes=1, queue_size=4)
@@ -286,17 +262,3 @@ def test_inference_mode_and_then_training(dtype: torch.dtype, training: bool) ->
     loss_fn.train()
     expected = trained(plain.train(), range(3))
     torch.testing.assert_close(trained(loss_fn, range(3)), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_old_checkpoint_in_half_precision_does_not_make_the_queue_so(dtype: torch.dtype) -> None:
-    loss_fn = new_loss(num_classes=1)
-    make_batch(4).through(loss_fn)
-    state = saved_by_0_9(loss_fn)
-    for name in ("_queue.logits", "_queue.weights"):
-        state[name] = state[name].to(dtype)
-    other = new_loss(num_classes=1)
-    other.load_state_dict(state)
-    batch = make_batch(6, seed=1)
-    batch.through(other)
-    assert queued_rows(other)[4:] == rows_of(batch)

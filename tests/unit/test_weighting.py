@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses.functional import prior_weights, smooth_ap
 from tests.helpers.cases import seeded
-from tests.helpers.rows import IGNORED, make_batch, state_of
+from tests.helpers.rows import IGNORED, make_batch
 
 PRIORS = (0.01, 0.3, 0.9)
 
@@ -45,28 +44,12 @@ def test_one_prior_a_class() -> None:
     assert share_of(is_positive, found).tolist() == pytest.approx(PRIORS)
 
 
-@pytest.mark.parametrize("labels", [[True, True], [False, False], []])
-def test_one_side_alone_keeps_its_weights(labels: list[bool]) -> None:
-    is_positive = torch.tensor(labels, dtype=torch.bool)
-    assert prior_weights(is_positive, 0.1).tolist() == [1.0] * len(labels)
-
-
 def test_weights_at_the_ends_of_the_range() -> None:
     is_positive = torch.tensor([True, False, False])
     for size in (1e-30, 1e38):
         found = prior_weights(is_positive, 0.01, torch.tensor([size, size, 0.0]))
         assert found[2] == 0
         assert share_of(is_positive, found.double()).item() == pytest.approx(0.01, rel=1e-5)
-
-
-@pytest.mark.parametrize("prior", [0.009, 0.5])
-def test_ap_is_scikit_learns_with_the_same_weights(prior: float) -> None:
-    scores, is_positive = make_scores(400, 0.5)
-    weights = prior_weights(is_positive, prior, torch.ones(400, dtype=torch.float64))
-    found = smooth_ap(scores, is_positive, 1e-9, sample_weight=weights).ap.item()
-    # Smooth ranks give a positive half of its own weight; the exact ones give it the whole.
-    expected = average_precision_score(is_positive, scores, sample_weight=weights)
-    assert found == pytest.approx(expected, abs=0.02)
 
 
 def make_scores(num_rows: int, share: float) -> tuple[Tensor, Tensor]:
@@ -130,23 +113,6 @@ def test_loss_is_that_of_weighted_problems(unit: str, options: dict[str, Any], k
     without = SmoothAPLoss(num_classes, multilabel=multilabel, **options)
     earlier.through(without)
     assert without(live.logits, live.targets, sample_weight=row_weights) != loss
-
-
-@pytest.mark.parametrize("label", [0, 1])
-def test_with_nothing_to_rank_the_loss_is_zero(label: int) -> None:
-    logits = torch.randn(5, 1, requires_grad=True)
-    loss = SmoothAPLoss(1, 0, target_prior=0.1)(logits, torch.full((5,), label))
-    loss.backward()
-    assert loss.item() == 0
-    assert not logits.grad.any()
-
-
-def test_diagnose_is_about_the_prior() -> None:
-    scores, is_positive = make_scores(300, 0.5)
-    found = SmoothAPLoss(1, 0, 0.1, target_prior=0.02).diagnose(scores[:, None], is_positive)
-    weights = prior_weights(is_positive, 0.02, torch.ones(300, dtype=torch.float64))
-    expected = average_precision_score(is_positive, scores, sample_weight=weights)
-    assert found.ap.item() == pytest.approx(expected, rel=1e-12)
 
 
 BAD_PRIORS: list[tuple[int, Any, type[Exception], str]] = [
@@ -239,20 +205,3 @@ def test_bad_arguments(arguments: Any, error: type[Exception], says: str) -> Non
     with pytest.raises(error) as caught:
         prior_weights(*arguments)
     assert str(caught.value) == says
-
-
-def test_forms_of_the_arguments() -> None:
-    """One prior for all classes as a tensor, weights of each class of their own."""
-    is_positive = torch.tensor([[True, False, False], [True, True, False]])
-    own = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    found = prior_weights(is_positive, torch.tensor(0.25), own)
-    for c in range(2):
-        assert found[c].equal(prior_weights(is_positive[c], 0.25, own[c]))
-
-
-def test_shown_and_not_saved() -> None:
-    loss_fn = SmoothAPLoss(2, target_prior=torch.tensor([0.25, 0.5]))
-    assert loss_fn.target_prior == (0.25, 0.5)
-    assert "target_prior=(0.25, 0.5)" in repr(loss_fn)
-    assert "target_prior" not in repr(SmoothAPLoss(2))
-    assert not any("prior" in name for name in state_of(loss_fn))
