@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -18,13 +19,18 @@ from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from imbalanced_losses._ranking.panels.panels import PRECISIONS
 from tests.helpers.ranks import Ranks
 
-collect_ignore = [  # scripts, of other packages
+collect_ignore = [  # scripts
     "project/trainer_accumulation.py",
     "project/trainer_groups.py",
     "hardening/fuzz/__main__.py",
     "hardening/mutation.py",
     "hardening/mutation_plugin.py",
 ]
+if (
+    importlib.util.find_spec("pyarrow") is None
+):  # the extras of the demo, of examples and benchmarks
+    names = ("demo", "gpu_benchmark", "peers", "quality")
+    collect_ignore += [f"project/test_{name}.py" for name in names]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import imbalanced_losses
 from imbalanced_losses import SmoothAPLoss
-from tests.hardening import faulty
-from tests.hardening.faulty import assert_same, make_mix, step_of
+from tests.hardening.faulty import make_mix, step_of
 from tests.hardening.fuzz.watch import assert_sound, state_of
 from tests.helpers.ranks import Failure, Ranks
 from tests.helpers.rows import IGNORED, Batch, make_batch, saved_by_0_9
@@ -200,10 +199,6 @@ def test_interrupted_at_any_line_of_a_mix(name: str) -> None:
     assert_before_or_after(INTERRUPTED[name], a_step, 1)
 
 
-def test_interrupted_in_emptying_the_queue_it_is_that_before_it_or_after_it() -> None:
-    assert_before_or_after(INTERRUPTED["queue"], SmoothAPLoss.reset_queue, 1)
-
-
 @pytest.mark.parametrize("saved_by", [nn.Module.state_dict, saved_by_0_9], ids=["now", "0.9"])
 @pytest.mark.parametrize("name", ["queue", "mix"])
 def test_interrupted_in_loading_the_state_is_that_before_it_or_after_it(
@@ -244,38 +239,6 @@ def assert_before_or_after(make: Callable[[], nn.Module], act: Act, stride: int)
             assert state_of(interrupted) == after
     assert len(outcomes) * stride > 20
     assert outcomes == sorted(outcomes), "before, then after"
-
-
-@pytest.mark.parametrize("moment", ["after-forward", "in-backward", "after-backward"])
-def test_a_step_that_breaks_off_can_be_repeated(moment: str, tmp_path: Path) -> None:
-    """From the checkpoint exactly; without one as a further step."""
-    whole, broken = faulty.Training(), faulty.Training()
-    for _ in range(20):
-        whole.step()
-    for _ in range(9):
-        broken.step()
-    broken.save(tmp_path / "run.pt")
-    features, targets = faulty.rows_of_rank(9)
-    logits = broken.model(features)
-    loss = broken.loss_fn(logits, targets)
-    if moment == "in-backward":
-        logits.register_hook(lambda gradient: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            loss.backward()
-    elif moment == "after-backward":
-        loss.backward()
-    # … and the step ends here, before the optimiser's.
-
-    resumed = faulty.Training()
-    resumed.load(tmp_path / "run.pt")
-    for training in (broken, resumed):
-        while len(training.losses) < 20:
-            training.step()
-    assert resumed.losses == whole.losses
-    assert_same(resumed.state(), whole.state())
-    assert all(map(math.isfinite, broken.losses))
-    steps = [training.loss_fn.num_steps for training in (broken, whole)]
-    assert steps[0] == steps[1] + 1  # that it was made is counted
 
 
 class Partner(nn.Module):

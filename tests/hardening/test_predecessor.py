@@ -29,7 +29,7 @@ from tests.hardening.predecessor_worker import Case, Outcome, run_case, run_step
 
 NUM_CASES = 300
 
-pytestmark = pytest.mark.skipif(not IS_THERE, reason=WHY_SKIPPED)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not IS_THERE, reason=WHY_SKIPPED)]
 
 
 @pytest.fixture(scope="module", autouse=True)

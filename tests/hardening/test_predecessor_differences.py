@@ -7,7 +7,6 @@ Each case is run by both and both behaviours are asserted; docs/differences.md s
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from imbalanced_losses import PartialAUCLoss, RecallAtKLoss, SmoothAPLoss
 from tests.hardening.predecessor_cases import IS_THERE, WHY_SKIPPED, Draw, run_predecessor
 from tests.hardening.predecessor_worker import Case, Outcome, run_case
 
-pytestmark = pytest.mark.skipif(not IS_THERE, reason=WHY_SKIPPED)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not IS_THERE, reason=WHY_SKIPPED)]
 
 
 def one_class(positives: list[float], negatives: list[float], **step: Any) -> Case:
@@ -57,25 +56,16 @@ DIFFERENCES = {
     "ignored rows": history(BATCH, with_targets(-100, -100, -100, -100), PROBE, queue_size=4),
     "nothing ignored": history(BATCH, PROBE, queue_size=4),
     "only the probe": history(PROBE),
-    "half, no positive": history(as_dtype(one_class([], [300.0] * 256), torch.float16)),
-    "half": history(as_dtype(BATCH, torch.float16)),
     "infinite positive": history(one_class([float("inf"), 0.2], [0.7, -0.5])),
     "NaN, then clean": history(one_class([float("nan")], [0.7]), BATCH, queue_size=8),
     "binary target 2": history(with_targets(2, 1, 0, 0)),
     "soft target": history(with_targets(0.7, 1.0, 0.0, 0.0)),
-    "wrong class": history(
-        {
-            "logits": torch.eye(4, 3),
-            "targets": torch.tensor([0, 1, 2, 7]),
-            "training": True,
-        },
-        num_classes=3,
-    ),
-    "empty pool": history(with_targets(-100, -100, -100, -100), reduction="none"),
+    "wrong class": history({"logits": torch.eye(4, 3), "targets": torch.tensor([0, 1, 2, 7]),
+        "training": True}, num_classes=3),
     "full pool": history(RARE, temperature=0.05),
     "capped pool": history(*[RARE] * 20, temperature=0.05, max_pool_size=512),
     "capped eval": history({**RARE, "training": False}, temperature=0.05, max_pool_size=512),
-}
+}  # fmt: skip
 Pair = tuple[list[Outcome], list[Outcome]]
 
 
@@ -106,12 +96,6 @@ def test_ignored_rows_push_nothing_out_of_the_queue(both: dict[str, Pair]) -> No
     assert abs(mine - theirs) > 0.01
 
 
-def test_half_precision_without_positives_is_zero(both: dict[str, Pair]) -> None:
-    mine, theirs = last_losses(both, "half, no positive")
-    assert mine == 0
-    assert math.isnan(theirs)
-
-
 def test_infinite_positive_has_a_finite_gradient(both: dict[str, Pair]) -> None:
     mine, theirs = both["infinite positive"]
     assert mine[0]["loss"].isfinite()
@@ -133,12 +117,6 @@ def test_targets_out_of_range_are_an_error(both: dict[str, Pair], name: str) -> 
     mine, theirs = both[name]
     assert mine[0]["error"] == "ValueError"
     assert theirs[0]["loss"].isfinite()
-
-
-def test_empty_pool_is_nan_without_reduction(both: dict[str, Pair]) -> None:
-    mine, theirs = both["empty pool"]
-    assert mine[0]["loss"].isnan().all()
-    assert theirs[0]["loss"].eq(0).all()
 
 
 def test_capped_pool_estimates_the_full_one(both: dict[str, Pair]) -> None:
@@ -189,15 +167,3 @@ def test_its_weight_is_our_value(siblings: dict[str, Outcome], name: str) -> Non
     mine = HERE[name](RARE["logits"], RARE["targets"], value=VALUE).item()
     exact = name == "SmoothAPLoss"
     assert mine == pytest.approx(float(siblings[name]["loss"]), abs=1e-6 if exact else 0.01)
-
-
-@pytest.mark.parametrize("name", ["RecallAtQuantileLoss", "PAUCAtBudgetLoss"])
-def test_its_negatives_have_no_gradient(siblings: dict[str, Outcome], name: str) -> None:
-    is_negative = RARE["targets"] == 0
-    assert not siblings[name]["gradient"][is_negative].any()
-    logits = RARE["logits"].clone().requires_grad_()
-    loss_class = {"RecallAtQuantileLoss": RecallAtKLoss(1, k=0.05, queue_size=0, temperature=0.1)}
-    default = PartialAUCLoss(1, max_fpr=0.1, queue_size=0, temperature=0.1)
-    loss_class.get(name, default)(logits, RARE["targets"]).backward()
-    assert logits.grad is not None
-    assert logits.grad[is_negative].any()

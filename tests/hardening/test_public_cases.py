@@ -26,7 +26,7 @@ from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 from imbalanced_losses.functional import smooth_ap
 from tests.helpers.cases import seeded
 from tests.helpers.ranks import Ranks
-from tests.helpers.rows import Batch, make_batch, saved_by_0_9
+from tests.helpers.rows import Batch, make_batch
 
 LOSSES: dict[str, Callable[[], Any]] = {
     "binary": lambda: SmoothAPLoss(1, 8, 0.2),
@@ -257,13 +257,16 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
     "pickle": lambda loss_fn: pickle.loads(pickle.dumps(loss_fn)),
+    "torch.multiprocessing": lambda loss_fn: pickle.loads(ForkingPickler.dumps(loss_fn)),
 }
 
 
 @pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
 @EACH_LOSS
 def test_a_copy_trains_by_itself(name: str, way: Callable[[Any], Any]) -> None:
-    """A copy starts where the loss is and leaves it there; the copies of pytorch/pytorch #84053."""
+    """A copy starts where the loss is and leaves it there, one that another process gets too;
+    pytorch/pytorch #84053, Lightning-AI/pytorch-lightning #18238.
+    """
     loss_fn = used(name)
     expected = future(loss_fn)
     copied = way(loss_fn)
@@ -271,18 +274,6 @@ def test_a_copy_trains_by_itself(name: str, way: Callable[[Any], Any]) -> None:
     steps_of(copied, range(50, 53))
     assert future(loss_fn) == expected
     assert future(copied) != expected
-
-
-@EACH_LOSS
-def test_a_loss_sent_through_torch_multiprocessing(name: str) -> None:
-    """What arrives shares nothing with what was sent; Lightning-AI/pytorch-lightning #18238."""
-    loss_fn = used(name)
-    expected = future(loss_fn)
-    received = pickle.loads(ForkingPickler.dumps(loss_fn))
-    assert future(received) == expected
-    steps_of(received, range(50, 53))
-    assert future(loss_fn) == expected
-    assert future(received) != expected
 
 
 # --- Tools that save and load models -------------------------------------------------------------
@@ -374,33 +365,6 @@ def test_checkpoints_of_a_model_that_holds_the_loss(
     assert future(loaded.loss) == future(net.loss)
 
 
-@pytest.mark.slow
-@OF_TOOLS
-def test_a_checkpoint_of_before_the_model_held_the_loss(tmp_path: Path) -> None:
-    """What is not in the file stays as it is; the use: accelerate.load_checkpoint_in_model."""
-    accelerate = pytest.importorskip("accelerate")
-    net, loaded = Net(), trained(Net(seed=8), range(4))
-    expected = future(loaded.loss)
-    torch.save({f"linear.{k}": v for k, v in net.linear.state_dict().items()}, tmp_path / "old.bin")
-    accelerate.load_checkpoint_in_model(loaded, str(tmp_path / "old.bin"))
-    assert loaded.linear.weight.equal(net.linear.weight)
-    assert future(loaded.loss) == expected
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_version_0_9(tmp_path: Path) -> None:
-    """Keys of older versions load by tools too; the use: accelerate.load_checkpoint_in_model."""
-    accelerate = pytest.importorskip("accelerate")
-    net, loaded = Net(seed=8), trained(Net(), range(3))
-    make_batch(5).through(net.loss)
-    net.loss.temperature = 0.11
-    state = {f"linear.{key}": value for key, value in net.linear.state_dict().items()}
-    torch.save(state | saved_by_0_9(net.loss, "loss."), tmp_path / "old.bin")
-    accelerate.load_checkpoint_in_model(loaded, str(tmp_path / "old.bin"))
-    assert loaded.linear.weight.equal(net.linear.weight)
-    assert future(loaded.loss) == future(net.loss)
-
-
 def resume_sharded(rank: int, name: str, way: Callable[..., None], folder: Path) -> Any:
     from torch.distributed.fsdp import fully_shard
 
@@ -423,121 +387,6 @@ def test_checkpoints_of_a_sharded_model(
 ) -> None:
     """FSDP2 with the loss inside; Lightning-AI/pytorch-lightning #21124."""
     assert ranks.run(resume_sharded, "mix", way, tmp_path) == [(True, True)] * 2
-
-
-def pretrained_model(transformers: Any, with_loss: bool = True) -> Any:
-    class Model(transformers.PreTrainedModel):  # type: ignore[misc]
-        config_class = transformers.PretrainedConfig
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.linear = nn.Linear(4, 1)
-            if with_loss:
-                self.loss = LOSSES["binary"]()
-            self.post_init()
-
-        def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-            loss: Tensor = self.loss(self.linear(features), targets)
-            return loss
-
-        def _init_weights(self, module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight)
-
-    return Model
-
-
-@pytest.mark.slow
-@OF_TOOLS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_pretrained_model_that_holds_the_loss(dtype: torch.dtype, tmp_path: Path) -> None:
-    """save_pretrained and from_pretrained, low precision too; huggingface/transformers #30709."""
-    transformers = pytest.importorskip("transformers")
-    model = pretrained_model(transformers)(transformers.PretrainedConfig())
-    steps_of(model.loss, range(3))
-    model.loss.temperature = 0.11
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, dtype=dtype).train()
-    assert loaded.linear.weight.equal(model.linear.weight.to(dtype))
-    assert future(loaded.loss) == future(model.loss)
-    new = type(model)._from_config(transformers.PretrainedConfig(), dtype=dtype)
-    steps_of(new.loss, range(3))
-    assert future(new.loss) == future(used("binary"))
-
-
-@pytest.mark.slow
-@OF_TOOLS
-def test_a_pretrained_model_of_before_it_held_the_loss(tmp_path: Path) -> None:
-    """The usual start of fine-tuning: the file knows no loss; the use: from_pretrained."""
-    transformers = pytest.importorskip("transformers")
-    base = pretrained_model(transformers, with_loss=False)(transformers.PretrainedConfig())
-    base.save_pretrained(tmp_path)
-    loaded = pretrained_model(transformers).from_pretrained(tmp_path).train()
-    assert loaded.linear.weight.equal(base.linear.weight)
-    assert future(loaded.loss) == future(LOSSES["binary"]())
-
-
-def lightning_net(lightning: Any) -> Any:
-    class Module(lightning.LightningModule):  # type: ignore[misc]
-        """Holds its loss."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            loss: Tensor = self.net(*batch)
-            return loss
-
-        def validation_step(self, batch: Any, index: int) -> None:
-            self.log("loss", self.net(*batch))
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    return Module()
-
-
-def lightning_run(folder: Path, epochs: int, callbacks: list[Any], resumed: Any = None) -> Any:
-    """A run of three steps and a validation pass an epoch; its module."""
-    lightning = pytest.importorskip("lightning")
-    module = lightning_net(lightning)
-    batches = [fed(Net(), seed) for seed in range(3)]
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=bool(callbacks),
-    )
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    trainer.fit(module, loader, loader, ckpt_path=resumed)
-    return module
-
-
-@pytest.mark.slow
-@OF_TOOLS
-def test_averaging_in_lightning(tmp_path: Path) -> None:
-    """Its checkpoint loads and resumes, and the queue is that without; pytorch/pytorch #84053."""
-    lightning = pytest.importorskip("lightning")
-    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
-
-    def callbacks() -> list[Any]:
-        keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "last", save_top_k=1)
-        return [averaging.EMAWeightAveraging(decay=0.9), keep]
-
-    module = lightning_run(tmp_path, 2, callbacks())
-    assert future(module.net.loss) == future(lightning_run(tmp_path, 2, []).net.loss)
-
-    saved = tmp_path / "last.ckpt"
-    loaded = type(module).load_from_checkpoint(saved)
-    assert loaded.net.linear.weight.equal(module.net.linear.weight)
-    resumed = lightning_run(tmp_path, 3, callbacks(), saved)
-    assert future(resumed.net.loss) == future(lightning_run(tmp_path, 3, []).net.loss)
 
 
 # --- Processes -----------------------------------------------------------------------------------
@@ -872,25 +721,6 @@ def test_torch_func_grad(make: Callable[[], Any]) -> None:
 # --- Compilers -----------------------------------------------------------------------------------
 
 
-class Holder(nn.Module):
-    """A model that is deployed, and was trained with a loss that it holds."""
-
-    def __init__(self, loss_fn: Any) -> None:
-        super().__init__()
-        self.linear, self.loss = nn.Linear(4, 1), loss_fn
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features)
-
-
-@OF_TOOLS
-@pytest.mark.parametrize("name", ["no-queue", "mix-with-queue", "cross-entropy"])
-def test_scripting_a_model_that_holds_the_loss(name: str) -> None:
-    """As BCEWithLogitsLoss allows it; the use: torch.jit.script, Lightning to_torchscript."""
-    model, features = Holder((STATELESS | STATEFUL)[name]()), torch.randn(3, 4, generator=seeded(0))
-    assert torch.jit.script(model)(features).equal(model(features))
-
-
 @OF_TOOLS
 def test_mixing_with_a_compiled_loss() -> None:
     """torch.compile(loss) in the place of the loss; the use: OptimizedModule."""
@@ -920,17 +750,6 @@ def test_two_names_for_one_loss() -> None:
     net.mix = MixedLoss(CrossEntropy(1), net.ap, main_weight=0.9)
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), AveragedModel(net).module):
         assert copied.ap is copied.mix.main_loss is not net.ap
-
-
-def test_a_mix_of_a_compiled_loss_is_recomputed() -> None:
-    """Compiled code cannot tell that it runs a second time, the mix around it can."""
-    torch.compiler.reset()
-    compiled = torch.compile(SmoothAPLoss(1, 8), backend="eager")
-    mix = MixedLoss(CrossEntropy(1), compiled, main_weight=0.9)  # type: ignore[arg-type]
-    logits, targets = torch.randn(6, 1, requires_grad=True), torch.arange(6) % 2
-    loss = checkpoint(mix, logits, targets, use_reentrant=False)
-    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
-        loss.backward()
 
 
 def scheduled_mix() -> MixedLoss:

@@ -204,65 +204,37 @@ def at(place: int, value: float) -> Callable[[Tensor], Tensor]:
 
 
 SAME_ROWS = "_queue must hold the same rows in each part"
-REFUSED_0_9: list[tuple[str, Change, str]] = [
+REFUSED_0_9: list[
+    tuple[str, Change, str],
+] = [
     ("three", without("_queue.cursor"), r'Missing key.*"_extra_state"'),
-    ("three", without("_queue.logits"), r'Missing key.*"_extra_state"'),
     ("three", to("extra", torch.zeros(1)), r'Unexpected key.*"extra"'),
-    ("three", to("_queue.extra", "text"), r'Unexpected key.*"_queue.extra"'),
     ("three", to("_queue.cursor", torch.tensor(-1)), r"cursor must be an int in 0..9, got -1"),
-    ("three", to("_queue.cursor", torch.tensor(10)), r"cursor must be an int in 0..9, got 10"),
-    ("three", to("_queue.cursor", torch.tensor(math.nan)), r"cursor must be an int in 0..9"),
     ("three", to("_queue.cursor", torch.tensor([1, 2])), r"cursor must be one number.*\[2\]"),
-    ("three", to("_queue.cursor", 3), r"_queue.cursor must be a dense tensor.*got int"),
     ("three", to("_queue.logits", None), r"_queue.logits must be a dense tensor.*got NoneType"),
-    ("three", to("_queue.logits", torch.tensor(1.0)), SAME_ROWS),
-    ("three", by("_queue.logits", lambda t: t.to("meta")), r"_queue.logits must be a dense"),
     ("three", by("_queue.logits", lambda t: t.to_sparse()), r"_queue.logits must be a dense"),
     ("three", by("_queue.logits", lambda t: t[1:]), SAME_ROWS),
-    ("three", by("_queue.targets", lambda t: t[1:]), SAME_ROWS),
-    ("three", to("_queue.targets", torch.tensor(1)), SAME_ROWS),
     ("three", by("_queue.weights", lambda t: t[:, None]), SAME_ROWS),
-    (
-        "three",
-        by("_queue.weights", lambda t: t[1:]),
-        SAME_ROWS + r", got \[\[10, 3\], \[10\], \[9\]",
-    ),
-    ("labels", to("_queue.weights", torch.tensor(1.0)), SAME_ROWS),
+    ("three", by("_queue.weights", lambda t: t[1:]), SAME_ROWS +
+        r", got \[\[10, 3\], \[10\], \[9\]"),
     ("labels", by("_queue.weights", lambda t: t[1:]), SAME_ROWS),
-    ("labels", by("_queue.targets", lambda t: t[:, 1:]), SAME_ROWS),
-    ("labels", by("_queue.targets", lambda t: t[:, :, None]), SAME_ROWS),
     ("three", by("_queue.targets", at(2, 3)), r"targets must be in 0..2, or ignore_index.*got 3"),
-    ("three", by("_queue.targets", at(2, -1)), r"targets must be in 0..2.*got -1"),
     ("one", by("_queue.targets", at(2, 2)), r"targets must be in 0..1.*got 2"),
-    ("labels", by("_queue.targets", at(2, 2)), r"targets must be in 0..1.*got 2"),
     ("three", by("_queue.targets", lambda t: t + 0.5), r"_queue.targets must be integers"),
     ("three", by("_queue.targets", lambda t: t * math.nan), r"_queue.targets must be integers"),
-    ("three", by("_queue.targets", lambda t: t + 0j), r"targets must be real, got torch.complex"),
     ("three", to("_queue.is_weighted", torch.tensor([True, False])), r"is_weighted must be one"),
-    ("three", to("_queue.is_weighted", "yes"), r"is_weighted must be a dense.* got str"),
     ("three", to("num_steps", torch.tensor(-1)), r"num_steps must be an int in 0..\d+, got -1"),
     ("three", to("num_steps", torch.tensor(2**60)), r"num_steps must be an int.*got 1.15292e\+18"),
-    ("three", to("num_steps", "many"), r"num_steps must be a dense tensor.*got str"),
     ("three", to("temperature", torch.tensor(0.0)), r"temperature must be finite and > 0, got 0"),
-    ("three", to("temperature", torch.tensor(math.inf)), r"temperature must be finite and > 0"),
     ("three", to("temperature", torch.tensor([0.1, 0.2])), r"temperature must be one number"),
-    ("three", to("temperature", [0.1]), r"temperature must be a dense tensor.*got list"),
     ("mix", without("num_steps"), r'Missing key.*"_extra_state"'),
-    ("mix", to("num_steps", torch.tensor(-1)), r"num_steps must be an int in 0..\d+, got -1"),
     ("mix", to("num_calls", torch.tensor(0.5)), r"num_calls must be an int in 0..\d+, got 0.5"),
     ("mix", to("has_switched", torch.tensor(3)), r"has_switched must be an int in 0..1, got 3"),
-    (
-        "mix",
-        to("temperature_scale", torch.tensor(0.0)),
-        r"temperature_scale must be finite and > 0",
-    ),
     ("mix", to("main_loss.temperature", torch.tensor(0.0)), r"temperature must be finite and > 0"),
     ("0.6", without("_queue._q_targets"), r'Missing key.*"_extra_state"'),
     ("0.6", without("_queue._q_ptr"), r'Missing key.*"_extra_state"'),
-    ("0.6", to("_queue._q_ptr", torch.tensor([8])), r"cursor must be an int in 0..7, got 8"),
     ("0.6", to("_queue._q_logits", torch.tensor(-1)), SAME_ROWS),
-    ("0.6", to("temperature", torch.tensor(-1)), r"temperature must be finite and > 0, got -1"),
-]
+]  # fmt: skip
 
 
 @ALONE_AND_NOT
@@ -322,13 +294,3 @@ def test_rows_that_are_not_finite_are_left_in_the_file() -> None:
     Batch(batch.logits[kept], batch.targets[kept], weights[kept]).through(expected)
     more = make_batch(5, seed=1)
     assert torch.equal(more.through(loss_fn.eval()), more.through(expected.eval()))
-
-
-def test_a_schedule_resumes_with_fewer_calls_per_step() -> None:
-    saved, loss_fn = (make_mix(blend_steps=4, calls_per_step=calls) for calls in (8, 2))
-    for seed in range(5):
-        step_of(saved, seed)
-    loss_fn.load_state_dict(saved.state_dict())
-    for seed in range(4):
-        step_of(loss_fn, seed)
-    assert loss_fn.num_steps == 2  # the step that was under way, and one of two calls

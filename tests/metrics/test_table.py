@@ -67,52 +67,31 @@ class Member(NamedTuple):
 
 MEMBERS = {
     "AP": Member(SmoothAPLoss, functional.smooth_ap, oracle.smooth_ap, counts_negatives=True),
-    "recall at rows": Member(
-        *(RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k, {"k": 4}),
-        by_rows=True,
-        counts_negatives=True,
-    ),
-    "recall at a share": Member(
-        *(RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k),
-        {"k": 0.3, "softness": 0.4},
-        counts_negatives=True,
-    ),
-    "recall at one row": Member(
-        RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k, {"k": 0.01, "softness": 1.0}
-    ),
-    "recall at FPR": Member(
-        RecallAtFPRLoss, functional.recall_at_fpr, oracle.recall_at_fpr, {"max_fpr": 0.3}
-    ),
-    "recall at no negative": Member(
-        *(RecallAtFPRLoss, functional.recall_at_fpr, oracle.recall_at_fpr),
-        {"max_fpr": 0.01, "softness": 0.5},
-    ),
-    "partial AUC": Member(
-        PartialAUCLoss, functional.partial_auc, oracle.partial_auc, {"max_fpr": 0.3}
-    ),
-    "partial AUC of a range": Member(
-        *(PartialAUCLoss, functional.partial_auc, oracle.partial_auc),
-        {"min_fpr": 0.2, "max_fpr": 0.6, "softness": 0.1},
-    ),
-    "partial AUC from a rate on": Member(
-        PartialAUCLoss, functional.partial_auc, oracle.partial_auc, {"min_fpr": 0.2, "max_fpr": 1}
-    ),
-    "AUC": Member(
-        *(PartialAUCLoss, functional.partial_auc, oracle.partial_auc, {"max_fpr": 1.0}),
-        counts_negatives=True,
-    ),
-    "NDCG": Member(
-        *(NDCGLoss, functional.ndcg, oracle.ndcg, {}, True, True, False), counts_negatives=True
-    ),
-    "NDCG at rows": Member(
-        *(NDCGLoss, functional.ndcg, oracle.ndcg, {"k": 5}, True, True, False),
-        counts_negatives=True,
-    ),
-    "NDCG at a share": Member(
-        *(NDCGLoss, functional.ndcg, oracle.ndcg, {"k": 0.2}, True, True, False),
-        counts_negatives=True,
-    ),
-}
+    "recall at rows": Member(*(RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k,
+        {"k": 4}), by_rows=True, counts_negatives=True),
+    "recall at a share": Member(*(RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k),
+        {"k": 0.3, "softness": 0.4}, counts_negatives=True),
+    "recall at one row": Member(RecallAtKLoss, functional.recall_at_k, oracle.recall_at_k,
+        {"k": 0.01, "softness": 1.0}),
+    "recall at FPR": Member(RecallAtFPRLoss, functional.recall_at_fpr, oracle.recall_at_fpr,
+        {"max_fpr": 0.3}),
+    "recall at no negative": Member(*(RecallAtFPRLoss, functional.recall_at_fpr,
+        oracle.recall_at_fpr), {"max_fpr": 0.01, "softness": 0.5}),
+    "partial AUC": Member(PartialAUCLoss, functional.partial_auc, oracle.partial_auc,
+        {"max_fpr": 0.3}),
+    "partial AUC of a range": Member(*(PartialAUCLoss, functional.partial_auc, oracle.partial_auc),
+        {"min_fpr": 0.2, "max_fpr": 0.6, "softness": 0.1}),
+    "partial AUC from a rate on": Member(PartialAUCLoss, functional.partial_auc,
+        oracle.partial_auc, {"min_fpr": 0.2, "max_fpr": 1}),
+    "AUC": Member(*(PartialAUCLoss, functional.partial_auc, oracle.partial_auc, {"max_fpr": 1.0}),
+        counts_negatives=True),
+    "NDCG": Member(*(NDCGLoss, functional.ndcg, oracle.ndcg, {}, True, True, False),
+        counts_negatives=True),
+    "NDCG at rows": Member(*(NDCGLoss, functional.ndcg, oracle.ndcg, {"k": 5}, True, True, False),
+        counts_negatives=True),
+    "NDCG at a share": Member(*(NDCGLoss, functional.ndcg, oracle.ndcg, {"k": 0.2}, True, True,
+        False), counts_negatives=True),
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -341,7 +320,10 @@ def test_a_heavy_best_row_is_in_the_ideal_whatever_k() -> None:
     assert found.metric.isfinite().item()
 
 
-BAD: dict[str, tuple[Callable[[], Any], str]] = {
+BAD: dict[
+    str,
+    tuple[Callable[[], Any], str],
+] = {
     "k=0": (partial(RecallAtKLoss, 1, 0), "k must be an int >= 1, got 0"),
     "k=1.0": (partial(RecallAtKLoss, 1, 1.0), r"k must be an int >= 1 .*got 1\.0; for .* use 1"),
     "k=True": (partial(NDCGLoss, 1, True), "k must be an int >= 1, got True"),
@@ -355,23 +337,15 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "classes of grades": (partial(NDCGLoss, 3), "num_classes must be 1 for grades"),
     "prior of grades": (partial(NDCGLoss, target_prior=0.1), "target_prior must be None"),
     "grade ignored": (partial(NDCGLoss, ignore_index=4), "ignore_index must not be a grade"),
-    "grade 32": (
-        lambda: NDCGLoss()(torch.randn(2, 1), torch.tensor([1, 32])),
-        "targets must be grades, integers in 0..31, .*got 32",
-    ),
-    "half a grade": (
-        lambda: NDCGLoss()(torch.randn(2, 1), torch.tensor([1, 0.5])),
-        "targets must be grades, .*got 0.5",
-    ),
-    "grades' shape": (
-        lambda: functional.ndcg(torch.randn(2), torch.tensor([1])),
-        r"grades must be \[2\] to fit scores",
-    ),
-    "value's shape": (
-        lambda: functional.smooth_ap(torch.randn(2), torch.ones(2) > 0, value=torch.ones(3)),
-        r"value must be \[2\] to fit scores",
-    ),
-}
+    "grade 32": (lambda: NDCGLoss()(torch.randn(2, 1), torch.tensor([1, 32])),
+        "targets must be grades, integers in 0..31, .*got 32"),
+    "half a grade": (lambda: NDCGLoss()(torch.randn(2, 1), torch.tensor([1, 0.5])),
+        "targets must be grades, .*got 0.5"),
+    "grades' shape": (lambda: functional.ndcg(torch.randn(2), torch.tensor([1])),
+        r"grades must be \[2\] to fit scores"),
+    "value's shape": (lambda: functional.smooth_ap(torch.randn(2), torch.ones(2) > 0,
+        value=torch.ones(3)), r"value must be \[2\] to fit scores"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 from demo import __main__ as demo_main
 from demo import data as demo_data
 from demo import report, train
-from demo.data import DataUnavailableError, Protein, Split, block_split, load_protein, row_split
+from demo.data import DataUnavailableError, Protein, block_split, load_protein, row_split
 from demo.train import LOSSES, Recipe, Run
+
+pytestmark = pytest.mark.slow
 
 
 def make_data(num_blocks: int = 20, block_size: int = 60, num_features: int = 6) -> Protein:
@@ -38,24 +40,7 @@ def make_data(num_blocks: int = 20, block_size: int = 60, num_features: int = 6)
     return Protein(features[shuffled], labels[shuffled], blocks[shuffled])
 
 
-def split_of(kind: str, data: Protein, seed: int) -> Split:
-    if kind == "rows":
-        return row_split(data.labels, seed)
-    return block_split(data.blocks, data.labels, seed)
-
-
 # --- splits -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["rows", "blocks"])
-@pytest.mark.parametrize("num_blocks", [20, 23])
-def test_a_split_is_a_partition_in_three_fifths_and_two_fifths(kind: str, num_blocks: int) -> None:
-    data = make_data(num_blocks)
-    split = split_of(kind, data, 0)
-    together = torch.cat(list(split)).sort().values
-    assert torch.equal(together, torch.arange(len(data.labels)))
-    shares = torch.tensor([len(part) / len(data.labels) for part in split])
-    torch.testing.assert_close(shares, torch.tensor([0.6, 0.2, 0.2]), atol=0.04, rtol=0)
 
 
 def test_blocks_stay_whole() -> None:
@@ -80,46 +65,9 @@ def content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     return content
 
 
-@pytest.fixture
-def downloads(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Downloads that succeed, in place of real ones; the list of those made."""
-    made: list[Path] = []
-
-    def download(folder: Path) -> str:
-        write_wheel(folder, content)
-        made.append(folder)
-        return ""
-
-    monkeypatch.setattr(demo_data, "_download", download)
-    return made
-
-
 def write_wheel(folder: Path, content: bytes) -> None:
     with zipfile.ZipFile(folder / f"{demo_data.WHEEL_STEM}py3-none-any.whl", "w") as archive:
         archive.writestr(demo_data.MEMBER, content)
-
-
-def cached_file(cache: Path) -> Path:
-    return cache / Path(demo_data.MEMBER).name
-
-
-def test_ids_are_no_features_and_the_block_is_the_column_called_example(
-    tmp_path: Path, downloads: list[Path]
-) -> None:
-    data = load_protein(tmp_path / "cache")
-    assert data.features.tolist() == [[0.5, 10.0], [1.5, 20.0], [2.5, 30.0]]
-    assert data.features.dtype == torch.float32
-    assert data.labels.tolist() == [0, 1, 0]
-    assert data.blocks.tolist() == [7, 7, 9]
-
-
-def test_a_corrupted_copy_is_fetched_again(
-    tmp_path: Path, downloads: list[Path], content: bytes
-) -> None:
-    cached_file(tmp_path).write_bytes(content[:-1] + b"x")
-    assert len(load_protein(tmp_path).labels) == 3
-    assert len(downloads) == 1
-    assert cached_file(tmp_path).read_bytes() == content
 
 
 @pytest.mark.parametrize("wheel", [b"not an archive", None])
@@ -136,7 +84,7 @@ def test_a_broken_download_is_refused_and_not_kept(
     monkeypatch.setattr(demo_data, "_download", download)
     with pytest.raises(DataUnavailableError, match=r"SHA-256|has no file"):
         load_protein(tmp_path)
-    assert not cached_file(tmp_path).exists()
+    assert not (tmp_path / Path(demo_data.MEMBER).name).exists()
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -199,15 +147,6 @@ def make_four(smooth_ap: list[float]) -> list[Run]:
 def test_the_verdict_calls_a_loss_a_loss(smooth_ap: list[float], expected: str) -> None:
     first = report.verdict(make_four(smooth_ap)).split(". ")[0]
     assert first.startswith(f"Against sqrt-weighted BCE, {expected}")
-
-
-def test_differences_are_paired_with_the_interval_of_students_t() -> None:
-    runs = make_runs({"BCE": [0.50, 0.90], "SmoothAP": [0.52, 0.96]})
-    difference = report.paired_difference(runs, "SmoothAP", "BCE")
-    # mean 0.04, standard error 0.02; the 97.5 % quantile with one degree of freedom is 12.706
-    assert difference.mean == pytest.approx(0.04)
-    assert difference.half_width == pytest.approx(12.7062 * 0.02, rel=1e-4)
-    assert str(difference) == "+0.040 ± 0.254  2/2"
 
 
 # --- the whole ----------------------------------------------------------------------------------

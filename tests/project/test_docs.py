@@ -73,6 +73,7 @@ def anchors(page: Path) -> set[str]:
     return of_headings | set(DOCUMENTED.findall(prose(page)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.stem != "tutorial" and list(blocks(page))], ids=str
 )
@@ -80,6 +81,7 @@ def test_code_runs(page: Path) -> None:
     run(page)
 
 
+@pytest.mark.slow
 def test_the_tutorial_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     """Trained anew; chance, such as other rounding, moves AP by some hundredths."""
     page = DOCS / "tutorial.md"
@@ -198,6 +200,7 @@ def test_the_navigation_lists_every_page() -> None:
     assert sorted(listed) == sorted(pages | MADE_AT_BUILD_TIME)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_script(tmp_path: Path) -> None:
     """Drawn anew: the committed files, no more and no fewer, each shown on a page."""
     pytest.importorskip("matplotlib")
@@ -220,18 +223,6 @@ def hooks() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_formulas_become_mathml(hooks: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    inline = hooks.on_page_content(r'<p>a <span class="arithmatex">\(x &lt; \tau\)</span></p>')
-    assert inline.startswith("<p>a <math")
-    assert "arithmatex" not in inline
-    block = hooks.on_page_content('<div class="arithmatex">\\[\n\\frac12\n\\]</div>')
-    assert block.startswith('<div class="formula"><math')
-    assert "<mfrac>" in block
-    assert not caplog.records
-    hooks.on_page_content(r'<span class="arithmatex">\(\notacommand\)</span>')
-    assert "notacommand" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def run(name: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
     example = EXAMPLES[name]
@@ -128,6 +129,7 @@ def test_the_page_quotes_the_examples() -> None:
         assert not missing, name
 
 
+@pytest.mark.slow
 def test_the_trainers_take_the_mean_of_micro_batches(tmp_path: Path) -> None:
     """Of uneven ones by rows, as one batch of all rows would for a loss that splits."""
     pytest.importorskip("transformers")
@@ -144,6 +146,7 @@ def test_the_trainers_take_the_mean_of_micro_batches(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_trainers_get_whole_groups(tmp_path: Path) -> None:
     """Lightning and Trainer on two processes: every epoch, and after a stop within one."""
     for package in ("lightning", "transformers", "accelerate"):

@@ -146,6 +146,7 @@ def test_it_is_one_short_file_that_imports_nothing_private() -> None:
 # --- The backend ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_backend_passes_the_tests_of_the_engine(tmp_path: Path) -> None:
     code = block_with("class PlainPlan")
     (tmp_path / "plain.py").write_text(f"import torch\nfrom torch import Tensor\n\n{code}")
@@ -162,22 +163,6 @@ def test_the_backend_passes_the_tests_of_the_engine(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", run.stdout.splitlines()[-1])
     assert passed is not None
     assert int(passed[1]) > 80
-
-
-def test_constructors_of_every_form() -> None:
-    """Without the annotation, and without a number of classes."""
-
-    class Handed(SmoothAPLoss):
-        def __init__(self, classes: int, **keywords: Any) -> None:
-            super().__init__(classes, **keywords)
-
-    class Fixed(SmoothAPLoss):
-        def __init__(self) -> None:
-            super().__init__(1, queue_size=0)
-
-    assert repr(Handed(2, queue_size=5)) == "Handed(num_classes=2, queue_size=5)"
-    assert repr(Fixed()) == "Fixed(num_classes=1, queue_size=0)"
-    Handed(2).load_state_dict(Handed(2).state_dict())
 
 
 def test_a_metric_of_another_shape() -> None:

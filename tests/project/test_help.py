@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import imbalanced_losses
 from imbalanced_losses import (
     CrossEntropy,
     Diagnostics,
@@ -24,7 +23,6 @@ from imbalanced_losses import (
     accumulation,
     distributed,
     functional,
-    sampling,
 )
 from imbalanced_losses.extending import RankingOptions
 
@@ -86,13 +84,6 @@ def parameters(thing: Any) -> set[str]:
 
 
 @each(CLASSES | FUNCTIONS | METHODS)
-def test_the_first_line_is_a_sentence(thing: Any) -> None:
-    first, _, rest = (inspect.getdoc(thing) or "").partition("\n")
-    assert re.match(r"\S.*[.:]$", first), first
-    assert rest.startswith("\n") or not rest
-
-
-@each(CLASSES | FUNCTIONS | METHODS)
 def test_every_parameter_is_described_and_no_other(thing: Any) -> None:
     names = parameters(thing)
     if thing is Diagnostics:
@@ -104,20 +95,6 @@ def test_every_parameter_is_described_and_no_other(thing: Any) -> None:
         assert described(sections(thing)["Args"]) == names
 
 
-@each(FUNCTIONS | METHODS)
-def test_what_comes_back_is_described(thing: Any) -> None:
-    returns = inspect.signature(thing).return_annotation
-    found = sections(thing)
-    if returns != "None" and parameters(thing):
-        assert "Yields" in found if "Iterator" in returns else "Returns" in found
-
-
-@each(CLASSES | FUNCTIONS | METHODS)
-def test_sections_are_in_order(thing: Any) -> None:
-    found = [SECTIONS.index(name) for name in sections(thing) if name != "Summary"]
-    assert found == sorted(set(found))
-
-
 @each(
     {name: thing for name, thing in CLASSES.items() if thing is not Diagnostics}
     | FUNCTIONS
@@ -125,11 +102,6 @@ def test_sections_are_in_order(thing: Any) -> None:
 )
 def test_there_is_an_example(thing: Any) -> None:
     assert ">>> " in sections(thing)["Example"]
-
-
-@each({name: method for name, method in METHODS.items() if name.endswith("forward")} | CLASSES)
-def test_errors_are_described(thing: Any) -> None:
-    assert thing is Diagnostics or "Raises" in sections(thing)
 
 
 @each(LOSSES)
@@ -152,26 +124,11 @@ def test_every_public_attribute_is_described(thing: Any) -> None:
         assert own.__doc__, name
 
 
-@each(CLASSES)
-def test_no_words_of_nn_module(thing: Any) -> None:
-    """What a subclass defines anew, it also describes anew."""
-    own = [class_ for class_ in thing.__mro__ if class_.__module__.startswith("imbalanced_losses")]
-    for class_ in own:
-        for name, member in vars(class_).items():
-            if inspect.isfunction(member) and (name == "__init__" or not name.startswith("_")):
-                assert member.__doc__, name
-
-
 @each(CLASSES | METHODS | {n: f for n, f in FUNCTIONS.items() if not n.startswith("functional")})
 def test_it_fits_80_columns(thing: Any) -> None:
     margin = 4 if inspect.isclass(thing) or "." not in thing.__qualname__ else 8
     lines = (inspect.getdoc(thing) or "").splitlines()
     assert [line for line in lines if margin + len(line) > 80] == []
-
-
-def test_the_package_describes_itself() -> None:
-    for module in (imbalanced_losses, functional, accumulation, distributed, sampling):
-        assert module.__doc__
 
 
 # --- repr ----------------------------------------------------------------------------------------
@@ -201,11 +158,6 @@ def test_repr_is_the_call_that_constructs_it(loss_fn: Any) -> None:
         assert one.equal(other) if isinstance(one, torch.Tensor) else one == other
 
 
-def test_repr_of_a_plain_loss() -> None:
-    assert repr(SmoothAPLoss(1)) == "SmoothAPLoss(num_classes=1)"
-    assert repr(CrossEntropy(1)) == "CrossEntropy(num_classes=1)"
-
-
 def squared(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (logits[:, 0] - targets).square().mean()
 
@@ -216,11 +168,3 @@ def test_repr_of_a_mix() -> None:
     assert (first, last) == ("MixedLoss(", ")")
     assert second == "  auxiliary_loss=squared, main_weight=0.9, warmup_steps=3"
     assert third == f"  (main_loss): {mix.main_loss!r}"
-
-
-def test_diagnostics_fit_80_columns() -> None:
-    logits = torch.linspace(-1, 1, 36).reshape(9, 4).repeat(1, 3)
-    found = SmoothAPLoss(12, 0).diagnose(logits, torch.arange(9))
-    assert found.advice()
-    assert max(len(line) for line in str(found).splitlines()) <= 80
-    assert repr(found).startswith("Diagnostics(ap=tensor([")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
 import re
@@ -67,6 +66,11 @@ def first_level(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
 
 
+def module_name(path: Path) -> str:
+    parts = ("imbalanced_losses", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
 @EACH_FILE
 def test_imports_point_down(path: Path) -> None:
     own = first_level(path)
@@ -107,39 +111,6 @@ def code(path: Path) -> set[str]:
         elif isinstance(node, ast.Name):
             words.add(node.id)
     return words
-
-
-def literals(path: Path) -> set[str]:
-    tree = ast.walk(ast.parse(path.read_text()))
-    return {str(node.value).lower() for node in tree if isinstance(node, ast.Constant)}
-
-
-def test_only_reduce_writes_nan() -> None:
-    writers = {
-        name
-        for path, name in zip(FILES, NAMES, strict=True)
-        if "nan" in code(path) or "nan" in literals(path)
-    }
-    assert writers == {"_rows/reduce.py"}
-
-
-def module_name(path: Path) -> str:
-    parts = ("imbalanced_losses", *path.relative_to(PACKAGE).with_suffix("").parts)
-    return ".".join(parts).removesuffix(".__init__")
-
-
-WITH_ALL = [path for path in FILES if "__all__" in path.read_text()]
-
-
-@pytest.mark.parametrize("path", WITH_ALL, ids=lambda path: path.stem)
-def test_all_is_what_there_is(path: Path) -> None:
-    module = importlib.import_module(module_name(path))
-    exported = module.__all__
-    assert [name for name in exported if not hasattr(module, name)] == []
-    assert len(exported) == len(set(exported))
-    nodes = ast.parse(path.read_text()).body
-    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assert {name for name in defined if not name.startswith("_")} <= set(exported)
 
 
 def test_the_public_names() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from imbalanced_losses import CrossEntropy, SmoothAPLoss
-from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses.functional import score_spread, smooth_ap
 from tests.helpers.rows import IGNORED, assert_same_state, make_batch, queued_rows, state_of
 
@@ -104,18 +102,6 @@ def test_a_class_of_several_may_be_ignored(ignore_index: int) -> None:
     assert per_class[~valid].isnan().all()
     assert valid.tolist() == [c != ignore_index for c in range(3)]
     assert len(queued_rows(loss_fn)) == int(kept.sum())
-
-
-@pytest.mark.parametrize("targets", [[0, 2], [0, 1]])
-def test_code_that_is_traced_says_what_targets_must_be(
-    targets: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compiled code cannot tell which value it was."""
-    monkeypatch.setattr(_checks, "is_traced", lambda tensor: True)
-    monkeypatch.setattr(_checks, "is_on_host", lambda tensor: False)
-    text = "^targets must be 0 or 1, or ignore_index=-100; sample_weight finite and >= 0$"
-    with pytest.raises(RuntimeError, match=text) if 2 in targets else nullcontext():
-        _checks.row_values(torch.tensor(targets), None, None, 2, -100)
 
 
 # --- A later temperature -------------------------------------------------------------------------

@@ -115,17 +115,6 @@ def test_sums_are_their_definition(
                 assert out[q, k].item() == pytest.approx(expected, rel=0, abs=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("tau", [1e-9, 0.01, 1.0, 1e6])
-def test_any_sharpness(tau: float, dtype: torch.dtype) -> None:
-    """From whole counts to a flat half: no overflow, error at rounding."""
-    given = _problem(40, 257, 2, 2, temperature=tau, dtype=dtype)
-    wide = (field.double() if field.is_floating_point() else field for field in given[:4])
-    expected = _formula(*wide, tau)
-    bound = 8 * torch.finfo(dtype).eps * given.weights.abs().sum(1).max().item()
-    torch.testing.assert_close(sigmoid_sums(*given).double(), expected, rtol=0, atol=bound)
-
-
 @pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("num_problems", [1, 3])
 @pytest.mark.parametrize(("num_queries", "num_sources"), [(0, 0), (0, 5), (4, 0)])
@@ -175,13 +164,6 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, t
     for got, expected in zip(_derivatives(sigmoid_sums, given, 2), whole, strict=True):
         # Sums of 23 terms in another order.
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_the_same_twice() -> None:
-    """Two runs agree bit for bit, value and gradient."""
-    given = _problem(200, 300, 5, 2, dtype=torch.float32)
-    first, second = (_derivatives(sigmoid_sums, given, 1) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # Ranks --------------------------------------------------------------------------------------------
@@ -263,27 +245,6 @@ def test_rank_plan_is_the_same_sums(
         if num_live is not None:
             expected_gradient[:, num_live:] = 0
         torch.testing.assert_close(gradient, expected_gradient, rtol=10 * exact, atol=exact)
-
-
-@pytest.mark.of_dense
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("num_problems", [1, 3])
-def test_memory_that_is_used_again_does_not_show(num_problems: int, weighted: bool) -> None:
-    """Tiles large enough for it, as the linear backend ranks them."""
-    generator = seeded(0)
-    scores = torch.randn(num_problems, 1500, generator=generator, dtype=torch.float64)
-    is_positive = torch.rand(scores.shape, generator=generator) < 0.1
-    weights = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
-    backends: tuple[Backend, Backend] = ("dense", "panel")
-    found = []
-    for backend in backends:
-        leaf = scores.clone().requires_grad_()
-        own = weights if weighted else None
-        ap = smooth_ap(leaf, is_positive, 0.3, sample_weight=own, backend=backend).ap
-        (gradient,) = torch.autograd.grad(ap.sum(), leaf)
-        found.append((ap.detach(), gradient))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-14)
 
 
 @pytest.mark.of_dense
@@ -394,15 +355,6 @@ def test_temperature_gradient_far_from_zero() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=0)
 
 
-def test_vmap_over_weights() -> None:
-    """A batch of weights is a batch of sums."""
-    given = _problem(5, 6, 3, 2)
-    weights = torch.randn(4, 3, 6, 2, dtype=torch.float64)
-    batched = torch.func.vmap(lambda w: sigmoid_sums(*given._replace(weights=w)))(weights)
-    expected = torch.stack([sigmoid_sums(*given._replace(weights=w)) for w in weights])
-    torch.testing.assert_close(batched, expected)
-
-
 @pytest.mark.parametrize("backend", ["dense", "panel"])
 def test_vmap_over_cotangents(backend: Backend) -> None:
     """`torch.func.vmap` of a pullback gives what one cotangent after the other gives."""
@@ -449,27 +401,6 @@ def test_no_tensor_of_all_pairs(small_tile: int, num_problems: int) -> None:
         torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
     assert num_queries * num_sources > 10 * small_tile  # else this proves nothing
     assert 0 < largest.elements <= num_columns * small_tile
-
-
-@pytest.mark.of_dense
-@pytest.mark.parametrize("num_problems", [1, 4])
-def test_nothing_of_all_pairs_is_kept(small_tile: int, num_problems: int) -> None:
-    """What is saved for backward, and for double backward, is no larger than the arguments."""
-    given = _problem(256, 128, num_problems, 2)
-    leaves = _leaves(given)
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = sigmoid_sums(*given)
-        forward = len(saved)
-        gradients = torch.autograd.grad(_as_columns(out), leaves, create_graph=True)
-    assert forward == 3  # queries, sources, weights
-    assert len(gradients) == 3
-    assert max(saved) <= max(given.weights.numel(), out.numel())
 
 
 @pytest.mark.of_dense

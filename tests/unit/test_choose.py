@@ -113,24 +113,6 @@ def test_nothing_to_rank_goes_to_dense(
     assert not {"PanelPlan", "PanelRanks"} & set(made)
 
 
-@pytest.mark.parametrize(("num_queries", "num_sources"), [(0, 0), (0, 5), (4, 0)])
-def test_empty_sums_go_to_dense(made: list[str], num_queries: int, num_sources: int) -> None:
-    """Sums over nothing, or for nobody, by the name of either backend."""
-    problem = torch.zeros(num_queries, dtype=torch.int64)
-    for backend in ("auto", "dense", "panel"):
-        out = sigmoid_sums(
-            torch.randn(num_queries),
-            problem,
-            torch.randn(2, num_sources),
-            torch.ones(2, num_sources, 2),
-            0.1,
-            backend=backend,
-        )
-        assert out.shape == (num_queries, 2)
-        assert (out == 0).all()
-    assert made == ["DensePlan"] * 3
-
-
 def test_kernels_compare_all_pairs_up_to_a_number() -> None:
     few_rows, rows = choosing.FEW_FUSED_ROWS, 1 << 14
     most_problems = choosing.MOST_FUSED_PAIRS // rows**2

@@ -315,85 +315,47 @@ OF_PLAN = "*{f} *{f} *i32 *i32 *{f}"
 POWERS = {"LIMIT": 800.0, "POWERS": 16, "BLOCK": 128}
 SIGNATURES = {
     "block_facts": ("*u8 *{f} *fp64 i32 i32 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
-    "prepare": (
-        "*{f} *u8 *{f} *{f} *fp64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32" * 8,
-        {
-            "WEIGHTED": True,
-            "FIXED": True,
-            "ONE_SIDED": False,
-            "SMALLEST": 1e-19,
-            "LARGEST": 1e38,
-            "BLOCK": 4096,
-        }
-        | {"LARGEST": 1e38, "BLOCKS": 32},
-    ),
-    "soft_ranks": (
-        OF_PLAN + " *{f} *fp64 i32",
-        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
-        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64, "CHUNK": 512},
-    ),
-    "score_slopes": (
-        OF_PLAN + " *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32",
-        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
-        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64, "BLOCKS": 16},
-    ),
-    "weighted_totals": (
-        "*{f} *{f} *i32 *{f} *{f} i32",
-        {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 4096},
-    ),
+    "prepare": ("*{f} *u8 *{f} *{f} *fp64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32"
+        * 8, {"WEIGHTED": True, "FIXED": True, "ONE_SIDED": False, "SMALLEST": 1e-19,
+        "LARGEST": 1e38, "BLOCK": 4096} | {"LARGEST": 1e38, "BLOCKS": 32}),
+    "soft_ranks": (OF_PLAN + " *{f} *fp64 i32", {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1,
+        "NEGATIVES": -1, "WITH_SLOPES": True} | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64,
+        "CHUNK": 512}),
+    "score_slopes": (OF_PLAN + " *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32", {"QUERIES": "positives",
+        "ALL": True, "POSITIVES": True, "NEGATIVES": False} | {"WEIGHS": True, "DIVIDED": True,
+        "LARGEST": 1e38, "BQ": 16, "BM": 64, "BLOCKS": 16}),
+    "weighted_totals": ("*{f} *{f} *i32 *{f} *{f} i32", {"QUERIES": "negatives", "DIVIDED": True,
+        "BLOCK": 4096}),
     "check_rows": ("*i64 *{f} *{f} *u8 i32 i32 i32", {"WEIGHTED": True, "BLOCK": 4096}),
-    "label_rows": (
-        "*i64 *{f} *u8 *{f}" + " i32" * 6,
-        {"WEIGHTED": True, "BY_CLASS": True, "BY_LABEL": False, "BLOCK": 4096},
-    ),
-    "choose_rows": (
-        "*{f} *i64 *{f} *u8 *i32 *i64 *i64 *i64" + " i32" * 11,
-        {"WEIGHTED": True, "BLOCK": 32, "COLUMNS": 32},
-    ),
-    "store_rows": (
-        "*{f} *i64 *{f} *{f} *i64 *u8 *i32 *i64 *{f} *i64 *{f} *{f} *i64 *i64 *i64" + " i32" * 13,
-        {"WEIGHTED": True, "VALUED": True, "GROUPED": True, "BLOCK": 32, "COLUMNS": 32}
-        | {"BLOCKS": 64},
-    ),
-    "segment_facts": (
-        "*{f} *u8 *{f} *{f} *i64 *i64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64" + " i32" * 4,
-        {"WEIGHTED": True, "FIXED": True, "ONE_SIDED": False, "SMALLEST": 1e-19, "LARGEST": 1e38}
-        | {"BLOCK": 512},
-    ),
-    "segment_ranks": (
-        OF_PLAN + " *i64 *i64 *i64 *{f} *fp64 i32 i32",
-        {"QUERIES": "positives", "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True}
-        | {"SMALLEST": 1e-19, "BQ": 16, "BM": 64},
-    ),
-    "segment_slopes": (
-        OF_PLAN + " *i64 *i64 *i64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32 i32",
-        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False}
-        | {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64},
-    ),
-    "segment_totals": (
-        "*{f} *{f} *i32 *i64 *i64 *{f} *{f}",
-        {"QUERIES": "negatives", "DIVIDED": True, "BLOCK": 512},
-    ),
-    "block_moments": (
-        "*{f} *{f} *i64 *i32 *{f} *{f} *i32 *i32 *fp64 i32",
-        {"QUERIES": "positives"} | POWERS,
-    ),
-    "slope_moments": (
-        "*{f} *{f} *{f} *{f} *i64 *{f} *{f} *i32 *i32 *fp64 *{f} i32",
-        {"ALL": True, "POSITIVES": True, "NEGATIVES": False, "WEIGHS": True, "BQ": 16} | POWERS,
-    ),
+    "label_rows": ("*i64 *{f} *u8 *{f}" + " i32" * 6, {"WEIGHTED": True, "BY_CLASS": True,
+        "BY_LABEL": False, "BLOCK": 4096}),
+    "choose_rows": ("*{f} *i64 *{f} *u8 *i32 *i64 *i64 *i64" + " i32" * 11, {"WEIGHTED": True,
+        "BLOCK": 32, "COLUMNS": 32}),
+    "store_rows": ("*{f} *i64 *{f} *{f} *i64 *u8 *i32 *i64 *{f} *i64 *{f} *{f} *i64 *i64 *i64" +
+        " i32" * 13, {"WEIGHTED": True, "VALUED": True, "GROUPED": True, "BLOCK": 32,
+        "COLUMNS": 32} | {"BLOCKS": 64}),
+    "segment_facts": ("*{f} *u8 *{f} *{f} *i64 *i64 *{f} *{f} *{f} *i32 *i32 *u8 *{f} *{f} *{f} i64"
+        + " i32" * 4, {"WEIGHTED": True, "FIXED": True, "ONE_SIDED": False, "SMALLEST": 1e-19,
+        "LARGEST": 1e38} | {"BLOCK": 512}),
+    "segment_ranks": (OF_PLAN + " *i64 *i64 *i64 *{f} *fp64 i32 i32", {"QUERIES": "positives",
+        "ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True} | {"SMALLEST": 1e-19,
+        "BQ": 16, "BM": 64}),
+    "segment_slopes": (OF_PLAN + " *i64 *i64 *i64 *{f} *{f} *{f} *fp64 *{f} *{f} i32 i32 i32",
+        {"QUERIES": "positives", "ALL": True, "POSITIVES": True, "NEGATIVES": False} |
+        {"WEIGHS": True, "DIVIDED": True, "LARGEST": 1e38, "BQ": 16, "BM": 64}),
+    "segment_totals": ("*{f} *{f} *i32 *i64 *i64 *{f} *{f}", {"QUERIES": "negatives",
+        "DIVIDED": True, "BLOCK": 512}),
+    "block_moments": ("*{f} *{f} *i64 *i32 *{f} *{f} *i32 *i32 *fp64 i32", {"QUERIES": "positives"}
+        | POWERS),
+    "slope_moments": ("*{f} *{f} *{f} *{f} *i64 *{f} *{f} *i32 *i32 *fp64 *{f} i32", {"ALL": True,
+        "POSITIVES": True, "NEGATIVES": False, "WEIGHS": True, "BQ": 16} | POWERS),
     "scan_blocks": ("*fp64 *{f} *{f} i32 i32", POWERS | {"CHUNK": 2048}),
-    "far_ranks": (
-        "*{f} *{f} *i64 *{f} *{f} *i32 *i32 *fp64 *fp64 *{f} *fp64 i32",
-        {"ALL": 0, "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True, "SMALLEST": 1e-19}
-        | {"BQ": 16}
-        | POWERS,
-    ),
-    "far_slopes": (
-        "*{f} *i64 *i32 *{f} *{f} *i32 *i32 *fp64 *fp64 *{f} *fp64 *{f} *{f} i32 i32",
-        {"QUERIES": "positives", "DIVIDED": True, "LARGEST": 1e38, "BQ": 16} | POWERS,
-    ),
-}
+    "far_ranks": ("*{f} *{f} *i64 *{f} *{f} *i32 *i32 *fp64 *fp64 *{f} *fp64 i32", {"ALL": 0,
+        "POSITIVES": 1, "NEGATIVES": -1, "WITH_SLOPES": True, "SMALLEST": 1e-19} | {"BQ": 16} |
+        POWERS),
+    "far_slopes": ("*{f} *i64 *i32 *{f} *{f} *i32 *i32 *fp64 *fp64 *{f} *fp64 *{f} *{f} i32 i32",
+        {"QUERIES": "positives", "DIVIDED": True, "LARGEST": 1e38, "BQ": 16} | POWERS),
+}  # fmt: skip
 VARIANTS = {
     "prepare": [{}, {"BLOCKS": 1, "FIXED": False, "WEIGHTED": False}],
     "soft_ranks": [{}, {"BQ": 4, "BM": 256}, {"BQ": 1, "BM": 1024, "CHUNK": 1024}],
@@ -421,6 +383,7 @@ for name, types, constants in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_kernels_compile_without_atomics_and_spills(dtype: str) -> None:
     """For a device of compute capability 9.0, which needs none; also small tiles."""

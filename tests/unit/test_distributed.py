@@ -190,16 +190,6 @@ def four_ranks() -> Iterator[Ranks]:
     pool.close()
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "sum", "fsdp"])
-@pytest.mark.parametrize("sizes", [(3, 4, 5, 6), (0, 9, 1, 2)], ids=["unequal", "one empty"])
-@pytest.mark.parametrize("loss", [{"queue_size": 20}, SUMS], ids=["rows", "sums"])
-def test_four_ranks_have_the_gradient_of_one_process(
-    four_ranks: Ranks, trainer: str, sizes: tuple[int, ...], loss: dict[str, Any]
-) -> None:
-    setup = Setup(trainer=trainer, sizes=sizes, loss=loss)
-    assert_as_alone(four_ranks.run(train_rank, setup), setup)
-
-
 # --- Another number of ranks, another group, a rank that is gone ----------------------------------
 
 
@@ -343,11 +333,6 @@ class Rows(list[Any]):
     pass
 
 
-def of_transformers(rows: Tensor, module: str, name: str) -> Any:
-    made = getattr(pytest.importorskip(module), name)
-    return made({"rows": rows}) if name == "BatchEncoding" else made(rows, (rows, rows))
-
-
 CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda rows: rows,
     "tuple": lambda rows: (rows, 3),
@@ -357,10 +342,6 @@ CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
     "OrderedDict": lambda rows: OrderedDict(rows=rows),
     "defaultdict": lambda rows: defaultdict(list, rows=rows),
     "UserDict": lambda rows: UserDict(rows=rows),
-    "BatchEncoding": lambda rows: of_transformers(rows, "transformers", "BatchEncoding"),
-    "ModelOutput": lambda rows: of_transformers(
-        rows, "transformers.modeling_outputs", "BaseModelOutput"
-    ),
     "frozen dataclass": Frozen,
     "dataclass with slots": Slotted,
     "numpy": lambda rows: {"rows": rows.numpy(), "scalar": np.float32(2)},
@@ -406,8 +387,6 @@ def test_batches_without_rows_keep_their_type(name: str, monkeypatch: pytest.Mon
     assert form(second) == form(CONTAINERS[name](rows[:0]))
     if name == "defaultdict":
         assert second["new"] == []
-    if name == "ModelOutput":
-        assert second.hidden_states is second["hidden_states"]
 
 
 def steps_and_error(rank: int, batches: list[list[Any]]) -> tuple[int, str]:
@@ -512,16 +491,3 @@ def test_a_group_numbers_its_ranks_by_itself(four_ranks: Ranks, gather: Gather) 
     assert first == second
     assert first.error == "ValueError"
     assert first.message.startswith("on rank 1: targets must ")
-
-
-def steps_in_a_group_of_the_last(rank: int) -> list[int]:
-    """Rows of each batch, where the first ranks have many more batches than those of the group."""
-    group = dist.new_group([2, 3])
-    batches = [(torch.zeros(2),)] * (9, 9, 3, 1)[rank]
-    steps = even_steps(batches, process_group=group) if rank > 1 else batches
-    return [len(batch[0]) for batch in steps]
-
-
-def test_even_steps_of_a_group(four_ranks: Ranks) -> None:
-    found = four_ranks.run(steps_in_a_group_of_the_last)
-    assert found == [[2] * 9, [2] * 9, [2, 2, 2], [2, 0, 0]]

@@ -217,22 +217,6 @@ def test_nan_stays_in_its_problem(dtype: torch.dtype) -> None:
                 assert error <= 2e-6 * gradient[c].norm() + 1e-14 / tau
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("case", range(3), ids=["plain", "segments", "occupied"])
-def test_nan_weights_stay_in_their_problem(case: int, order: int) -> None:
-    """So does a NaN among weights or cotangents."""
-    (scores, _, kind), tau = _several(torch.float64)[case]
-    problem = torch.arange(3).repeat_interleave(200)
-    plan = PanelPlan(scores.flatten(), problem, scores, tau)
-    assert _kind(plan.panels.line) == kind
-    cotangent = torch.ones(600, 1, dtype=torch.float64)
-    cotangent[problem == 1] = math.nan
-    at_queries, at_sources = plan.both_sums(order, cotangent.view(3, 200, 1), cotangent)
-    assert at_queries[problem != 1].isfinite().all()
-    assert at_sources[[0, 2]].isfinite().all()
-    assert at_queries[problem == 1].isnan().any()
-
-
 @DTYPES
 def test_small_ranks_keep_their_digits(dtype: torch.dtype) -> None:
     """The rank of a row of little weight above rows of much weight is not lost in their sum."""

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from imbalanced_losses._rows.checkpoint import pack
 from imbalanced_losses.functional import score_spread
 from tests.helpers.ranks import WORLD_SIZE, Failure, Ranks
 from tests.helpers.rows import assert_same_state, make_batch, saved_by_0_9, state_of
@@ -184,27 +183,6 @@ def test_a_resumed_run_goes_on_exactly(
     assert_same_state(resumed, state_of(loss_fn))
 
 
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ((0, -1, 1, 1.0), "num_steps must be an int in 0..[0-9]+, got -1"),
-        ((0.5, 1, 1, 1.0), "num_calls must be an int in 0..[0-9]+, got 0.5"),
-        ((0, 1, 3, 1.0), "has_switched must be an int in 0..1, got 3"),
-        ((0, 1, 1, 0.0), "temperature_scale must be finite and > 0"),
-        ((0, 1, 1), "the same kind of loss"),
-    ],
-    ids=str,
-)
-def test_a_state_that_no_mix_has_is_refused(numbers: tuple[float, ...], message: str) -> None:
-    loss_fn = make_mix(warmup_steps=2, calls_per_step=3)
-    run(loss_fn, 4)
-    before = state_of(loss_fn)
-    given = {**make_mix(warmup_steps=2).state_dict(), "_extra_state": pack(numbers)}
-    with pytest.raises(RuntimeError, match=f"_extra_state: .*{message}"):
-        loss_fn.load_state_dict(given)
-    assert_same_state(loss_fn, before)
-
-
 # --- Ranks ----------------------------------------------------------------------------------------
 
 
@@ -249,85 +227,30 @@ def test_bad_input_at_the_switch_is_an_error_on_every_rank(ranks: Ranks) -> None
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"main_weight": 0}, ValueError, "main_weight must be finite and > 0, got 0"),
-        ({"main_weight": 1.5}, ValueError, r"main_weight must be in \(0, 1\], got 1.5"),
-        ({"main_weight": 1}, ValueError, "main_weight must be below 1 without warmup_steps"),
-        ({"main_weight": "1"}, TypeError, "main_weight must be a float > 0"),
-        ({"warmup_steps": -1}, ValueError, "warmup_steps must be an int >= 0, got -1"),
-        ({"blend_steps": 1.0}, TypeError, "blend_steps must be an int >= 0"),
-        ({"temperature": 0.1}, TypeError, r"temperature must be \(start, end, steps\) or None"),
-        ({"temperature": (0.0, 1.0, 3)}, ValueError, "^temperature's start must be finite"),
-        ({"temperature": (1.0, 0.0, 3)}, ValueError, "^temperature's end must be finite"),
-        ({"temperature": (1.0, 1.0, 0)}, ValueError, "temperature's steps must be an int >= 1"),
-        ({"calls_per_step": 0}, ValueError, "calls_per_step must be an int >= 1"),
-        ({"refit_temperature": 1}, TypeError, "^refit_temperature must be True or False"),
-        ({"refit_temperature": True}, ValueError, "refit_temperature=True needs warmup_steps"),
-        (
-            {
-                "refit_temperature": True,
-                "warmup_steps": 1,
-                "main": {"temperature_unit": "spread"},
-            },
-            ValueError,
-            '^refit_temperature must be False where main_loss has temperature_unit="spread", '
-            "which follows the spread of the scores at every step$",
-        ),
-        ({"main": {"reduction": "none"}}, ValueError, "main_loss must have reduction"),
-    ],
-)
+@pytest.mark.parametrize((
+    "options",
+    "error",
+    "message",
+), [
+    ({"main_weight": 0}, ValueError, "main_weight must be finite and > 0, got 0"),
+    ({"main_weight": 1.5}, ValueError, r"main_weight must be in \(0, 1\], got 1.5"),
+    ({"main_weight": 1}, ValueError, "main_weight must be below 1 without warmup_steps"),
+    ({"main_weight": "1"}, TypeError, "main_weight must be a float > 0"),
+    ({"warmup_steps": -1}, ValueError, "warmup_steps must be an int >= 0, got -1"),
+    ({"blend_steps": 1.0}, TypeError, "blend_steps must be an int >= 0"),
+    ({"temperature": 0.1}, TypeError, r"temperature must be \(start, end, steps\) or None"),
+    ({"temperature": (0.0, 1.0, 3)}, ValueError, "^temperature's start must be finite"),
+    ({"temperature": (1.0, 0.0, 3)}, ValueError, "^temperature's end must be finite"),
+    ({"temperature": (1.0, 1.0, 0)}, ValueError, "temperature's steps must be an int >= 1"),
+    ({"calls_per_step": 0}, ValueError, "calls_per_step must be an int >= 1"),
+    ({"refit_temperature": 1}, TypeError, "^refit_temperature must be True or False"),
+    ({"refit_temperature": True}, ValueError, "refit_temperature=True needs warmup_steps"),
+    ({"refit_temperature": True, "warmup_steps": 1, "main": {"temperature_unit": "spread"}},
+        ValueError,
+        '^refit_temperature must be False where main_loss has temperature_unit="spread", '
+        "which follows the spread of the scores at every step$"),
+    ({"main": {"reduction": "none"}}, ValueError, "main_loss must have reduction"),
+])  # fmt: skip
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make_mix(**options)
-
-
-BCE = nn.BCEWithLogitsLoss()
-
-
-@pytest.mark.parametrize(
-    ("auxiliary", "main", "message"),
-    [
-        (3, SmoothAPLoss(1), "auxiliary_loss must be callable, got 3"),
-        (
-            BCE,
-            BCE,
-            "main_loss must be a ranking loss of this library, got BCEWithLogitsLoss",
-        ),
-        (
-            SmoothAPLoss(1),
-            BCE,
-            "main_loss must be a ranking loss of this library, got BCEWithLogitsLoss; "
-            "auxiliary_loss comes first, then main_loss",
-        ),
-        (
-            CrossEntropy,
-            SmoothAPLoss(1),
-            "auxiliary_loss must be a loss, got the class CrossEntropy; construct it: "
-            "CrossEntropy(...)",
-        ),
-        (
-            BCE,
-            SmoothAPLoss,
-            "main_loss must be a loss, got the class SmoothAPLoss; construct it: SmoothAPLoss(...)",
-        ),
-    ],
-)
-def test_bad_losses(auxiliary: Any, main: Any, message: str) -> None:
-    with pytest.raises(TypeError) as caught:
-        MixedLoss(auxiliary, main, main_weight=0.5)
-    assert str(caught.value) == message
-
-
-def test_repr() -> None:
-    text = repr(make_mix(warmup_steps=3, temperature=(1, 0.1, 5)))
-    assert text.splitlines()[1].strip() == (
-        "main_weight=0.75, warmup_steps=3, temperature=(1.0, 0.1, 5)"
-    )
-    assert "(main_loss): SmoothAPLoss(" in text
-    assert make_mix().extra_repr() == "main_weight=0.75"
-    own = {"blend_steps": 2, "warmup_steps": 1, "calls_per_step": 2, "refit_temperature": True}
-    assert make_mix(**own).extra_repr() == (
-        "main_weight=0.75, warmup_steps=1, blend_steps=2, refit_temperature=True, calls_per_step=2"
-    )

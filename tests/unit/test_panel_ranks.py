@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from imbalanced_losses._ranking import sigmoid_sums
 from imbalanced_losses._ranking.dense import DensePlan
 from imbalanced_losses._ranking.panels import panels
 from imbalanced_losses._ranking.panels.panels import PanelPlan
-from imbalanced_losses.functional import score_spread, smooth_ap
+from imbalanced_losses.functional import smooth_ap
 from tests.helpers.cases import seeded
 from tests.helpers.score_families import FAMILIES, PANEL_DTYPES, labels
 
@@ -172,59 +171,3 @@ def test_stretches_do_not_show(monkeypatch: pytest.MonkeyPatch, num_panels: int)
 
 
 # Derivatives --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tau", [1e-3, 0.7])
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-def test_derivatives_of_smooth_ap(weighted: bool, tau: float) -> None:
-    """AP, its gradient in scores and in a spread temperature, and the derivative of both again."""
-    scores = torch.stack([FAMILIES[name](50, 0) for name in ("normal", "ties", "Cauchy")])
-    is_positive = torch.stack([labels(50, seed, 0.3) for seed in range(3)])
-    weights = torch.rand(scores.shape, generator=seeded(0), dtype=torch.float64)
-    found = []
-    for backend in ("panel", "dense"):
-        leaf = scores.clone().requires_grad_()
-        temperature = (tau * score_spread(leaf)).detach().requires_grad_()
-        ap, _ = smooth_ap(
-            leaf,
-            is_positive,
-            temperature,
-            sample_weight=weights if weighted else None,
-            backend=backend,
-        )
-        first = torch.autograd.grad(ap.sum(), (leaf, temperature), create_graph=True)
-        functional = sum((part * part.detach().cos()).sum() for part in first)
-        second = torch.autograd.grad(functional, (leaf, temperature))
-        by_func = torch.func.grad(
-            lambda s, t=temperature, b=backend: smooth_ap(
-                s, is_positive, t, sample_weight=weights if weighted else None, backend=b
-            ).ap.sum()
-        )(scores)
-        found.append((ap, *first, *second, by_func))
-    for got, expected in zip(*found, strict=True):
-        size = expected.abs().max().item()
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-8 * size + 1e-13 / tau)
-
-
-@pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("num_problems", [1, 2])
-def test_gradcheck(num_problems: int, tensor_temperature: bool) -> None:
-    """First and second derivatives of the loss and of the sums against finite differences."""
-    scores = torch.randn(num_problems, 6, dtype=torch.float64, requires_grad=True)
-    is_positive = torch.tensor([[True, False, True, False, False, True]] * num_problems)
-    queries = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    problem = torch.arange(4) % num_problems
-    weights = torch.rand(num_problems, 6, 2, dtype=torch.float64, requires_grad=True)
-    tau = torch.linspace(0.6, 1, num_problems, dtype=torch.float64, requires_grad=True)
-    temperature = (tau,) if tensor_temperature else ()
-
-    def ap(scores: Tensor, *temperature: Tensor) -> Tensor:
-        return smooth_ap(scores, is_positive, *(temperature or (0.7,)), backend="panel").ap
-
-    def sums(queries: Tensor, sources: Tensor, weights: Tensor, *temperature: Tensor) -> Tensor:
-        arguments = (queries, problem, sources, weights, *(temperature or (0.7,)))
-        return sigmoid_sums(*arguments, backend="panel")
-
-    for function, inputs in ((ap, (scores,)), (sums, (queries, scores, weights))):
-        assert torch.autograd.gradcheck(function, (*inputs, *temperature))
-        assert torch.autograd.gradgradcheck(function, (*inputs, *temperature))

@@ -60,18 +60,3 @@ def test_inference_mode_leaves_it_usable() -> None:
         memory = pool.submit(alone).result()
     assert memory is not None
     assert not memory.is_inference()
-
-
-def test_same_place_same_memory() -> None:
-    """A place is one piece of memory a dtype, as large as was ever asked for."""
-    like = torch.zeros(1)
-
-    def taken(place: Place, size: int, dtype: torch.dtype = torch.float32) -> int:
-        memory = scratch(place, (size,), like, dtype)
-        assert memory is not None
-        return memory.data_ptr()
-
-    large = taken(Place.PAIRS, 40_000)
-    assert taken(Place.PAIRS, 20_000) == large
-    assert taken(Place.POWERS, 20_000) != large
-    assert taken(Place.PAIRS, 20_000, torch.float64) != large

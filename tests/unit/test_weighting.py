@@ -38,12 +38,6 @@ def test_positives_get_their_share(prior: float, is_weighted: bool) -> None:
         assert max(side.max() for side in sides) == pytest.approx(1, rel=1e-12)
 
 
-def test_one_prior_a_class() -> None:
-    is_positive = torch.rand(3, 40, generator=seeded(0)) < 0.4
-    found = prior_weights(is_positive, torch.tensor(PRIORS))
-    assert share_of(is_positive, found).tolist() == pytest.approx(PRIORS)
-
-
 def test_weights_at_the_ends_of_the_range() -> None:
     is_positive = torch.tensor([True, False, False])
     for size in (1e-30, 1e38):
@@ -140,67 +134,35 @@ def test_bad_priors(num_classes: int, value: Any, error: type[Exception], says: 
 IS_POSITIVE = torch.tensor([True, False])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "says"),
-    [
-        (
-            (IS_POSITIVE.long(), 0.1),
-            TypeError,
-            "is_positive must be bool, got torch.int64; use targets == 1",
-        ),
-        (
-            ([True, False], 0.1),
-            TypeError,
-            "is_positive must be a torch.Tensor, got list; use torch.as_tensor(is_positive)",
-        ),
-        (
-            (IS_POSITIVE[None, None], 0.1),
-            ValueError,
-            "is_positive must be [M] or [C, M], got [1, 1, 2]",
-        ),
-        (
-            (IS_POSITIVE, 1.5),
-            ValueError,
-            "target_prior must be between 0 and 1, got 1.5; a share, not per cent: 0.015",
-        ),
-        (
-            (IS_POSITIVE, torch.tensor([0.1, 0.2])),
-            ValueError,
-            "target_prior must be [] to fit is_positive [2], got [2]",
-        ),
-        (
-            (IS_POSITIVE[None], torch.full((1,), 0.1, device="meta")),
-            ValueError,
-            "target_prior must be on the device of is_positive (cpu), got meta; "
-            "use target_prior.to(is_positive.device)",
-        ),
-        (
-            (IS_POSITIVE, 0.1, IS_POSITIVE),
-            TypeError,
-            "sample_weight must be floating point, got torch.bool; use sample_weight.float()",
-        ),
-        (
-            (IS_POSITIVE, 0.1, [1.0, 1.0]),
-            TypeError,
-            "sample_weight must be a torch.Tensor, got list; use torch.as_tensor(sample_weight)",
-        ),
-        (
-            (IS_POSITIVE, 0.1, torch.ones(3)),
-            ValueError,
-            "sample_weight must be [2] to fit is_positive [2], got [3]",
-        ),
-        (
-            (IS_POSITIVE, 0.1, torch.tensor(1.0)),
-            ValueError,
-            "sample_weight must be [2] to fit is_positive [2], got []",
-        ),
-        (
-            (IS_POSITIVE[None], 0.1, torch.ones(3)),
-            ValueError,
-            "sample_weight must be [1, 2] or [2] to fit is_positive [1, 2], got [3]",
-        ),
-    ],
-)
+@pytest.mark.parametrize((
+    "arguments",
+    "error",
+    "says",
+), [
+    ((IS_POSITIVE.long(), 0.1), TypeError,
+        "is_positive must be bool, got torch.int64; use targets == 1"),
+    (([True, False], 0.1), TypeError,
+        "is_positive must be a torch.Tensor, got list; use torch.as_tensor(is_positive)"),
+    ((IS_POSITIVE[None, None], 0.1), ValueError,
+        "is_positive must be [M] or [C, M], got [1, 1, 2]"),
+    ((IS_POSITIVE, 1.5), ValueError,
+        "target_prior must be between 0 and 1, got 1.5; a share, not per cent: 0.015"),
+    ((IS_POSITIVE, torch.tensor([0.1, 0.2])), ValueError,
+        "target_prior must be [] to fit is_positive [2], got [2]"),
+    ((IS_POSITIVE[None], torch.full((1,), 0.1, device="meta")), ValueError,
+        "target_prior must be on the device of is_positive (cpu), got meta; "
+        "use target_prior.to(is_positive.device)"),
+    ((IS_POSITIVE, 0.1, IS_POSITIVE), TypeError,
+        "sample_weight must be floating point, got torch.bool; use sample_weight.float()"),
+    ((IS_POSITIVE, 0.1, [1.0, 1.0]), TypeError,
+        "sample_weight must be a torch.Tensor, got list; use torch.as_tensor(sample_weight)"),
+    ((IS_POSITIVE, 0.1, torch.ones(3)), ValueError,
+        "sample_weight must be [2] to fit is_positive [2], got [3]"),
+    ((IS_POSITIVE, 0.1, torch.tensor(1.0)), ValueError,
+        "sample_weight must be [2] to fit is_positive [2], got []"),
+    ((IS_POSITIVE[None], 0.1, torch.ones(3)), ValueError,
+        "sample_weight must be [1, 2] or [2] to fit is_positive [1, 2], got [3]"),
+])  # fmt: skip
 def test_bad_arguments(arguments: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error) as caught:
         prior_weights(*arguments)
