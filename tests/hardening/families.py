@@ -35,16 +35,16 @@ FAMILIES = {
         "unit/functional::test_torch_func_gradient "
         "unit/panel_ranks::test_derivatives_of_smooth_ap unit/panel_ranks::test_gradcheck "
         "metrics/table::test_derivatives",
-        48,
+        40,
     ),
-    "T5": Family("special values", "unit/panel_ranks::test_infinite_scores metrics/edges", 192),
+    "T5": Family("special values", "unit/panel_ranks::test_infinite_scores metrics/edges", 40),
     "T6": Family(
         "nothing to rank",
         "unit/reduce metrics/table::test_nothing_to_rank "
         "metrics/edges::test_an_undefined_class_leaves_the_others_alone "
         "metrics/edges::test_hardly_a_row_with_a_filled_queue "
         "metrics/edges::test_a_function_without_a_ranking",
-        144,
+        45,
     ),
     "T7": Family("low precision", "metrics/precision", 36),
     "T8": Family("queue", "unit/queue", 200),
@@ -70,7 +70,7 @@ FAMILIES = {
     ),
     "T13": Family("draws", "unit/subsample", 30),
     "T14": Family("compilers", "unit/compile", 16),
-    "T15": Family("no waiting for the device", "unit/cuda::test_a_step_on_a_device", 96),
+    "T15": Family("no waiting for the device", "unit/cuda::test_a_step_on_a_device", 6),
     "T16": Family(
         "memory",
         "unit/backends::test_memory_of_smooth_ap unit/backends::test_no_tensor_of_all_pairs "
@@ -83,7 +83,7 @@ FAMILIES = {
     "T19": Family("predecessor", "hardening/predecessor hardening/predecessor_differences", 300),
     "T21": Family("faults", "hardening/faults hardening/kills", 30),
     "T22": Family("fuzzing", "hardening/fuzz", 2000),
-    "T23": Family("public cases", "hardening/public_cases", 350),
+    "T23": Family("public cases", "hardening/public_cases", 200),
 }
 
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import hypothesis  # noqa: F401 (loaded once, for all forks)
+import pytest
+import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path("src/imbalanced_losses")
@@ -117,30 +120,38 @@ def files_of(mutant: Mutant, tests: Path) -> list[str]:
     return [str(path) for path in found]
 
 
+def run(arguments: list[str], output: Path) -> int:
+    """Pytest's exit status in a fork, which has PyTorch loaded already and the package not yet."""
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            with output.open("w", encoding="utf-8") as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+                status = int(pytest.main(arguments))
+                sys.stdout.flush()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def outcome_of(mutant: Mutant, root: Path, scratch: Path) -> str:
     """Who kills a mutant, or "survived", or "not there"."""
-    target = scratch / mutant.file
+    target, output = scratch / mutant.file, scratch.parent / "output"
     text = (root / PACKAGE / mutant.file).read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
         return "not there"
     target.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
-    environment = {**os.environ, "PYTHONPATH": str(scratch.parent), "OMP_NUM_THREADS": "1"}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--rootdir", str(root)]
     try:
-        done = subprocess.run(
-            [*command, *files_of(mutant, root / "tests")],
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        status = run([*options, *files_of(mutant, root / "tests")], output)
     finally:
         target.write_text(text, encoding="utf-8")
-    if done.returncode == 0:
+    if status == 0:
         return "survived"
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return lines[0].split(" - ")[0] if lines else f"exit status {done.returncode}"
+    lines = [one for one in output.read_text().splitlines() if one.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0] if lines else f"exit status {status}"
 
 
 def main(words: list[str], root: Path = ROOT) -> int:
@@ -149,6 +160,9 @@ def main(words: list[str], root: Path = ROOT) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / PACKAGE.name
         shutil.copytree(root / PACKAGE, scratch, ignore=shutil.ignore_patterns("__pycache__"))
+        sys.path.insert(0, str(scratch.parent))
+        os.environ.update(PYTHONPATH=str(scratch.parent), OMP_NUM_THREADS="1")
+        sys.dont_write_bytecode = True
         for one in chosen:
             start = time.perf_counter()
             outcome = outcome_of(one, root, scratch)

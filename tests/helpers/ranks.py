@@ -15,21 +15,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD_SIZE = 2
-TIMEOUT_S = 20  # of a collective: long enough for a busy machine
-START_METHOD = "spawn"  # of the processes
+TIMEOUT_S = 60  # of a collective: long enough for a busy machine
+PATIENCE_S = 300  # with a start and with an answer, which has to come even from a hung collective
+START_METHOD = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
 
 
 def serve(rank: int, size: int, port: int, timeout_s: float, connection: Connection) -> None:
     """What a rank does: run the jobs that come, send back the result or the error."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    patience, timeout = timedelta(seconds=PATIENCE_S), timedelta(seconds=timeout_s)
+    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    connection.send_bytes(packed(None))
     while (message := connection.recv_bytes()) != b"":
         job, arguments = torch.load(io.BytesIO(message), weights_only=False)
         try:
@@ -72,12 +70,13 @@ class Ranks:
         prepare: Callable[[int], None] | None = None,
     ) -> None:
         self.size, self.timeout_s, self.prepare = size, timeout_s, prepare
-        self.patience_s = 3 * max(timeout_s, TIMEOUT_S)
         self.start()
 
     def start(self) -> None:
         port = free_port()
         context = mp.get_context(START_METHOD)
+        if START_METHOD == "forkserver":
+            context.set_forkserver_preload(["torch", "pytest"])  # loaded once for all ranks
         self.connections: list[Connection] = []
         self.processes: list[mp.Process] = []
         for rank in range(self.size):
@@ -88,6 +87,7 @@ class Ranks:
             process.start()
             self.connections.append(own)
             self.processes.append(process)
+        self.answers()
         if self.prepare is not None:
             assert self.run(self.prepare) == [None] * self.size
 
@@ -95,12 +95,19 @@ class Ranks:
         """The result of each rank; `job` is called with the rank first."""
         if not self.processes:
             self.start()
-        results = []
         try:
             for connection in self.connections:
                 connection.send_bytes(packed((job, arguments)))
+        except OSError:
+            self.kill()
+            raise
+        return self.answers()
+
+    def answers(self) -> list[Any]:
+        results = []
+        try:
             for rank, connection in enumerate(self.connections):
-                if not connection.poll(self.patience_s):
+                if not connection.poll(PATIENCE_S):
                     raise TimeoutError(f"rank {rank} does not answer")
                 results.append(torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False))
         except (EOFError, OSError):
