@@ -15,12 +15,12 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis  # noqa: F401 (loaded once, for all forks)
 import pytest
-import torch  # noqa: F401
+import torch  # noqa: F401 (loaded once, for all forks)
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path("src/imbalanced_losses")
@@ -131,6 +131,8 @@ def run(arguments: list[str], output: Path) -> int:
                 os.dup2(stream.fileno(), 2)
                 status = int(pytest.main(arguments))
                 sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -150,8 +152,9 @@ def outcome_of(mutant: Mutant, root: Path, scratch: Path) -> str:
         target.write_text(text, encoding="utf-8")
     if status == 0:
         return "survived"
-    lines = [one for one in output.read_text().splitlines() if one.startswith(("FAILED", "ERROR"))]
-    return lines[0].split(" - ")[0] if lines else f"exit status {status}"
+    said = output.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in said if line.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0] if lines else "\n".join(["no test failed", *said[-20:]])
 
 
 def main(words: list[str], root: Path = ROOT) -> int:
@@ -166,7 +169,7 @@ def main(words: list[str], root: Path = ROOT) -> int:
         for one in chosen:
             start = time.perf_counter()
             outcome = outcome_of(one, root, scratch)
-            missed += outcome in ("survived", "not there")
+            missed += not outcome.startswith(("FAILED", "ERROR"))
             seconds = time.perf_counter() - start
             print(f"{one.file}: {one.old!r}\n    {outcome} ({seconds:.0f} s)", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} killed")

@@ -18,6 +18,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from tests.helpers.cases import seeded
 
+pytestmark = pytest.mark.slow
+
 
 def some_rows(num_rows: int = 600, grades: int = 2) -> Rows:
     generator = seeded(0)
