@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -16,20 +17,29 @@ from imbalanced_losses._ranking import PLANS
 from imbalanced_losses._ranking.cuda import prepared
 from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from imbalanced_losses._ranking.panels.panels import PRECISIONS
-from tests.ranks import Ranks
+from tests.helpers.ranks import Ranks
 
-collect_ignore = ["trainer_accumulation.py", "trainer_groups.py"]  # scripts, of other packages
+collect_ignore = [  # scripts
+    "project/trainer_accumulation.py",
+    "project/trainer_groups.py",
+    "hardening/fuzz/__main__.py",
+    "hardening/mutation.py",
+    "hardening/mutation_plugin.py",
+]
+if (
+    importlib.util.find_spec("pyarrow") is None
+):  # the extras of the demo, of examples and benchmarks
+    names = ("demo", "gpu_benchmark", "peers", "quality")
+    collect_ignore += [f"project/test_{name}.py" for name in names]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
-settings.register_profile(
-    "repeatable", max_examples=100, derandomize=True, database=None, deadline=None
-)
+settings.register_profile("fast", max_examples=30, derandomize=True, database=None, deadline=None)
 settings.register_profile(
     "thorough", max_examples=200, derandomize=True, database=None, deadline=None
 )
-settings.load_profile("repeatable")
+settings.load_profile("fast")
 
 
 @pytest.hookimpl(wrapper=True)
