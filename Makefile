@@ -9,7 +9,7 @@ PEERS  := $(CACHE)/peers
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help help-all demo demo-quick examples test test-all torture torture-quick gpu faults fuzz soak mutation \
-        telling-mutants check format docs dist matrix bench peers clean
+        telling-mutants check format docs dist matrix bench quality peers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -141,6 +141,9 @@ bench: $(VENV)/.with-bench peers  ### measure speed, memory and accuracy beside 
 	$(BIN)/python -m benchmarks.gather
 	$(BIN)/python -m benchmarks.family
 	$(BIN)/python -m benchmarks.plots
+
+quality: $(VENV)/.with-bench peers  ### which loss gains by which number, on real data (hours; resumes where it stopped)
+	$(BIN)/python -m benchmarks.quality
 
 clean:  ### remove the environment and every cache
 	rm -rf $(VENV) $(CACHE) site dist demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

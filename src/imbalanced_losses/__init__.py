@@ -23,4 +23,4 @@ __all__ = [
     "SmoothAPLoss",
     "functional",
 ]
-__version__ = "0.9.0"
+__version__ = "1.0.0"
