@@ -32,7 +32,6 @@ FAMILIES = {
         "derivatives",
         "unit/ap_loss::test_gradcheck unit/backends::test_four_derivatives "
         "unit/backends::test_gradcheck unit/functional::test_forward_mode_is_refused "
-        "unit/functional::test_torch_func_gradient "
         "unit/panel_ranks::test_derivatives_of_smooth_ap unit/panel_ranks::test_gradcheck "
         "metrics/table::test_derivatives",
         40,

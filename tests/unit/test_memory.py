@@ -77,7 +77,7 @@ import torch
 from imbalanced_losses.functional import smooth_ap
 
 scores = torch.randn(32_768, generator=torch.Generator().manual_seed(0)).requires_grad_()
-is_positive = torch.arange(32_768) % 2 == 0
+is_positive = torch.arange(32_768) %% 2 == 0
 smooth_ap(scores[:4000], is_positive[:4000], 0.01).ap.backward()
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = held + %d

@@ -77,10 +77,12 @@ class Canonical(NamedTuple):
 
 
 def at(values: Tensor, problem: Tensor, row: Tensor) -> Tensor:
-    """Values [C, M] at places [Q]."""
-    if values.shape[0] == 1:
-        return values[0].index_select(0, row)  # a third of the time of an index
-    return values[problem, row]
+    """Values [C, M] at places [Q], or of tiles [n, Q]."""
+    if values.shape[0] > 1:
+        return values[problem, row]
+    if row.dim() > 1:
+        return values[0, row]
+    return values[0].index_select(0, row)  # a third of the time of an index
 
 
 class Listed(NamedTuple):
