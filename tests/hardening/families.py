@@ -32,7 +32,6 @@ FAMILIES = {
         "derivatives",
         "unit/ap_loss::test_gradcheck unit/backends::test_four_derivatives "
         "unit/backends::test_gradcheck unit/functional::test_forward_mode_is_refused "
-        "unit/panel_ranks::test_derivatives_of_smooth_ap unit/panel_ranks::test_gradcheck "
         "metrics/table::test_derivatives",
         40,
     ),
@@ -73,7 +72,7 @@ FAMILIES = {
     "T16": Family(
         "memory",
         "unit/backends::test_memory_of_smooth_ap unit/backends::test_no_tensor_of_all_pairs "
-        "unit/backends::test_nothing_of_all_pairs_is_kept unit/memory "
+        " unit/memory "
         "unit/line::test_no_tensor_of_all_pairs unit/scratch",
         20,
     ),
