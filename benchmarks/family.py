@@ -143,7 +143,7 @@ def beside(name: str) -> list[Row]:
             if not _worker.ran_out(error):
                 raise
             died = {"cpu_ms": "", "ratio": "", "outcome": f"out of memory at {LIMIT_GIB} GiB"}
-            results.append({"what": what, "rows": num_rows, "name": name, **died})
+            results.append({"what": what, "num_rows": num_rows, "name": name, **died})
     return results
 
 
@@ -163,7 +163,7 @@ def measured(steps: dict[str, Step], what: str, num_rows: int) -> list[Row]:
     return [
         {
             "what": what,
-            "rows": num_rows,
+            "num_rows": num_rows,
             "name": name,
             "cpu_ms": round(1e3 * statistics.median(own), 2),
             "ratio": round(statistics.median(a / b for a, b in zip(own, first, strict=True)), 2),
@@ -198,7 +198,7 @@ def main() -> None:
         found = [row["outcome"]]
         if row["outcome"] == "ok":
             found = [f"{row['cpu_ms']:.1f}", f"{row['ratio']:.2f}"]
-        table.add_row(row["name"], f"{row['rows']:,}", *found)
+        table.add_row(row["name"], f"{row['num_rows']:,}", *found)
     Console().print(table)
     path = _measure.write_csv(results, "family", "cpu", _measure.header(1, "cpu"))
     print(f"written: {path.relative_to(_peers.ROOT)}")

@@ -114,17 +114,17 @@ def figure(rows: list[dict[str, str]], quantity: Quantity, problems: list[str], 
 
 def family(rows: list[dict[str, str]], path: Path) -> None:
     """One line a metric, and one a loss of another library, up to where memory ran out."""
-    fig, axes = plt.subplots(figsize=(8, 4.6))
+    fig, axes = plt.subplots(figsize=(9.2, 4.2))
     for name, (label, style) in FAMILY.items():
         # Ours have been measured beside other libraries' as well.
         ours = [row for row in rows if row["name"] == name and row["what"] == "members"]
         here = ours or [row for row in rows if row["name"] == name]
-        points = [(int(r["rows"]), float(r["cpu_ms"])) for r in here if r["outcome"] == "ok"]
+        points = [(int(r["num_rows"]), float(r["cpu_ms"])) for r in here if r["outcome"] == "ok"]
         if points:
-            died = [int(row["rows"]) for row in here if row["outcome"] != "ok"]
-            end = f", out of memory at {min(died):,}" if died else ""
+            died = [int(row["num_rows"]) for row in here if row["outcome"] != "ok"]
+            end = f", died at {min(died):,}" if died else ""
             axes.plot(*zip(*points, strict=True), label=label + end, **style)
-    sizes = sorted({int(row["rows"]) for row in rows if row["what"] == "members"})
+    sizes = sorted({int(row["num_rows"]) for row in rows if row["what"] == "members"})
     axes.set(xscale="log", yscale="log", xlabel="rows ranked, M, 1 % positive")
     axes.set(ylabel="forward + backward, ms of CPU")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
