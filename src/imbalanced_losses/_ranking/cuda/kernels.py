@@ -414,7 +414,7 @@ def score_slopes(
                 by_all, by_positives, by_negatives, own, base + row, is_real,
                 ALL, POSITIVES, NEGATIVES, WEIGHS,
             )  # fmt: skip
-            _, slope = _logistic((score - query) * rate)
+            _sigmoid, slope = _logistic((score - query) * rate)
             slope = tl.where(source[None, :] != row[:, None], slope, 0.0)
             negative += slope * to_negative[:, None]
             positive += slope * to_positive[:, None]
@@ -1005,7 +1005,7 @@ def far_slopes(
         query = tl.load(sorted_scores + base + place, mask=is_real, other=0.0)[:, None]
         to_negative = tl.load(sorted_slopes + base + place, mask=is_real, other=0.0)
         to_positive = tl.load(sorted_slopes + size + base + place, mask=is_real, other=0.0)
-        _, slope = _logistic((score[None, :] - query) * rate)
+        _sigmoid, slope = _logistic((score[None, :] - query) * rate)
         slope = tl.where(source[None, :] != place[:, None], slope, 0.0)
         as_negative += tl.sum(slope * to_negative[:, None], 0).to(tl.float64)
         as_positive += tl.sum(slope * to_positive[:, None], 0).to(tl.float64)

@@ -249,7 +249,7 @@ def segment_slopes(
             ALL, POSITIVES, NEGATIVES, WEIGHS,
         )  # fmt: skip
         is_pair = (number[:, None] >= begin[None, :]) & (number[:, None] < end[None, :])
-        _, slope = _logistic(tl.where(is_pair, (score - query) * rate, 0.0))
+        _sigmoid, slope = _logistic(tl.where(is_pair, (score - query) * rate, 0.0))
         is_pair = is_pair & (source[None, :] != row[:, None])
         negative = tl.where(is_pair, slope * to_negative[:, None], 0.0)
         positive = tl.where(is_pair, slope * to_positive[:, None], 0.0)
