@@ -43,7 +43,7 @@ MUTANTS = [
     Mutant("_ranking/plan.py", 'None if queries == "all" else False', "False",
            "ranked_sum backends"),
     Mutant("_ranking/plan.py", "return weights * value", "return weights", "table"),
-    Mutant("_ranking/budget.py", "within + 0.5 * ranks.weights", "within", "table"),
+    Mutant("_ranking/budget.py", "number + 0.5 * ranks.weights", "number", "table"),
     Mutant("_ranking/budget.py", "number = k / problems.unit", "number = k", "table"),
     Mutant("_ranking/budget.py", "number + 0.5 * one", "number", "table"),
     Mutant("_ranking/partial_auc.py", "return 1 - first.holds(ranks)", "return 1", "table"),
@@ -68,7 +68,7 @@ MUTANTS = [
            "functional edges"),
     Mutant("_ranking/weighting.py", "mean = mean.detach()", "mean = mean * 1", "sums table"),
     # Slopes.
-    Mutant("_ranking/ranked_sum.py", "torch.where(totals[1] > share.least, average, 0)", "average",
+    Mutant("_ranking/ranked_sum.py", "torch.where(counts > share.least, average, 0)", "average",
            "table"),
     Mutant("_ranking/ranked_sum.py", "given.temperature * per", "given.temperature", "table"),
     Mutant("_ranking/ranked_sum.py", "if given.has_extremes:", "if False:", "edges panel_ranks"),
