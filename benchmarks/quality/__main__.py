@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="splits to choose recipes on")
     parser.add_argument("--report", action="store_true", help="print what there is, and plot it")
     options = parser.parse_args()
+    if unknown := set(options.questions) - QUESTIONS.keys():
+        parser.error(f"no question is called {', '.join(unknown)}: {', '.join(QUESTIONS)}")
     first = DEVELOPMENT_SEED if options.development else 0
     for name in options.questions or QUESTIONS:
         question = QUESTIONS[name]

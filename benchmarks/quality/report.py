@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import NamedTuple
 
@@ -88,8 +89,13 @@ def report(name: str, rows: list[Row], *, by_validation: bool = False) -> None:
         ours = question.ours.get(number, question.ours.get("mean AP", ""))
         sign = -1 if number in LOWER_IS_BETTER else 1
         names = list(dict.fromkeys(row["task"] for row in rows if row["number"] == number))
+        shown = {*(question.rivals or {}).get(number, question.contenders), ours}
         by_task = {
-            task: {loss: own for (t, n, loss), own in chosen.items() if (t, n) == (task, number)}
+            task: {
+                loss: own
+                for (t, n, loss), own in chosen.items()
+                if (t, n) == (task, number) and loss in shown
+            }
             for task in names
         }
         all_compared = {
@@ -124,7 +130,7 @@ def _cells(
         cell = f"{mean:.4f}".lstrip("0")
         one = all_compared[task].get(loss)
         if one is not None:
-            gain = f"{one.gain:+.4f}".replace("0.", ".").replace("-", "−")
+            gain = re.sub(r"^([+-])0\.", r"\1.", f"{one.gain:+.4f}").replace("-", "−")
             cell += f" {gain}{'*' * (one.p < 0.05)} {one.wins}/{one.splits}"
         cells.append(cell)
     return [*cells, f"{statistics.median(seconds):.1f}"]

@@ -132,7 +132,8 @@ def train(
         total_steps=budget.steps,
         cycle_momentum=contender.optimizer == "AdamW",
     )
-    best: dict[str, Best] = {name: (0, -1.0, model.state_dict()) for name in numbers}
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    best: dict[str, Best] = dict.fromkeys(numbers, (0, -1.0, start))
     batches = _batches(contender, parts.train, budget, seed)
     for step, rows in zip(range(1, budget.steps + 1), batches, strict=False):
         batch = parts.train.select(rows)

@@ -351,3 +351,28 @@ def test_a_temperature_that_follows_the_scores_is_counted_once() -> None:
     slopes = [torch.autograd.grad(ap(leaf), leaf, create_graph=graph)[0] for graph in (False, True)]
     torch.testing.assert_close(slopes[1].detach(), slopes[0], rtol=1e-10, atol=1e-13)
     assert torch.autograd.gradgradcheck(ap, leaf)
+
+
+@pytest.mark.parametrize("backend", ["dense", "panel"])
+def test_a_row_of_weight_zero_may_hold_anything(backend: Backend) -> None:
+    scores = torch.randn(40, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.arange(40) % 4 == 0
+    weights = torch.rand(40, generator=seeded(1), dtype=torch.float64)
+    expected = smooth_ap(scores[1:], is_positive[1:], 0.1, sample_weight=weights[1:])
+    for junk in (math.nan, math.inf):
+        scores[0], weights[0] = junk, 0
+        leaf = scores.clone().requires_grad_()
+        found = smooth_ap(leaf, is_positive, 0.1, sample_weight=weights, backend=backend)
+        torch.testing.assert_close(found.ap.detach(), expected.ap)
+        found.ap.backward()
+        assert leaf.grad is not None
+        assert leaf.grad[0] == 0
+        assert leaf.grad.isfinite().all()
+
+
+def test_a_weight_that_underflows_is_present_all_the_same() -> None:
+    """Beside the heaviest row it is 0 in float32."""
+    weights = torch.tensor([1e-60, 1.0], dtype=torch.float64)
+    found = smooth_ap(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), sample_weight=weights)
+    assert found.valid
+    assert found.ap > 0.9
