@@ -136,11 +136,11 @@ peers: $(PEERS)/.installed  ### fetch the peers that benchmarks and some tests c
 
 bench: $(VENV)/.with-bench peers  ### measure speed, memory and accuracy beside the peers (some 20 minutes)
 	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.accuracy
-	$(BIN)/python -m benchmarks.gather
-	$(BIN)/python -m benchmarks.family
-	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.speed.memory
+	$(BIN)/python -m benchmarks.speed.accuracy
+	$(BIN)/python -m benchmarks.speed.gather
+	$(BIN)/python -m benchmarks.speed.family
+	$(BIN)/python -m benchmarks.speed.plots
 
 quality: $(VENV)/.with-bench peers  ### which loss gains by which number, on real data (hours; resumes where it stopped)
 	$(BIN)/python -m benchmarks.quality

@@ -1,1 +1,1 @@
-"""Measurements beside the peers: `python -m benchmarks.memory`, `.speed`, then `.plots`."""
+"""Beside the peers: `speed/` on a CPU, `gpu/` on a CUDA device, `quality/` of trained models."""

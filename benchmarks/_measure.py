@@ -78,12 +78,10 @@ def run_cell(
         )
 
 
-def header(num_threads: int, device: str) -> list[str]:
+def header(num_threads: int) -> list[str]:
     """Lines that say where and how a result came about."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{_cpu_model()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB RAM"
-    if device == "cuda":
-        machine += f", {torch.cuda.get_device_name()}"
     present = [name for name in _peers.PEERS if _peers.is_there(name)]
     versions = ", ".join(_peers.describe(name) for name in present)
     parts = Path(sys.argv[0]).with_suffix("").parts
@@ -96,10 +94,10 @@ def header(num_threads: int, device: str) -> list[str]:
     ]
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], name: str, device: str, lines: list[str]) -> Path:
-    """Write benchmarks/results/<date>-<device>-<name>.csv."""
+def write_csv(rows: Sequence[Mapping[str, Any]], name: str, lines: list[str]) -> Path:
+    """Write benchmarks/results/<date>-<name>.csv."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{datetime.date.today().isoformat()}-{device}-{name}.csv"
+    path = RESULTS / f"{_today()}-{name}.csv"
     with path.open("w", newline="") as file:
         file.writelines(line + "\n" for line in lines)
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -114,10 +112,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def newest(name: str, device: str) -> Path | None:
-    """The latest result of a benchmark, None if there is none."""
-    found: Iterable[Path] = RESULTS.glob(f"*-{device}-{name}.csv")
+def newest(name: str, *, today: bool = False) -> Path | None:
+    """The latest result of a benchmark, or that of today; None if there is none."""
+    found: Iterable[Path] = RESULTS.glob(f"{_today() if today else '????-??-??'}-{name}.csv")
     return max(found, default=None)
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def _cpu_model() -> str:

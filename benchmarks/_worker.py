@@ -60,11 +60,9 @@ def main() -> None:
 
 def mean_elapsed_ms(step: Step, calls: int) -> float:
     """Mean wall-clock time of some calls in a row."""
-    _synchronise()
     start = time.perf_counter()
     for _ in range(calls):
         step()
-    _synchronise()
     return (time.perf_counter() - start) / calls * 1e3
 
 
@@ -73,18 +71,11 @@ def measure_memory(contender: str, case: Case, limit_bytes: int) -> Reply:
     build(contender, case.tiny())()
     step = build(contender, case)
     gc.collect()
-    on_cuda = case.device == "cuda"
-    if on_cuda:
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, limit_bytes / torch.cuda.get_device_properties(0).total_memory)
-        )
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        limit_address_space(limit_bytes)
-        _reset_peak()
-    before = torch.cuda.memory_allocated() if on_cuda else _status_bytes("VmRSS")
+    limit_address_space(limit_bytes)
+    _reset_peak()
+    before = _status_bytes("VmRSS")
     elapsed_ms = [mean_elapsed_ms(step, 1)]
-    peak = torch.cuda.max_memory_allocated() if on_cuda else _status_bytes("VmHWM")
+    peak = _status_bytes("VmHWM")
     while len(elapsed_ms) < MAX_CALLS and sum(elapsed_ms) < MAX_TIMED_S * 1e3:
         elapsed_ms.append(mean_elapsed_ms(step, 1))
     return {"peak_bytes": max(0, peak - before), "elapsed_ms": statistics.median(elapsed_ms)}
@@ -98,7 +89,7 @@ def _status_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     if found is None:
-        raise RuntimeError("memory is measured on Linux only, or with --device cuda")
+        raise RuntimeError("memory is measured on Linux only")
     return int(found[1]) * 1024
 
 
@@ -116,11 +107,6 @@ def limit_address_space(limit_bytes: int) -> None:
 def ran_out(error: Exception) -> bool:
     words = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

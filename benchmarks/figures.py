@@ -3,8 +3,8 @@
     python -m benchmarks.figures [--into docs/assets]
 
 One function a figure. All but the curves of the cost, which are read from the newest results, are
-computed on the spot, in some seconds on one core. `benchmarks.plots`, `benchmarks.quality` and the
-demo draw the others.
+computed on the spot, in some seconds on one core. `benchmarks.speed.plots`,
+`benchmarks.quality`, `benchmarks.gpu` and the demo draw the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from benchmarks import _measure, _peers, plots
+from benchmarks import _measure, _peers
+from benchmarks.speed import plots
 from imbalanced_losses._ranking import sigmoid_sums
 from imbalanced_losses._ranking.panels.line import Precision
 from imbalanced_losses._ranking.panels.panels import Panels
@@ -196,9 +197,9 @@ def cost_memory() -> Figure:
 
 
 def _cost(quantity: plots.Quantity) -> Figure:
-    source = _measure.newest("memory", "cpu")
+    source = _measure.newest("cpu-memory")
     if source is None:
-        raise FileNotFoundError("no result yet: run `python -m benchmarks.memory` first")
+        raise FileNotFoundError("no result yet: run `python -m benchmarks.speed.memory` first")
     problem = "C = 1, 10% positive"
     rows = [row for row in _measure.read_csv(source) if row["problem"] == problem]
     fig, axes = plt.subplots(figsize=SIZE)

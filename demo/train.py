@@ -1,4 +1,4 @@
-"""The network, the five ways to train it and one training run."""
+"""The five ways to train the network and one training run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from demo.data import Protein, Split
 from demo.measures import Judged, judge
+from demo.model import make_model
 from imbalanced_losses import GroupBatchSampler, SmoothAPLoss
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, labels and blocks, each [n]
@@ -117,19 +118,6 @@ def make_task(data: Protein, split: Split) -> Task:
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
     features = (data.features - mean) / deviation
     return Task(*(Part(features[rows], data.labels[rows], data.blocks[rows]) for rows in split))
-
-
-def make_model(num_features: int, seed: int) -> nn.Sequential:
-    """MLP F-64-32-1 whose initial weights depend on the seed alone."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(num_features, 64),
-        nn.ReLU(),
-        nn.Linear(64, 32),
-        nn.ReLU(),
-        nn.Linear(32, 1),
-        nn.Flatten(0),  # [n, 1] -> [n]
-    )
 
 
 def steps_of(loss: str, recipe: Recipe) -> int:

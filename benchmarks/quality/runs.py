@@ -94,7 +94,7 @@ def append(rows: list[Row], path: Path) -> None:
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if is_new:
-            file.writelines(f"{line}\n" for line in _measure.header(1, "cpu"))
+            file.writelines(f"{line}\n" for line in _measure.header(1))
             writer.writeheader()
         writer.writerows(rows)
 

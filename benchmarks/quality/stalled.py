@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from demo.train import make_model
+from demo.model import make_model
 from rich.console import Console
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from demo.train import make_model
+from demo.model import make_model
 from torch import Tensor, nn
 
 from benchmarks.quality.losses import Contender

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,3 +217,10 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.validation == max(validation)
     assert found.best_step == training.EVALUATE_EVERY * (1 + validation.index(max(validation)))
     assert found.test == test
+
+
+def test_a_worker_of_the_predecessor_can_load_it() -> None:
+    """It has our import name, so what the worker imports first must not import ours."""
+    code = "import sys, benchmarks.quality.runs; print('imbalanced_losses' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"

@@ -17,7 +17,7 @@ _PAIRS_OF = {
 # by one, a step is launches, of which the linear way has twice as many: on an H200 (torch 2.11)
 # both took 1.9 ms at C = 1, M = 65,536, and 1.6 and 1.8 ms at C = 10, M = 16,384. As a CUDA graph
 # it is arithmetic: .15 and .14 ms at C = 1, M = 16,384, and .11 and .12 ms at C = 10, M = 4,096.
-# `python -m benchmarks.gpu_steps` measures both.
+# `python -m benchmarks.gpu` measures both.
 MOST_FUSED_PAIRS, MOST_CAPTURED_PAIRS = 1 << 32, 1 << 28
 # Rows of a pool so small that it is all launches, of which the dense way has fewer.
 FEW_FUSED_ROWS = 1 << 11

@@ -1,6 +1,6 @@
 """Forward and backward time as a ratio, both sides measured alternately in one run.
 
-    python -m benchmarks.speed [--quick] [--only kernel loss large peers] [--device cuda]
+    python -m benchmarks.speed [--quick] [--only kernel loss large peers]
 
 Two processes are driven in turn (A B A B …), each timing inside itself; the ratio is the median of
 the ratios of neighbouring turns, so that a busy machine slows both sides of it. Above 1: ours is
@@ -61,29 +61,29 @@ class Limits(NamedTuple):
     num_threads: int
 
 
-def duels(quick: bool, device: str) -> Iterator[Duel]:
+def duels(quick: bool) -> Iterator[Duel]:
     """Everything that is measured."""
     for size, rate in KERNEL_SIZES[: 4 if quick else None]:
-        case = Case(size, rate, device=device)
+        case = Case(size, rate)
         yield Duel("kernel", "ours, kernel", "predecessor, kernel", case)
     for num_classes in (1, 10) if quick else (1, 10, 100):
-        case = Case(256, 0.1, num_classes, queue_size=1024, device=device)
+        case = Case(256, 0.1, num_classes, queue_size=1024)
         yield Duel("loss", "ours", "predecessor", case)
     for other in ("torch.sort", "sklearn AP"):
         for size in LARGE_SIZES[: 1 if quick else None]:
-            yield Duel("large", "ours, kernel", other, Case(size, device=device))
+            yield Duel("large", "ours, kernel", other, Case(size))
     for size in CHOICE_SIZES[: 2 if quick else None]:
         for rate in CHOICE_RATES:
-            yield Duel("choice", "ours, auto", "ours, dense", Case(size, rate, device=device))
+            yield Duel("choice", "ours, auto", "ours, dense", Case(size, rate))
         for num_classes in CHOICE_CLASSES[: 2 if size == CHOICE_SIZES[-1] else None]:
-            case = Case(size, 0.1, num_classes, device=device)
+            case = Case(size, 0.1, num_classes)
             yield Duel("choice", "ours, auto", "ours, dense", case)
     for size in (256, 1024) if quick else (256, 1024, 4096):
-        yield Duel("peers", "ours", "libauc APLoss", Case(size, device=device))
+        yield Duel("peers", "ours", "libauc APLoss", Case(size))
     for size in (64, 128) if quick else (64, 128, 256):
-        yield Duel("peers", "ours, retrieval", "pml SmoothAPLoss", Case(size, device=device))
+        yield Duel("peers", "ours, retrieval", "pml SmoothAPLoss", Case(size))
     for size in (64, 256) if quick else (64, 256, 1024):
-        yield Duel("peers", "ours, retrieval", "pml FastAPLoss", Case(size, device=device))
+        yield Duel("peers", "ours, retrieval", "pml FastAPLoss", Case(size))
 
 
 class Ring:
@@ -209,7 +209,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each process"
     )
@@ -222,9 +221,7 @@ def main() -> None:
     options = parse()
     limits = Limits(0.5 if options.quick else 3.0, options.longest, options.threads)
     wanted = [
-        duel
-        for duel in duels(options.quick, options.device)
-        if duel.suite in options.only and _is_measurable(duel)
+        duel for duel in duels(options.quick) if duel.suite in options.only and _is_measurable(duel)
     ]
     with ExitStack() as stack:
         ring = Ring(stack, limits)
@@ -232,8 +229,8 @@ def main() -> None:
     show(results)
     part = [] if set(options.only) == set(SUITES) else options.only
     name = "-".join(["speed", *part, *(["quick"] if options.quick else [])])
-    lines = _measure.header(options.threads, options.device)
-    path = _measure.write_csv(results, name, options.device, lines)
+    lines = _measure.header(options.threads)
+    path = _measure.write_csv(results, f"cpu-{name}", lines)
     print(f"written: {path.relative_to(_peers.ROOT)}")
 
 

@@ -1,6 +1,6 @@
 """Error of value and gradient against the definition in float64, for scores of every shape.
 
-    python -m benchmarks.accuracy [--quick]
+    python -m benchmarks.speed.accuracy [--quick]
 
 The gradient's error is its norm over the norm of the exact gradient. Up to 10,000 rows the exact
 one is the definition itself. Beyond, it is the definition at sampled rows: the ranks of sampled
@@ -223,8 +223,8 @@ def main() -> None:
     results = [row for cell in track(wanted, "measuring") for row in measure(*cell)]
     show(results)
     name = "accuracy-quick" if options.quick else "accuracy"
-    lines = _measure.header(1, "cpu")
-    path = _measure.write_csv(results, name, "cpu", lines)
+    lines = _measure.header(1)
+    path = _measure.write_csv(results, f"cpu-{name}", lines)
     print(f"written: {path.relative_to(_peers.ROOT)}")
 
 

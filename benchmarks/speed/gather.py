@@ -1,6 +1,6 @@
 """Gathering rows against adding up sums: time and bytes of `SmoothAPLoss` over ranks.
 
-    python -m benchmarks.gather [--quick] [--ranks 2] [--bandwidth 1.25e9] [--latency 1e-4]
+    python -m benchmarks.speed.gather [--quick] [--ranks 2] [--bandwidth 1.25e9] [--latency 1e-4]
 
 Real processes over gloo on this machine, one thread each; one forward and backward pass of one
 class, 10 % positive, float32 scores of unit spread, τ = 0.01, no queue. Both ways take turns.
@@ -210,7 +210,7 @@ def main() -> None:
     found += modelled(found, options.bandwidth, options.latency)
     show(found)
     name = "gather-quick" if options.quick else "gather"
-    path = _measure.write_csv(found, name, "cpu", _measure.header(1, "cpu"))
+    path = _measure.write_csv(found, f"cpu-{name}", _measure.header(1))
     print(f"written: {path.relative_to(_peers.ROOT)}")
 
 

@@ -1,6 +1,6 @@
 """Peak memory over the inputs, and time, of one forward and backward pass.
 
-    python -m benchmarks.memory [--quick] [--device cuda] [--threads 2] [--timeout 60]
+    python -m benchmarks.speed.memory [--quick] [--threads 2] [--timeout 60]
 
 Each cell has a process of its own. A cell that needs more than 8 GiB over its inputs, or too long,
 has died; larger sizes of the same row are then not tried.
@@ -40,24 +40,24 @@ class Series(NamedTuple):
     cases: list[Case]
 
 
-def series(quick: bool, device: str) -> Iterator[Series]:
+def series(quick: bool) -> Iterator[Series]:
     """Everything that is measured."""
     sizes = QUICK_SIZES if quick else SIZES
     for rate in RATES:
         for contender in CLASSIFIERS:
-            cases = [Case(size, rate, device=device) for size in sizes]
+            cases = [Case(size, rate) for size in sizes]
             yield Series(f"C = 1, {rate:.0%} positive", contender, cases)
     for contender in CLASSIFIERS:
-        cases = [Case(size, num_classes=10, device=device) for size in sizes]
+        cases = [Case(size, num_classes=10) for size in sizes]
         yield Series("C = 10, balanced", contender, cases)
     if not quick:
-        cases = [Case(size, device=device) for size in LARGE_SIZES]
+        cases = [Case(size) for size in LARGE_SIZES]
         yield Series("C = 1, 10% positive, large", "ours, kernel", cases)
-        cases = [Case(256, queue_size=size, device=device) for size in QUEUE_SIZES]
+        cases = [Case(256, queue_size=size) for size in QUEUE_SIZES]
         yield Series("256 rows beside a full queue", "ours", cases)
     for contender in RETRIEVERS:
         sizes = RETRIEVAL_SIZES[:2] if quick else RETRIEVAL_SIZES
-        cases = [Case(size, device=device) for size in sizes]
+        cases = [Case(size) for size in sizes]
         yield Series("retrieval, N queries, 4 a label", contender, cases)
 
 
@@ -116,7 +116,6 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes only, under a minute")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each process"
     )
@@ -124,9 +123,7 @@ def main() -> None:
     options = parser.parse_args()
 
     wanted = [
-        row
-        for row in series(options.quick, options.device)
-        if _peers.is_there(CONTENDERS[row.contender].peer)
+        row for row in series(options.quick) if _peers.is_there(CONTENDERS[row.contender].peer)
     ]
     results = [
         result
@@ -135,8 +132,8 @@ def main() -> None:
     ]
     show(results)
     name = "memory-quick" if options.quick else "memory"
-    lines = _measure.header(options.threads, options.device)
-    path = _measure.write_csv(results, name, options.device, lines)
+    lines = _measure.header(options.threads)
+    path = _measure.write_csv(results, f"cpu-{name}", lines)
     print(f"written: {path.relative_to(_peers.ROOT)}")
 
 

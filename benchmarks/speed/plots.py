@@ -1,6 +1,6 @@
 """Time and memory against the number of rows, from the newest results, into docs/assets.
 
-python -m benchmarks.plots [--quick] [--device cuda] [--into docs/assets]
+python -m benchmarks.speed.plots [--quick] [--into docs/assets]
 """
 
 from __future__ import annotations
@@ -141,13 +141,12 @@ def main() -> None:
     """Draw them all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="from the newest quick result")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--into", type=Path, default=_peers.ROOT / "docs" / "assets")
     options = parser.parse_args()
 
-    source = _measure.newest("memory-quick" if options.quick else "memory", options.device)
+    source = _measure.newest("cpu-memory-quick" if options.quick else "cpu-memory")
     if source is None:
-        parser.error("no result yet: run `python -m benchmarks.memory` first")
+        parser.error("no result yet: run `python -m benchmarks.speed.memory` first")
     mpl.use("agg")
     options.into.mkdir(parents=True, exist_ok=True)
     rows = _measure.read_csv(source)
@@ -156,7 +155,7 @@ def main() -> None:
         path = options.into / f"{quantity.name}.png"
         figure(rows, quantity, problems, path)
         print(f"written: {path.name}")
-    source = _measure.newest("family", options.device)
+    source = _measure.newest("cpu-family")
     if source is not None:
         path = options.into / "family.png"
         family(_measure.read_csv(source), path)

@@ -1,6 +1,6 @@
 """Time of every metric and of other libraries' losses, and of ranks within groups.
 
-    python -m benchmarks.family
+    python -m benchmarks.speed.family
 
 One forward and backward pass of the functional form, float32, 1 % positive (2 % in groups), scores
 of unit spread, τ = 0.01, one thread. What is compared is measured in turn in one process, by its
@@ -200,7 +200,7 @@ def main() -> None:
             found = [f"{row['cpu_ms']:.1f}", f"{row['ratio']:.2f}"]
         table.add_row(row["name"], f"{row['num_rows']:,}", *found)
     Console().print(table)
-    path = _measure.write_csv(results, "family", "cpu", _measure.header(1, "cpu"))
+    path = _measure.write_csv(results, "cpu-family", _measure.header(1))
     print(f"written: {path.relative_to(_peers.ROOT)}")
 
 

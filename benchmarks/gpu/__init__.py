@@ -1,0 +1,1 @@
+"""What a training step costs on a CUDA device: `python -m benchmarks.gpu`, or `make gpu`."""

@@ -1,0 +1,1 @@
+"""Time, memory and accuracy on a CPU: `make bench` runs them all."""
