@@ -268,10 +268,10 @@ MOST_LAUNCHES = {
     "plain": (20, 24),
     "queue": (24, 28),
     "labels": (24, 28),
-    "recall": (36, 40),
-    "recall at k": (40, 46),
-    "recall at FPR": (40, 46),
-    "partial AUC": (64, 72),
+    "recall": (28, 34),
+    "recall at k": (34, 40),
+    "recall at FPR": (34, 40),
+    "partial AUC": (49, 55),
     "groups": (64, 72),
 }
 

@@ -12,8 +12,7 @@ from imbalanced_losses._ranking.ranks import Ranks
 
 def highest_negatives(problems: Problems, max_fpr: float, softness: float) -> Budget:
     """The highest share of the negatives, of one at least."""
-    number = max_fpr * problems.mass("negatives")
-    number = torch.maximum(number, problems.mean_weight("negatives"))
+    number = torch.maximum(max_fpr * problems.mass("negatives"), problems.mean_weight("negatives"))
     return Budget("negatives", number, softness * number)
 
 
@@ -21,18 +20,22 @@ def partial_auc(problems: Problems, max_fpr: float, min_fpr: float, softness: fl
     """Σ_N ω h R⁺ ÷ (Ω⁺ · max(Σ_N ω h, k₁ − k₀)): [C] in [0, 1], 0 where a problem is not valid."""
     if max_fpr == 1 and min_fpr == 0:
         return _auc(problems)
-    last = highest_negatives(problems, max_fpr, softness)
     mass = problems.mass("negatives")
-    before = min_fpr * mass  # [C] k₀
-    first = Budget("negatives", before, softness * before)
-    # k₁ − k₀, without the difference of two that are nearly equal.
-    number = torch.maximum((max_fpr - min_fpr) * mass, problems.mean_weight("negatives") - before)
+    last = highest_negatives(problems, max_fpr, softness)
+    first, number = None, last.number
+    if min_fpr > 0:
+        before = min_fpr * mass  # [C] k₀
+        first = Budget("negatives", before, softness * before)
+        # k₁ − k₀, without the difference of two that are nearly equal.
+        least = problems.mean_weight("negatives") - before
+        number = torch.maximum((max_fpr - min_fpr) * mass, least)
 
     def counts(ranks: Ranks) -> Tensor:
         """h: 1 for negatives of the range, 0 for others, softly."""
-        if max_fpr == 1:
-            return 1 - first.holds(ranks)
-        return last.holds(ranks) if min_fpr == 0 else last.holds(ranks) - first.holds(ranks)
+        if first is None:
+            return last.holds(ranks)
+        up_to = 1 if max_fpr == 1 else last.holds(ranks)
+        return up_to - first.holds(ranks)
 
     found = problems.ranked_average(
         lambda ranks: ranks.among("positives"),

@@ -192,6 +192,8 @@ class RankPlan(Protocol):
     `Canonical` problems, the queries, and the names of K sets.
     """
 
+    is_whole: bool  # whether `slopes_of` is called once, for all queries
+
     def ranks(self) -> tuple[Tensor, ...]:
         """Σ_m ω[m] σ(x), m over the rows of each set, + ½ω[q] where the query is one; K [Q].
 

@@ -97,6 +97,7 @@ class Problems:
         is_plain = weights is None and value is None and processes is None
         self._in_units: InUnits | None = _PLAIN if is_plain else None
         self._queries: dict[Rows, Queries] = {}
+        self._mean_weights: dict[Rows, Tensor] = {}
 
     def replaced(self, **changes: Any) -> Problems:
         """The same with other arguments."""
@@ -150,17 +151,9 @@ class Problems:
         Over all processes; 1 where a problem is not valid, or has none.
         """
         _checks.choice("rows", rows, ROWS)
-        valid = self.valid
-        if self._prepared is not None and self.draws is None:
-            return self._prepared.mean_weight(rows)
-        if self.weights is None:
-            return torch.ones_like(valid, dtype=compute_dtype(self.scores))
-        present = self._is_query(rows)
-        drawn = present if self.draws is None else present * self.draws
-        own = (self.weights * present).double(), drawn.double()
-        totals = torch.stack([self.layout.total(one) for one in own])
-        mass, number = self.summed(totals).unbind()
-        return torch.where(valid & (number > 0), mass / number, 1).to(self.weights.dtype)
+        if rows not in self._mean_weights:
+            self._mean_weights[rows] = self._mean_weight(rows)
+        return self._mean_weights[rows]
 
     def ranked_sum(
         self,
@@ -235,6 +228,19 @@ class Problems:
         """Σ ω v [C], or of one problem a number; 1 where not valid."""
         mass = self._positives_and_mass()[1]
         return mass if isinstance(mass, Tensor) else max(1, mass)
+
+    def _mean_weight(self, rows: Rows) -> Tensor:
+        valid = self.valid
+        if self._prepared is not None and self.draws is None:
+            return self._prepared.mean_weight(rows)
+        if self.weights is None:
+            return torch.ones_like(valid, dtype=compute_dtype(self.scores))
+        present = self._is_query(rows)
+        drawn = present if self.draws is None else present * self.draws
+        own = (self.weights * present).double(), drawn.double()
+        totals = torch.stack([self.layout.total(one) for one in own])
+        mass, number = self.summed(totals).unbind()
+        return torch.where(valid & (number > 0), mass / number, 1).to(self.weights.dtype)
 
     def _counted(self) -> InUnits:
         own = self._prepared

@@ -66,6 +66,8 @@ class Part(NamedTuple):
 class RaggedRanks:
     """Soft ranks of problems that lie side by side: see `plan.RankPlan` for the contract."""
 
+    is_whole = False
+
     def __init__(
         self,
         given: Canonical,

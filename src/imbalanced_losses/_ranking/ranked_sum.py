@@ -14,7 +14,7 @@ from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.operator import traced_ranks
-from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, SlopesOf, half_of
+from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -84,7 +84,11 @@ class Asked:
         if self.share is not None:
             counted = self.counted(self.share, ranks, queries)
             return _average(self.share, problems, counted, queries)[0]
-        total = problems.summed(queries.total(self.worth_of(ranks, queries), self.is_mean))
+        return self.sum_of(self.worth_of(ranks, queries), problems, queries)
+
+    def sum_of(self, worth: Tensor, problems: Problems, queries: Queries) -> Tensor:
+        """The sum or mean [C] of what all queries are worth."""
+        total = problems.summed(queries.total(worth, self.is_mean))
         if not self.is_mean or isinstance(queries, PreparedQueries):  # whose kernels divide
             return total
         return total / problems.mass_of_positives()
@@ -96,8 +100,8 @@ class Asked:
         counts = share.of(Ranks(self.among, ranks, queries))
         return counts * self.worth_of(ranks, queries), counts
 
-    def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
-        worth = self.worth(Ranks(self.among, ranks, queries))
+    def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = None) -> Tensor:
+        worth = self.worth(Ranks(self.among, ranks, queries, index))
         if worth.shape != ranks[0].shape:
             raise ValueError(
                 f"worth must give one number a query, {list(ranks[0].shape)}, got "
@@ -123,25 +127,52 @@ class Asked:
 
 
 class _SlopesOf:
-    """∂(ω · worth)/∂ranks of some queries."""
+    """∂/∂ranks of what was asked for, times ω of the query; and the value, where it comes along.
 
-    def __init__(self, asked: Asked, queries: Queries) -> None:
-        self.asked, self.queries = asked, queries
+    Attributes:
+        found: [C], once the worth of all queries was seen at their ranks.
+    """
+
+    def __init__(self, asked: Asked, problems: Problems, queries: Queries, is_whole: bool) -> None:
+        self.asked, self.problems, self.queries = asked, problems, queries
+        self.is_whole = is_whole  # whether it is called once
+        self.found: Tensor | None = None
         self.factor = queries.factor(asked.is_mean)
+        self._of_average: tuple[Tensor, ...] | None = None
 
     def __call__(self, ranks: tuple[Tensor, ...], index: Any) -> tuple[Tensor, ...]:
         asked, queries = self.asked, self.queries
+        if asked.share is not None:
+            if self._of_average is None:
+                self.average(ranks)
+            assert self._of_average is not None
+            return tuple(slope[index] for slope in self._of_average)
         ranks = asked.clamped(ranks, queries)
+        factor = None if self.factor is None else self.factor[index]
         if asked.slopes is not None:
             slopes = asked.slopes(Ranks(asked.among, ranks, queries, index))
-        else:
-            with torch.enable_grad():
-                leaves = _leaves(ranks)
-                total = asked.worth(Ranks(asked.among, leaves, queries, index)).sum()
-            slopes = _derivatives((total,), leaves, (None,))
-        if self.factor is None:
-            return slopes
-        return tuple(slope * self.factor[index] for slope in slopes)
+            return slopes if factor is None else tuple(slope * factor for slope in slopes)
+        with torch.enable_grad():
+            leaves = _leaves(ranks)
+            worth = asked.worth_of(leaves, queries, index)
+        if self.is_whole:
+            self.found = asked.sum_of(worth.detach(), self.problems, queries)
+        return _derivatives((worth,), leaves, (factor,))
+
+    def average(self, ranks: tuple[Tensor, ...]) -> None:
+        """Find an average, and its derivatives by the ranks of all queries."""
+        asked, problems, queries, share = self.asked, self.problems, self.queries, self.asked.share
+        assert share is not None
+        with torch.enable_grad():
+            leaves = _leaves(asked.clamped(ranks, queries))
+            counted = asked.counted(share, leaves, queries)
+        detached = counted[0].detach(), counted[1].detach()
+        self.found, divisor, moving = _average(share, problems, detached, queries)
+        # What a count adds is what the query is worth beyond the average.
+        per_query = tuple(queries.of_problem(one) for one in (1 / divisor, -moving / divisor))
+        if self.factor is not None:
+            per_query = tuple(one * self.factor for one in per_query)
+        self._of_average = _derivatives(counted, leaves, per_query)
 
 
 def _average(
@@ -154,25 +185,6 @@ def _average(
     return average, divisor, torch.where(counts > share.least, average, 0)
 
 
-def _average_and_slopes(
-    asked: Asked, share: Share, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries
-) -> tuple[Tensor, SlopesOf]:
-    """An average [C], and its derivatives by the ranks of the queries."""
-    with torch.enable_grad():
-        leaves = _leaves(ranks)
-        counted = asked.counted(share, leaves, queries)
-    detached = counted[0].detach(), counted[1].detach()
-    average, divisor, moving = _average(share, problems, detached, queries)
-    # What a count adds is what the query is worth beyond the average.
-    per_query = (
-        queries.of_problem(one).expand_as(ranks[0]) for one in (1 / divisor, -moving / divisor)
-    )
-    slopes, factor = _derivatives(counted, leaves, tuple(per_query)), queries.factor(False)
-    if factor is not None:
-        slopes = tuple(slope * factor for slope in slopes)
-    return average, lambda _, index: tuple(slope[index] for slope in slopes)
-
-
 def _leaves(ranks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(rank.detach().requires_grad_() for rank in ranks)
 
@@ -181,12 +193,14 @@ def _derivatives(
     outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], factors: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...]:
     """Those of Σ factor · output by the leaves, 0 where it does not depend on them."""
-    moving = [k for k, output in enumerate(outputs) if output.requires_grad]
+    moving = [pair for pair in zip(outputs, factors, strict=True) if pair[0].requires_grad]
     if not moving:
         return tuple(map(torch.zeros_like, leaves))
-    return torch.autograd.grad(
-        [outputs[k] for k in moving], leaves, [factors[k] for k in moving], materialize_grads=True
-    )
+    given = [
+        (output.new_ones(()) if factor is None else factor).expand_as(output)
+        for output, factor in moving
+    ]
+    return torch.autograd.grad([pair[0] for pair in moving], leaves, given, materialize_grads=True)
 
 
 class _RankedSum(torch.autograd.Function):
@@ -218,11 +232,11 @@ class _RankedSum(torch.autograd.Function):
         if not is_moved:
             ranks = plan.ranks()
         else:
-            slopes_of: SlopesOf = _SlopesOf(asked, queries)
-            if asked.share is not None:
-                ranks = asked.clamped(plan.ranks(), queries)
-                found, slopes_of = _average_and_slopes(asked, asked.share, problems, ranks, queries)
+            slopes_of = _SlopesOf(asked, problems, queries, plan.is_whole)
+            if asked.share is not None and not plan.is_whole:
+                slopes_of.average(plan.ranks())
             ranks, slopes = plan.ranks_and_gradient(slopes_of)
+            found = slopes_of.found
             slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
             ctx.again, ctx.asked, ctx.layout = problems.again, asked, given.layout
             ctx.is_shared = given.processes is not None

@@ -37,7 +37,7 @@ _softplus_backward = torch.ops.aten.softplus_backward.grad_input
 
 
 class DenseRanks:
-    """Soft ranks of one problem by the definition: see `_plan.RankPlan` for the contract.
+    """Soft ranks of one problem by the definition: see `plan.RankPlan` for the contract.
 
     Both sums are taken from the same pairs, in the fewest calls: small batches are all overhead.
     """
@@ -57,6 +57,7 @@ class DenseRanks:
             self._num_live_queries = int((row < given.num_live).sum())
         self._queries = scores.T.index_select(0, row)  # [Q, 1]
         self._tiles = tile_slices(row.shape[0], num_rows) or [slice(0, 0)]
+        self.is_whole = len(self._tiles) == 1
 
     def ranks(self) -> tuple[Tensor, ...]:
         return _joined([self._compared(tile)[2] for tile in self._tiles])
@@ -122,11 +123,13 @@ class DenseRanks:
 
 
 class DenseRanksOfMany:
-    """Soft ranks of several problems by the definition: see `_plan.RankPlan` for the contract.
+    """Soft ranks of several problems by the definition: see `plan.RankPlan` for the contract.
 
     A tile holds as many queries of each of its problems. Positives are few beside all rows, so
     that comparing them among themselves once more is cheaper than picking their pairs out of all.
     """
+
+    is_whole = False
 
     def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
         self.scores, self.temperature = given.scores, given.temperature

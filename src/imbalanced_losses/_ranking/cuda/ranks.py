@@ -82,6 +82,8 @@ class _FusedRanks:
     The gradient is that by the scores, divided as the queries are.
     """
 
+    is_whole = True
+
     def __init__(self, given: Canonical, queries: PreparedQueries, among: tuple[Rows, ...]) -> None:
         self.given, self.queries, self.among = given, queries, among
 

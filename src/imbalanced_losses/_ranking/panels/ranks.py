@@ -41,6 +41,8 @@ class _Moved(NamedTuple):
 class PanelRanks:
     """Soft ranks in linear time: see `plan.RankPlan` for the contract."""
 
+    is_whole = True
+
     def __init__(self, given: Canonical, queries: Listed, among: tuple[Rows, ...]) -> None:
         self.given, self.queries, self.among = given, queries, among
         problem = queries.problem
