@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from imbalanced_losses._checks import tracing
 from imbalanced_losses._ranking import PLANS
-from imbalanced_losses._ranking.cuda import prepared
+from imbalanced_losses._ranking.cuda import launches
 from imbalanced_losses._ranking.cuda import ranks as kernel_ranks
 from imbalanced_losses._ranking.panels.panels import PRECISIONS
 from tests.helpers.ranks import Ranks
@@ -115,7 +115,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     pytest.importorskip("triton", minversion="3.2")
     if torch.cuda.is_available():
         return "cuda"
-    monkeypatch.setattr(prepared, "DEVICES", ("cpu",))
+    monkeypatch.setattr(launches, "DEVICES", ("cpu",))
     monkeypatch.setattr(kernel_ranks, "_PROGRAMS", 1)  # few and large: each is slow here
     monkeypatch.setitem(kernel_ranks._ROWS, torch.float32, 64)
     monkeypatch.setattr(tracing, "HOSTS", ())

@@ -31,7 +31,7 @@ from imbalanced_losses import (
 )
 from imbalanced_losses._loss import RankingLoss
 from imbalanced_losses._ranking import Problems, Ranks
-from imbalanced_losses._ranking.cuda import prepared
+from imbalanced_losses._ranking.cuda import launches
 from tests.helpers.cases import seeded
 
 FAR = "far"
@@ -218,8 +218,8 @@ def main() -> None:
     """What the last of some steps sends, for every configuration."""
     backend_registration._setup_privateuseone_for_python_backend(FAR)
     Tensor.tolist = tolist  # type: ignore[method-assign,assignment]
-    prepared.DEVICES = (FAR,)
-    prepared._has_triton = lambda: True
+    launches.DEVICES = (FAR,)
+    launches._has_triton = lambda: True
     for num_classes, checked, weighted in itertools.product(CLASSES, (False, True), (False, True)):
         RankingLoss.check_values = CrossEntropy.check_values = checked
         for name, loss_fn in losses_of(num_classes).items():
@@ -238,7 +238,7 @@ def fields_of(name: str, weights: Tensor) -> dict[str, Tensor]:
 def crossings_of(name: str, loss_fn: Loss, is_weighted: bool) -> dict[str, list[str]]:
     """{"forward": …, "backward": …, "launches": …} of the last step."""
     ranking = loss_fn.main_loss if isinstance(loss_fn, MixedLoss) else loss_fn
-    prepared._kernels = lambda name: NoKernels()
+    launches._kernels = lambda name: NoKernels()
     with Crossings() as crossings:
         for logits, targets, weights in batches(ranking.num_classes, ranking.multilabel):
             leaf, labels = logits.to(FAR).requires_grad_(), targets.to(FAR)

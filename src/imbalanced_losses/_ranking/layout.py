@@ -17,20 +17,29 @@ class Layout:
     Attributes:
         num_problems: C.
         lengths: [C] int64, the rows of each problem, the first problem first; None: M each.
+        ends: [C] int64, the row after the last of each problem; None: M each.
         problem: [S] int64 ascending, the problem of each row; None: M each.
+        num_rows: M or S.
     """
 
     def __init__(self, shape: tuple[int, ...], lengths: Tensor | None = None) -> None:
         self.lengths = lengths
         self.num_problems = shape[0] if lengths is None else lengths.shape[0]
-        self._num_rows = shape[1]
+        self.num_rows = shape[1]
+        self._ends: Tensor | None = None
         self._problem: Tensor | None = None
+
+    @property
+    def ends(self) -> Tensor | None:
+        if self._ends is None and self.lengths is not None:
+            self._ends = self.lengths.cumsum(0)
+        return self._ends
 
     @property
     def problem(self) -> Tensor | None:
         if self._problem is None and self.lengths is not None:
             number = torch.arange(self.num_problems, device=self.lengths.device)
-            self._problem = number.repeat_interleave(self.lengths, output_size=self._num_rows)
+            self._problem = number.repeat_interleave(self.lengths, output_size=self.num_rows)
         return self._problem
 
     def shape_of_values(self, classes: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from imbalanced_losses._checks.tracing import is_on_host
 from imbalanced_losses._ranking.budget import Budget
+from imbalanced_losses._ranking.cuda import facts
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.panels.line import _cumulated
 from imbalanced_losses._ranking.plan import Listed, Masked
@@ -32,21 +34,47 @@ def _ideal(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:
 
     With a budget of those within it, and of the first.
     """
+    queries, layout = problems.queries("positives"), problems.layout
+    if isinstance(queries, PreparedQueries) and facts.fits(queries.sides, layout):
+        assert queries.value is not None
+        limit = None if budget is None else budget.number
+        total = layout.total(facts.ideal_terms(queries.value, queries.sides, unit, limit, layout))
+    else:
+        total = _total_in_order(problems, unit, budget)
+    mass = problems.mass("positives", by_value=True)
+    return torch.where(problems.valid, total / mass, 1).to(mass.dtype)
+
+
+def _total_in_order(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:
     problem, gain, weights = _rows_with_gain(problems)
     order = weights.argsort(stable=True)
     order = order[gain[order].argsort(descending=True, stable=True)]
     order = order[problem[order].argsort(stable=True)]
     problem, gain, weights = problem[order], gain[order], weights[order]
     zeros = gain.new_zeros(problems.layout.num_problems)
-    mass = zeros.index_add(0, problem, weights)
-    place = _cumulated(weights) - (_cumulated(mass) - mass)[problem]
+    place = _cumulated(weights) if len(zeros) == 1 else _cumulated_within(weights, problem)
     terms = weights * gain * math.log(2) / torch.log1p(place * unit[problem])
     if budget is not None:
         is_first = torch.cat((torch.ones_like(problem[:1]), problem.diff())) > 0
         is_within = place <= budget.number[problem] + 0.5 * weights
         terms = torch.where(is_within | is_first, terms, 0)
-    total, mass = zeros.index_add(0, problem, terms), problems.mass("positives", by_value=True)
-    return torch.where(problems.valid, total / mass, 1).to(mass.dtype)
+    return zeros.index_add(0, problem, terms)
+
+
+def _cumulated_within(weights: Tensor, problem: Tensor) -> Tensor:
+    """Cumulative sums [n] within problems, ascending.
+
+    Not the difference of two over all, in which a light row is lost beside the problems before.
+    """
+    step = 1  # each sum is of so many rows, or of as many as there are before
+    while step < len(weights):
+        is_same = problem[step:] == problem[:-step]
+        if is_on_host(is_same) and not is_same.any():
+            break
+        further = torch.where(is_same, weights[:-step], 0)
+        weights = torch.cat((weights[:step], weights[step:] + further))
+        step *= 2
+    return weights
 
 
 def _rows_with_gain(problems: Problems) -> tuple[Tensor, Tensor, Tensor]:

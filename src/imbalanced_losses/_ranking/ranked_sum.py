@@ -12,6 +12,7 @@ from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_transformed
 from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
+from imbalanced_losses._ranking.cuda import facts
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.operator import traced_ranks
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, half_of
@@ -321,10 +322,13 @@ def _slopes_in_temperature(given: Canonical, slopes: Tensor) -> Tensor:
     −Σ score · slope / τ. Slopes sum to zero: any origin will do, and one amid the scores that have
     a slope keeps the products small.
     """
+    tau = given.temperature
+    if given.sides is not None and isinstance(tau, Tensor) and facts.fits(slopes, given.layout):
+        return facts.by_temperature(given.scores, slopes, tau, given.layout)
     # So that no product overflows: slopes are at most 1/τ < 1e155, and scores so many τ from zero
     # are equal or out of reach of each other.
     layout, dtype = given.layout, torch.float64
-    temperature = torch.as_tensor(given.temperature, dtype=dtype)
+    temperature = torch.as_tensor(tau, dtype=dtype)
     scaled = (given.scores.double() / layout.for_rows(temperature)).clamp(-1e140, 1e140)
     slopes = slopes.double()
     scaled = torch.where(slopes != 0, scaled, 0.0)  # a NaN that no sum has seen counts for nothing

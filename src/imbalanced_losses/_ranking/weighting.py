@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._ranking.canonical import compute_dtype
+from imbalanced_losses._ranking.cuda import facts
 from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import Processes
 
@@ -83,6 +84,16 @@ def spread(
     scores: Tensor, weights: Tensor | None, layout: Layout, processes: Processes | None = None
 ) -> Tensor:
     """`functional.score_spread` [C] of the rows [C, M] of all processes."""
+    if processes is None and facts.fits(scores, layout):
+        return facts.spread(
+            scores, weights, layout, lambda own: _spread(own, weights, layout, processes)
+        )
+    return _spread(scores, weights, layout, processes)
+
+
+def _spread(
+    scores: Tensor, weights: Tensor | None, layout: Layout, processes: Processes | None
+) -> Tensor:
     total = _totals(layout, processes)
     usable = scores.isfinite()
     if weights is not None:
@@ -119,6 +130,8 @@ def weights_at_prior(
     if weights is None:
         weights = torch.ones((), device=is_positive.device)
     weights = weights.expand(is_positive.shape)
+    if processes is None and facts.fits(weights, layout):
+        return facts.weights_at_prior(is_positive, target_prior, weights, layout)
     wide = weights.double()
     total = _totals(layout, processes)
     positive = total(torch.where(is_positive, wide, 0))

@@ -5,9 +5,7 @@ Nothing is read back to the host, and no shape depends on a value.
 
 from __future__ import annotations
 
-import importlib
 import struct
-from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,28 +13,23 @@ from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.canonical import InUnits, compute_dtype, smallest
+from imbalanced_losses._ranking.cuda.facts import value_in_units
+from imbalanced_losses._ranking.cuda.launches import blocks_of, has_kernels, launch
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows
 
 if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
 
-# Where the kernels run.
-DEVICES = ("cuda",)
-_OLDEST_TRITON = (3, 2)
-# Rows that one program prepares or sums up, at most.
-_BLOCK = 1 << 12
-# The same of a problem of unequal length, which one program goes through.
+# Rows that one program looks at together, of a problem of unequal length.
 _SEGMENT = 1 << 9
 # Rows of problems of unequal length, of which the longest is not known.
 _MOST_UNREAD = 1 << 18
-# The last two dimensions of a grid.
-_MOST_PROBLEMS = (1 << 16) - 1
 
 
 def prepared(problems: Problems) -> Prepared | None:
     """Problems for the kernels; None where others compute."""
     scores = problems.scores
-    if scores.device.type not in DEVICES or problems.processes is not None:
+    if problems.processes is not None:
         return None
     if is_traced(scores) or is_transformed():  # first: compilers can't look for Triton
         return None
@@ -58,26 +51,6 @@ def _are_short(problems: Problems) -> bool:
     return is_few or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def has_kernels(scores: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether scores of a shape [C, M] can be ranked by kernels."""
-    return (
-        scores.device.type in DEVICES
-        and 0 < shape[0] <= _MOST_PROBLEMS
-        and shape[1] > 0
-        and _has_triton()
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether there is a Triton that the kernels have been tested on."""
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError:
-        return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
-
-
 class Prepared:
     """What is known before anything is ranked.
 
@@ -91,6 +64,7 @@ class Prepared:
         mass_by_value: [C], Σ ω v of the positives; 1 where not valid.
         order: [C, M] int32, the positives, then the negatives, then the others.
         numbers: [2, C] int32, how many are positive, and how many there are; 0 where not valid.
+        masses: [3, C], the summed weights of all rows, positives and negatives; 1 where not valid.
         rates: [C], 1 / τ.
     """
 
@@ -100,8 +74,8 @@ class Prepared:
         layout, num_rows = problems.layout, shape[1]
         num_problems = layout.num_problems
         self.segments: tuple[Tensor, ...] = ()
-        if layout.lengths is not None and layout.problem is not None:
-            self.segments = layout.problem, layout.lengths, layout.lengths.cumsum(0)
+        if layout.lengths is not None and layout.problem is not None and layout.ends is not None:
+            self.segments = layout.problem, layout.lengths, layout.ends
         scores = scores.expand(shape)
         weights = problems.given_weights
         is_weighted = weights is not None
@@ -161,7 +135,7 @@ class Prepared:
                 num_warps=8,
                 **options,
             )
-        self._masses = masses
+        self.masses = masses[..., 0] if num_blocks == 1 else masses.sum(2)
         own = InUnits(unit_weights, units, None) if is_weighted else InUnits(None, None, None)
         self.given = Canonical(
             *(ready, False, is_positive, own.weights, tau, problems.num_live, None),
@@ -169,35 +143,15 @@ class Prepared:
         )
         self.in_units, self.mass_by_value = own, self.mass("positives")
         if problems.given_value is not None:
-            self._count_by_value(problems.given_value.detach(), problems.is_graded)
-
-    def _count_by_value(self, value: Tensor, is_graded: bool) -> None:
-        """Positives are worth their value: where it is 0 of all of them, nothing is valid."""
-        layout, scores = self.given.layout, self.given.scores
-        value = torch.where(PreparedQueries("positives", self).mask, value, 0)  # [C, M]
-        largest = layout.largest(value)
-        unit = torch.where(largest > 0, largest, 1)
-        value = (value / layout.for_rows(unit)).to(scores.dtype)
-        self.in_units = self.in_units._replace(value=value)
-        mass = PreparedQueries("positives", self).total(torch.ones_like(scores), by_value=True)
-        valid = self.valid & (mass > 0)
-        if is_graded:
-            valid &= layout.total(value == 1) < self.numbers[1]
-        self.mass_by_value = torch.where(valid, mass, 1)
-        self.masses = tuple(torch.where(valid, own, 1) for own in self.masses)
-        self.numbers, self.valid = torch.where(valid, self.numbers, 0), valid
-
-    @cached_property
-    def masses(self) -> tuple[Tensor, ...]:
-        """The summed weights [C] of all rows, positives and negatives; 1 where not valid."""
-        found = self._masses
-        masses: tuple[Tensor, ...] = (
-            found[..., 0] if found.shape[2] == 1 else found.sum(2)
-        ).unbind()
-        return masses
+            value, self.mass_by_value = value_in_units(
+                *(problems.given_value.detach(), sides, self.numbers, self.valid, self.masses),
+                *(layout, problems.is_graded),
+            )
+            self.in_units = own._replace(value=value)
 
     def mass(self, rows: Rows) -> Tensor:
-        return self.masses[ROWS.index(rows)]
+        found: Tensor = self.masses[ROWS.index(rows)]
+        return found
 
     def mean_weight(self, rows: Rows) -> Tensor:
         """[C], 1 where not valid."""
@@ -220,7 +174,9 @@ class PreparedQueries:
 
     def __init__(self, rows: Rows, prepared: Prepared, divisor: Tensor | None = None) -> None:
         self.rows, self.prepared, self.divisor = rows, prepared, divisor
-        self.weights = prepared.given.weights
+        sides = prepared.given.sides
+        assert sides is not None
+        self.sides, self.weights = sides, prepared.given.weights
         self.value = prepared.in_units.value if rows == "positives" else None
 
     def per(self, divisor: Tensor) -> PreparedQueries:
@@ -230,8 +186,7 @@ class PreparedQueries:
     @property
     def mask(self) -> Tensor:
         """[C, M]."""
-        own, sides = self.prepared.given, self.prepared.given.sides
-        assert sides is not None
+        own, sides = self.prepared.given, self.sides
         chosen: Tensor = {"all": sides != 0, "positives": sides > 0, "negatives": sides < 0}[
             self.rows
         ]
@@ -255,7 +210,7 @@ class PreparedQueries:
         own, (num_problems, num_rows) = self.prepared, values.shape
         divisor = own.rates if self.divisor is None else self.divisor
         options: dict[str, Any] = {"QUERIES": self.rows, "DIVIDED": self.divisor is not None}
-        given = values.contiguous(), own.given.sides, own.numbers
+        given = values.contiguous(), self.sides, own.numbers
         if own.segments:
             totals = values.new_empty(own.given.layout.num_problems)
             launch(
@@ -276,25 +231,3 @@ class PreparedQueries:
             **options,
         )
         return totals[:, 0] if num_blocks == 1 else totals.sum(1)
-
-
-def blocks_of(num_rows: int) -> tuple[int, int]:
-    """Rows of a block, a power of two, and how many blocks there are."""
-    block = min(_BLOCK, max(256, 1 << (num_rows - 1).bit_length()))
-    return block, ceil(num_rows, block)
-
-
-def ceil(number: int, step: int) -> int:
-    return -(-number // step)
-
-
-def launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
-    """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
-    getattr(_kernels(name), name)[grid](*arguments, **constants, enable_fp_fusion=True)
-
-
-def _kernels(name: str) -> Any:
-    """The module of a kernel, which imports Triton."""
-    from imbalanced_losses._ranking.cuda import kernels, segments
-
-    return segments if name.startswith("segment") else kernels

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.canonical import smallest
 from imbalanced_losses._ranking.choose import choose_fused
-from imbalanced_losses._ranking.cuda.prepared import PreparedQueries, ceil, launch
+from imbalanced_losses._ranking.cuda.launches import ceil, launch
+from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows, SlopesOf
 
 # Programs that keep a large device busy, if a tenth of the rows are queries.

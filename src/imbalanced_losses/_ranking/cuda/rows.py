@@ -7,7 +7,7 @@ from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
-from imbalanced_losses._ranking.cuda.prepared import blocks_of, ceil, has_kernels, launch
+from imbalanced_losses._ranking.cuda.launches import blocks_of, ceil, has_kernels, launch
 
 # Rows and columns that one program stores, at most.
 _STORED = 32

@@ -1,0 +1,88 @@
+"""Which tensors kernels serve, and how these are launched."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from imbalanced_losses._ranking.layout import Layout
+
+# Where the kernels run.
+DEVICES = ("cuda",)
+_OLDEST_TRITON = (3, 2)
+# Rows that one program prepares or sums up, at most.
+_BLOCK = 1 << 12
+# The last two dimensions of a grid.
+_MOST_PROBLEMS = (1 << 16) - 1
+# Rows that a program looks at together, which goes through all of a problem.
+_THROUGH = 1 << 10
+
+
+def has_kernels(scores: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether scores of a shape [C, M] can be ranked by kernels."""
+    return (
+        scores.device.type in DEVICES
+        and 0 < shape[0] <= _MOST_PROBLEMS
+        and shape[1] > 0
+        and _has_triton()
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether there is a Triton that the kernels have been tested on."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
+
+
+def blocks_of(num_rows: int) -> tuple[int, int]:
+    """Rows of a block, a power of two, and how many blocks there are."""
+    block = min(_BLOCK, max(256, 1 << (num_rows - 1).bit_length()))
+    return block, ceil(num_rows, block)
+
+
+def ceil(number: int, step: int) -> int:
+    return -(-number // step)
+
+
+def launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
+    """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
+    getattr(_kernels(name), name)[grid](*arguments, **constants, enable_fp_fusion=True)
+
+
+def launch_through(name: str, layout: Layout, *arguments: object, **constants: Any) -> None:
+    """Launch a kernel of `whole`, a program a problem; last it is told the number of rows."""
+    launch(
+        name,
+        (layout.num_problems, 1),
+        *(*arguments, layout.num_rows),
+        SEGMENTED=layout.lengths is not None,
+        BLOCK=_THROUGH,
+        **constants,
+    )
+
+
+def stretches(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths and ends [C] of problems of unequal length, or anything."""
+    if layout.lengths is None or layout.ends is None:
+        return like, like
+    return layout.lengths, layout.ends
+
+
+def strides(rows: Tensor, layout: Layout) -> tuple[int, int]:
+    """From a problem to the next, and from a row to the next."""
+    return rows.stride(0) if layout.lengths is None else 0, rows.stride(1)
+
+
+def _kernels(name: str) -> Any:
+    """The module of a kernel, which imports Triton."""
+    from imbalanced_losses._ranking.cuda import kernels, segments, whole
+
+    return {"segment": segments, "whole": whole}.get(name.partition("_")[0], kernels)
