@@ -79,7 +79,7 @@ torture-quick: $(VENV)/.with-dev peers  ### the fast suite by what it claims
 
 gpu: $(VENV)/.with-dev peers  ### on a machine with a CUDA device: test the kernels there, measure and plot (some 10 minutes)
 	$(BIN)/python -m benchmarks.gpu --is-there
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/unit/test_cuda.py tests/project/test_gpu_benchmark.py
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/unit/test_cuda.py tests/unit/test_facts.py tests/project/test_gpu_benchmark.py
 	$(BIN)/python -m benchmarks.gpu
 
 faults: $(VENV)/.with-test  ### kill processes, interrupt any line: the longer form of those tests
