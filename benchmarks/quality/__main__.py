@@ -1,6 +1,7 @@
 """Which loss is ahead at which number, on real data.
 
-    python -m benchmarks.quality [question] [--tasks …] [--losses …] [--splits 10] [--report]
+    python -m benchmarks.quality [question] [--tasks …] [--losses …] [--splits 10]
+        [--report [--gains]]
 
 One network (an MLP F-64-32-1), the same steps and batches, and the same tuning for every loss of
 a question: of its settings and of the checkpoints the one with the best validation value of the
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--development", action="store_true", help="splits to choose recipes on")
     parser.add_argument("--report", action="store_true", help="print what there is, and plot it")
+    parser.add_argument("--gains", action="store_true", help="with the recipe's gain in each cell")
     options = parser.parse_args()
     if unknown := set(options.questions) - QUESTIONS.keys():
         parser.error(f"no question is called {', '.join(unknown)}: {', '.join(QUESTIONS)}")
@@ -50,7 +52,9 @@ def main() -> None:
             for task in options.tasks or question.numbers:
                 tasks.load(task)  # once, before the workers ask for it
             run_all(jobs, path, options.workers)
-        report.report(name, finished(path), by_validation=options.development)
+        report.report(
+            name, finished(path), by_validation=options.development, with_gains=options.gains
+        )
 
 
 if __name__ == "__main__":

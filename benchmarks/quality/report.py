@@ -77,11 +77,13 @@ def _by_holm(found: dict[str, Compared]) -> dict[str, Compared]:
     return corrected
 
 
-def report(name: str, rows: list[Row], *, by_validation: bool = False) -> None:
+def report(
+    name: str, rows: list[Row], *, by_validation: bool = False, with_gains: bool = False
+) -> None:
     """Print a table in Markdown for each number of a question, and draw it.
 
-    A cell is the mean value, the recipe's mean gain over that loss with * for p < .05, and the
-    splits on which the recipe is ahead.
+    A cell is the mean value, with ↑ where the loss is ahead of the recipe (p < .05), and ↓ where it
+    is behind; or with the recipe's mean gain, * for p < .05, and the splits on which it is ahead.
     """
     chosen, question = tuned(rows), QUESTIONS[name]
     value = "validation" if by_validation else "test"
@@ -107,7 +109,7 @@ def report(name: str, rows: list[Row], *, by_validation: bool = False) -> None:
         print("|---" * (2 + len(names)) + "|")
         for loss in question.contenders:
             if any(loss in runs for runs in by_task.values()):
-                cells = _cells(loss, by_task, all_compared, value)
+                cells = _cells(loss, by_task, all_compared, value, sign, with_gains)
                 print(f"| {' | '.join(cells)} |")
         if not by_validation:
             _plot(all_compared, number, ours, f"quality-{name}-{_slug(number)}")
@@ -118,6 +120,8 @@ def _cells(
     by_task: dict[str, dict[str, dict[int, Tuned]]],
     all_compared: dict[str, dict[str, Compared]],
     value: str,
+    sign: int,
+    with_gains: bool,
 ) -> list[str]:
     cells, seconds = [loss], []
     for task, runs in by_task.items():
@@ -127,9 +131,11 @@ def _cells(
             continue
         seconds += [one.seconds for one in own.values()]
         mean = statistics.mean(getattr(one, value) for one in own.values())
-        cell = f"{mean:.4f}".lstrip("0")
+        cell = (f"{mean:.4f}" if sign > 0 else f"{mean:.0f}").lstrip("0")
         one = all_compared[task].get(loss)
-        if one is not None:
+        if one is not None and not with_gains:
+            cell += "" if one.p >= 0.05 else "↓" if one.gain > 0 else "↑"
+        elif one is not None:
             gain = re.sub(r"^([+-])0\.", r"\1.", f"{one.gain:+.4f}").replace("-", "−")
             cell += f" {gain}{'*' * (one.p < 0.05)} {one.wins}/{one.splits}"
         cells.append(cell)

@@ -1,15 +1,15 @@
-"""Gathering rows against adding up sums: time and bytes of `SmoothAPLoss` over ranks.
+"""Gathering rows against adding up sums: time and bytes of `SmoothAPLoss` over processes.
 
-    python -m benchmarks.speed.gather [--quick] [--ranks 2] [--bandwidth 1.25e9] [--latency 1e-4]
+    python -m benchmarks.speed.gather [--quick] [--processes 2] [--bandwidth 1.25e9] [--latency 1e-4]
 
 Real processes over gloo on this machine, one thread each; one forward and backward pass of one
 class, 10 % positive, float32 scores of unit spread, τ = 0.01, no queue. Both ways take turns.
-Bytes are those that a ring sends from one rank: (W − 1)·n for an all-gather of n bytes a rank,
-2·(W − 1)/W·n for an all-reduce of n. Between them, how long it takes until every rank has raised
-the error of one. Then the same for more ranks, from a model: the time of the smallest size as what
-a pass costs anyhow, the measured time of each further row that a rank ranks, the bytes over a
-network of the given bandwidth (bytes a second and rank), and a latency (seconds a collective and
-doubling of the ranks).
+Bytes are those that a ring sends from one process: (W − 1)·n for an all-gather of n bytes each,
+2·(W − 1)/W·n for an all-reduce of n. Between them, how long it takes until every process has
+raised the error of one. Then the same for more processes, from a model: the time of the smallest size as what
+a pass costs anyhow, the measured time of each further row that a process ranks, the bytes over a
+network of the given bandwidth (bytes a second and process), and a latency (seconds a collective
+and doubling of the processes).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def rows_of(rank: int, num_rows: int) -> Rows:
 
 
 def one_pass(loss_fn: SmoothAPLoss, rows: Rows) -> float:
-    """Seconds from the moment when all ranks are there until the last is done."""
+    """Seconds from the moment when all processes are there until the last is done."""
     dist.barrier()
     start = time.perf_counter()
     loss_fn(*rows).backward()
@@ -117,7 +117,7 @@ def measured(rank: int, num_rows: int) -> list[Row]:
 
 
 def seconds_to_an_error(rank: int, what: str) -> float:
-    """Until this rank raises what is wrong on the last one: a label, or the dtype."""
+    """Until this process raises what is wrong in the last one: a label, or the dtype."""
     is_wrong = rank == dist.get_world_size() - 1
     rows = rows_of(rank, 64)
     targets = rows.targets + 7 if is_wrong and what == "label" else rows.targets
@@ -132,7 +132,7 @@ def seconds_to_an_error(rank: int, what: str) -> float:
 
 
 def serve(rank: int, size: int, folder: str, sizes: tuple[int, ...]) -> None:
-    """What a rank does; the first one writes down what was found."""
+    """What a process does; the first one writes down what was found."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
@@ -156,7 +156,7 @@ def serve(rank: int, size: int, folder: str, sizes: tuple[int, ...]) -> None:
 
 
 def modelled(found: list[Row], bandwidth: float, latency: float) -> list[Row]:
-    """The same rows for more ranks."""
+    """The same rows for more processes."""
     own = [row for row in found if row["source"] == "measured"]
     num_ranks = own[0]["ranks"]
     first, last = ({row["gather"]: row for row in rows} for rows in (own[::-1], own))
@@ -186,7 +186,7 @@ def modelled(found: list[Row], bandwidth: float, latency: float) -> list[Row]:
 
 
 def show(found: list[Row]) -> None:
-    table = Table("ranks", "rows a rank", "", "collectives", "bytes sent by a rank", "time")
+    table = Table("processes", "rows of each", "", "collectives", "bytes sent by each", "time")
     for row in found:
         sent = f"{int(row['ring_bytes']):,}" if row["ring_bytes"] != "" else ""
         num_rows = f"{row['rows_a_rank']:,}" if row["rows_a_rank"] != "" else ""
@@ -199,13 +199,13 @@ def main() -> None:
     """Measure, extrapolate, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--bandwidth", type=float, default=1.25e9, help="of the model, bytes/s")
     parser.add_argument("--latency", type=float, default=1e-4, help="of the model, seconds")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sizes = SIZES[: 2 if options.quick else None]
-        mp.spawn(serve, (options.ranks, folder, sizes), nprocs=options.ranks)
+        mp.spawn(serve, (options.processes, folder, sizes), nprocs=options.processes)
         found = torch.load(Path(folder) / "found")
     found += modelled(found, options.bandwidth, options.latency)
     show(found)

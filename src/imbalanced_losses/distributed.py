@@ -73,7 +73,7 @@ def even_steps(
                 empty, num_cut = _cut(batch)
                 if num_cut == 0:
                     raise TypeError("nothing in it has rows that could be cut")
-            except Exception as raised:  # other ranks wait to hear of it
+            except Exception as raised:  # other processes wait to hear of it
                 error = TypeError(
                     "every batch must hold tensors or other arrays of rows, in tuples, lists, "
                     f"mappings or dataclasses, got {type(batch).__name__}: {raised}"
@@ -88,8 +88,8 @@ def even_steps(
             _raise_first_error(error, group)
         if num_without > 0:
             raise RuntimeError(
-                f"{num_without} of {group.size()} ranks have no batch at all: give each at least "
-                "one, which may have zero rows"
+                f"{num_without} of {group.size()} processes have no batch at all: give each at "
+                "least one, which may have zero rows"
             )
         yield batch if has_batch else empty
 

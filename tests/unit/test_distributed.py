@@ -313,7 +313,7 @@ def test_even_steps(ranks: Ranks) -> None:
     for found in ranks.run(counted, [1, 0]):
         assert isinstance(found, Failure)
         assert found.error == "RuntimeError"
-        assert found.message.startswith("1 of 2 ranks have no batch at all")
+        assert found.message.startswith("1 of 2 processes have no batch at all")
 
 
 @dataclasses.dataclass(frozen=True)
