@@ -1,14 +1,15 @@
 """Gathering rows against adding up sums: time and bytes of `SmoothAPLoss` over processes.
 
-    python -m benchmarks.speed.gather [--quick] [--processes 2] [--bandwidth 1.25e9] [--latency 1e-4]
+    python -m benchmarks.speed.gather [--quick] [--processes 2]
+        [--bandwidth 1.25e9] [--latency 1e-4]
 
 Real processes over gloo on this machine, one thread each; one forward and backward pass of one
 class, 10 % positive, float32 scores of unit spread, τ = 0.01, no queue. Both ways take turns.
 Bytes are those that a ring sends from one process: (W − 1)·n for an all-gather of n bytes each,
-2·(W − 1)/W·n for an all-reduce of n. Between them, how long it takes until every process has
-raised the error of one. Then the same for more processes, from a model: the time of the smallest size as what
-a pass costs anyhow, the measured time of each further row that a process ranks, the bytes over a
-network of the given bandwidth (bytes a second and process), and a latency (seconds a collective
+2·(W − 1)/W·n for an all-reduce of n. Between them, how long it takes until every process has raised
+the error of one. Then the same for more processes, from a model: the time of the smallest size as
+what a pass costs anyhow, the measured time of each further row that a process ranks, the bytes over
+a network of the given bandwidth (bytes a second and process), and a latency (seconds a collective
 and doubling of the processes).
 """
 
