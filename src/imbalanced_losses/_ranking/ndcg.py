@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._checks.tracing import is_on_host, is_traced
 from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._ranking.cuda import facts
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
@@ -15,6 +15,9 @@ from imbalanced_losses._ranking.panels.line import _cumulated
 from imbalanced_losses._ranking.plan import Listed, Masked
 from imbalanced_losses._ranking.problems import Problems
 from imbalanced_losses._ranking.ranks import Ranks
+
+# What a compiler unrolls: for problems of up to so many rows, as a power of two.
+_MOST_DOUBLINGS = 24
 
 
 def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
@@ -46,13 +49,19 @@ def _ideal(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:
 
 
 def _total_in_order(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:
+    queries = problems.queries("positives")
     problem, gain, weights = _rows_with_gain(problems)
     order = weights.argsort(stable=True)
     order = order[gain[order].argsort(descending=True, stable=True)]
     order = order[problem[order].argsort(stable=True)]
     problem, gain, weights = problem[order], gain[order], weights[order]
     zeros = gain.new_zeros(problems.layout.num_problems)
-    place = _cumulated(weights) if len(zeros) == 1 else _cumulated_within(weights, problem)
+    if len(zeros) == 1:
+        place = _cumulated(weights)
+    elif problems.layout.lengths is None and not isinstance(queries, Listed):  # as many rows each
+        place = _cumulated(weights.view(len(zeros), -1)).flatten()
+    else:
+        place = _cumulated_within(weights, problem)
     terms = weights * gain * math.log(2) / torch.log1p(place * unit[problem])
     if budget is not None:
         is_first = torch.cat((torch.ones_like(problem[:1]), problem.diff())) > 0
@@ -66,14 +75,15 @@ def _cumulated_within(weights: Tensor, problem: Tensor) -> Tensor:
 
     Not the difference of two over all, in which a light row is lost beside the problems before.
     """
-    step = 1  # each sum is of so many rows, or of as many as there are before
-    while step < len(weights):
-        is_same = problem[step:] == problem[:-step]
+    number = torch.arange(weights.shape[0], device=weights.device)
+    doublings = _MOST_DOUBLINGS if is_traced(weights) else (len(weights) - 1).bit_length()
+    for doubling in range(doublings):  # each sum is of 2^doubling rows, or as many as there are
+        before = number - (1 << doubling)
+        place = before.clamp(min=0)
+        is_same = (before >= 0) & (problem[place] == problem)
         if is_on_host(is_same) and not is_same.any():
             break
-        further = torch.where(is_same, weights[:-step], 0)
-        weights = torch.cat((weights[:step], weights[step:] + further))
-        step *= 2
+        weights = weights + torch.where(is_same, weights[place], 0)
     return weights
 
 
