@@ -16,9 +16,6 @@ from imbalanced_losses._ranking.plan import Listed, Masked
 from imbalanced_losses._ranking.problems import Problems
 from imbalanced_losses._ranking.ranks import Ranks
 
-# What a compiler unrolls: for problems of up to so many rows, as a power of two.
-_MOST_DOUBLINGS = 24
-
 
 def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
     """Σ ω g / log₂(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0."""
@@ -61,7 +58,7 @@ def _total_in_order(problems: Problems, unit: Tensor, budget: Budget | None) -> 
     elif problems.layout.lengths is None and not isinstance(queries, Listed):  # as many rows each
         place = _cumulated(weights.view(len(zeros), -1)).flatten()
     else:
-        place = _cumulated_within(weights, problem)
+        place = _cumulated_within(weights, problem, len(zeros))
     terms = weights * gain * math.log(2) / torch.log1p(place * unit[problem])
     if budget is not None:
         is_first = torch.cat((torch.ones_like(problem[:1]), problem.diff())) > 0
@@ -70,15 +67,16 @@ def _total_in_order(problems: Problems, unit: Tensor, budget: Budget | None) -> 
     return zeros.index_add(0, problem, terms)
 
 
-def _cumulated_within(weights: Tensor, problem: Tensor) -> Tensor:
-    """Cumulative sums [n] within problems, ascending.
-
-    Not the difference of two over all, in which a light row is lost beside the problems before.
-    """
-    number = torch.arange(weights.shape[0], device=weights.device)
-    doublings = _MOST_DOUBLINGS if is_traced(weights) else (len(weights) - 1).bit_length()
-    for doubling in range(doublings):  # each sum is of 2^doubling rows, or as many as there are
-        before = number - (1 << doubling)
+def _cumulated_within(weights: Tensor, problem: Tensor, num_problems: int) -> Tensor:
+    """Cumulative sums [n] within problems, ascending."""
+    if is_traced(weights):  # compilers unroll the loop below, some for minutes
+        mass = weights.new_zeros(num_problems).index_add(0, problem, weights)
+        place = _cumulated(weights) - (_cumulated(mass) - mass)[problem]
+        return torch.maximum(place, weights)
+    # Not such a difference, in which a light row is lost beside the problems before.
+    number = torch.arange(len(weights), device=weights.device)
+    for doubling in range((len(weights) - 1).bit_length()):
+        before = number - (1 << doubling)  # each sum is of 2^doubling rows, or of all up to it
         place = before.clamp(min=0)
         is_same = (before >= 0) & (problem[place] == problem)
         if is_on_host(is_same) and not is_same.any():
