@@ -96,7 +96,7 @@ def header(num_threads: int) -> list[str]:
 
 def write_csv(rows: Sequence[Mapping[str, Any]], name: str, lines: list[str]) -> Path:
     """Write benchmarks/results/<date>-<name>.csv."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{_today()}-{name}.csv"
     with path.open("w", newline="") as file:
         file.writelines(line + "\n" for line in lines)

@@ -1,6 +1,6 @@
 """Time, launches and memory on a CUDA device, beside other libraries and what it could do at best.
 
-    python -m benchmarks.gpu [--quick] [--timeout 200] [--into FOLDER]
+    python -m benchmarks.gpu [--quick] [--timeout 100] [--into FOLDER]
     python -m benchmarks.gpu --is-there     # says whether there is a device, and nothing else
 
 One table: launches, and the device's time in them, are counted by the profiler; "wall" is a call
@@ -37,13 +37,18 @@ def replies(library: str, wanted: list[Step], timeout_s: float) -> Iterator[Row]
         text=True,
         cwd=_peers.ROOT,
     )
-    killer = threading.Timer(timeout_s, process.kill)
-    killer.start()
     assert process.stdout is not None
     try:
-        yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        while True:
+            killer = threading.Timer(timeout_s, process.kill)
+            killer.start()
+            line = process.stdout.readline()
+            killer.cancel()
+            if not line:
+                return
+            if line.startswith("{"):
+                yield json.loads(line)
     finally:
-        killer.cancel()
         process.kill()
         process.wait()
 
@@ -54,6 +59,14 @@ def run(wanted: list[Step], device: str, timeout_s: float, assets: Path) -> Path
     path = _measure.newest(name, today=True)
     rows: list[Row] = list(_measure.read_csv(path)) if path else []
     facts: Row = {}
+
+    def add(row: Row) -> None:
+        nonlocal path
+        rows.append(row)
+        print(report.line(report.cells(row)), flush=True)
+        lines = [*_measure.header(1), f"# device: {json.dumps(facts)}"]
+        path = _measure.write_csv(rows, name, lines)
+
     print(report.line(report.HEADINGS), flush=True)
     for library in dict.fromkeys(step.library for step in wanted):
         if not _peers.is_there(library):
@@ -63,15 +76,10 @@ def run(wanted: list[Step], device: str, timeout_s: float, assets: Path) -> Path
             for reply in replies(library, left, timeout_s):
                 if "device" in reply:
                     facts |= reply
-                    continue
-                rows.append(report.finished(reply, facts))
-                print(report.line(report.cells(rows[-1])), flush=True)
-                lines = [*_measure.header(1), f"# device: {json.dumps(facts)}"]
-                path = _measure.write_csv(rows, name, lines)
-            died = next((step for step in left if is_left(step, rows)), None)
-            if died is not None:
-                rows.append(dict.fromkeys(COLUMNS, "") | died._asdict() | {"outcome": "died"})
-                print(report.line(report.cells(rows[-1])), flush=True)
+                else:
+                    add(report.finished(reply, facts))
+            if is_left(left[0], rows):  # a process that got anywhere gives way to another
+                add(dict.fromkeys(COLUMNS, "") | left[0]._asdict() | {"outcome": "died"})
     print("\n".join(["", *report.summary(rows)]), flush=True)
     report.figure(rows, device, assets / "gpu.png")
     assert path is not None, "nothing was measured"
@@ -101,7 +109,7 @@ def main() -> None:
     """Measure, write, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="without the sweep over backends")
-    parser.add_argument("--timeout", type=float, default=200.0, help="seconds a process may take")
+    parser.add_argument("--timeout", type=float, default=100.0, help="seconds that a step may take")
     parser.add_argument("--is-there", action="store_true", help="only look for a device")
     parser.add_argument("--into", type=Path, help="instead of benchmarks/results and docs/assets")
     options = parser.parse_args()

@@ -16,7 +16,7 @@ COLUMNS = (
     *("launches", "wall_ms", "device_ms", "graph_ms", "bytes_bound_ms", "operations_bound_ms"),
     *("bce_ms", "peak_bytes", "outcome"),
 )
-WIDTHS = (11, 16, 8, 4, 6, 7, 27, 9, *(9,) * 5, 8, 9, 0)
+WIDTHS = (11, 16, 8, 4, 6, 12, 27, 9, *(9,) * 5, 8, 9, 0)
 HEADINGS = (
     *("library", "step", "rows", "C", "queue", "by", "with", "launches", "wall ms", "device"),
     *("graph", "bytes", "sigmoids", "BCE ms", "MiB", ""),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
+from imbalanced_losses import CrossEntropy, MixedLoss, NDCGLoss, SmoothAPLoss
 from imbalanced_losses._checks.tracing import is_on_host, is_traced
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
@@ -134,6 +134,22 @@ def test_export_of_a_batch_of_any_length(name: str, strict: bool, training: bool
     for length in (20, 9):
         part = [field[:length] for field in batch]
         torch.testing.assert_close(exported(*part), beside(*part))
+
+
+def test_export_within_groups() -> None:
+    """Of graded rows, whose best order is cumulated group by group."""
+    loss_fn = NDCGLoss(1, queue_size=0).eval()
+    logits, grades = torch.randn(20, 1, generator=seeded(0)), torch.arange(20) % 4
+    batch, groups = (logits, grades), torch.arange(20) // 6
+    dim = {0: torch.export.Dim("rows", min=4, max=64)}
+    shapes = {"logits": dim, "targets": dim, "group": dim}
+    exported = torch.export.export(
+        loss_fn, batch, {"group": groups}, dynamic_shapes=shapes, strict=False
+    ).module()
+    torch.testing.assert_close(
+        exported(logits[:9], grades[:9], group=groups[:9]),
+        loss_fn(logits[:9], grades[:9], group=groups[:9]),
+    )
 
 
 def test_what_is_traced() -> None:

@@ -59,6 +59,7 @@ def watched(launch: Callable[..., None], names: list[str]) -> Callable[..., None
 
 def assert_same(results: list[list[Tensor]], rtol: float = 1e-6) -> None:
     for got, expected in zip(*results, strict=True):
+        rtol = max(rtol, torch.finfo(got.dtype).eps if got.is_floating_point() else 0)
         torch.testing.assert_close(got, expected, rtol=rtol, atol=1e-7, equal_nan=True)
 
 
@@ -73,9 +74,12 @@ def spread_cases() -> dict[str, tuple[Tensor, Tensor | None]]:
         "weighted": (scores, weights),
         "of a column": (torch.randn(40, 2, generator=seeded(2)).T, None),
         "half precision": (torch.randn(1, 60, generator=seeded(3)).half(), None),
+        "bfloat16": (torch.randn(1, 60, generator=seeded(3)).bfloat16(), None),
+        "constants of float64": (torch.full((1, 1501), 0.1, dtype=torch.float64), None),
         "large": (far, None),
         "tiny": (far * 1e-600, None),
         "weights of nothing": (scores[:, 5:9], torch.zeros(3, 4)),
+        "weights of almost nothing": (far * 1e-300, torch.full((1, 3), 1e-310).double()),
     }
 
 
@@ -146,3 +150,50 @@ def test_what_positives_are_worth(
     logits = torch.randn(60, 2, generator=seeded(3))
     fields = (weights, value, group) if is_grouped else (weights, value)
     assert_same(both(loss, logits, targets, *fields), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_grouped"), [("dense", False), ("panel", False), ("dense", True)]
+)
+def test_rows_left_out_have_no_gradient_beside_nan(
+    backend: Any, is_grouped: bool, device: str
+) -> None:
+    logits = torch.randn(12, 1, generator=seeded(0)).to(device)
+    logits[5] = float("nan")
+    leaf, targets = logits.requires_grad_(), torch.arange(12, device=device) % 2
+    targets[:2] = -100
+    loss_fn = SmoothAPLoss(1, 0, 0.3, temperature_unit="spread")
+    loss_fn.backend = backend
+    loss_fn(leaf, targets, group=torch.zeros_like(targets) if is_grouped else None).backward()
+    assert leaf.grad is not None
+    assert leaf.grad[:2].eq(0).all()
+    assert leaf.grad[2:].isnan().any()
+
+
+def test_a_gradient_by_weights_is_not_lost(device: str) -> None:
+    weights = torch.rand(8, device=device, requires_grad=True)
+    assert prior_weights(torch.arange(8, device=device) < 3, 0.1, weights).requires_grad
+    assert score_spread(torch.arange(8.0, device=device), weights).requires_grad
+
+
+def test_many_rows(
+    monkeypatch: pytest.MonkeyPatch, both: Callable[..., list[list[Tensor]]]
+) -> None:
+    """Those of values that no program goes through."""
+    value, is_positive = torch.rand(2, 70, generator=seeded(0)), torch.arange(70) % 3 == 0
+    value[1] = 0
+
+    def ap(scores: Tensor, is_positive: Tensor, value: Tensor) -> Tensor:
+        spread = score_spread(scores).detach()
+        with monkeypatch.context() as patched:
+            patched.setattr(facts, "_MOST_ROWS", 50)
+            return smooth_ap(scores, is_positive, 0.1 * spread, value=value).ap
+
+    assert_same(both(ap, torch.randn(2, 70, generator=seeded(1)), is_positive.expand(2, -1), value))
+
+
+def test_no_spread_of_constants() -> None:
+    """However they round, and however many they are."""
+    for size in (3, 1501, 100_003):
+        scores = torch.rand(20, 1, dtype=torch.float64, generator=seeded(size)).expand(-1, size)
+        assert score_spread(scores).eq(1).all()

@@ -107,3 +107,8 @@ def smallest(dtype: torch.dtype) -> float:
 
 def compute_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def least_spread(dtype: torch.dtype) -> float:
+    """Of scores beside their mean: what differs by less is rounding, that of long sums too."""
+    return max(torch.finfo(dtype).eps, 32 * torch.finfo(torch.float64).eps)

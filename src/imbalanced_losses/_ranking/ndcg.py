@@ -35,10 +35,11 @@ def _ideal(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:
     With a budget of those within it, and of the first.
     """
     queries, layout = problems.queries("positives"), problems.layout
-    if isinstance(queries, PreparedQueries) and facts.fits(queries.sides, layout):
+    if isinstance(queries, PreparedQueries) and facts.are_few_pairs(queries.sides, layout):
         assert queries.value is not None
         limit = None if budget is None else budget.number
-        total = layout.total(facts.ideal_terms(queries.value, queries.sides, unit, limit, layout))
+        terms = facts.ideal_terms(queries.value, queries.sides, unit, limit, layout)
+        total = queries.total(terms)
     else:
         total = _total_in_order(problems, unit, budget)
     mass = problems.mass("positives", by_value=True)
@@ -52,23 +53,23 @@ def _total_in_order(problems: Problems, unit: Tensor, budget: Budget | None) -> 
     order = order[gain[order].argsort(descending=True, stable=True)]
     order = order[problem[order].argsort(stable=True)]
     problem, gain, weights = problem[order], gain[order], weights[order]
-    zeros = gain.new_zeros(problems.layout.num_problems)
-    if len(zeros) == 1:
+    layout = problems.layout
+    if layout.num_problems == 1:
         place = _cumulated(weights)
-    elif problems.layout.lengths is None and not isinstance(queries, Listed):  # as many rows each
-        place = _cumulated(weights.view(len(zeros), -1)).flatten()
+    elif layout.lengths is None and not isinstance(queries, Listed):  # as many rows each
+        place = _cumulated(weights.view(layout.num_problems, -1)).flatten()
     else:
-        place = _cumulated_within(weights, problem, len(zeros))
+        place = _cumulated_within(weights, problem, layout.num_problems)
     terms = weights * gain * math.log(2) / torch.log1p(place * unit[problem])
     if budget is not None:
         is_first = torch.cat((torch.ones_like(problem[:1]), problem.diff())) > 0
         is_within = place <= budget.number[problem] + 0.5 * weights
         terms = torch.where(is_within | is_first, terms, 0)
-    return zeros.index_add(0, problem, terms)
+    return gain.new_zeros(layout.num_problems).index_add(0, problem, terms)
 
 
 def _cumulated_within(weights: Tensor, problem: Tensor, num_problems: int) -> Tensor:
-    """Cumulative sums [n] within problems, ascending."""
+    """Cumulative sums [n] within problems, ascending; compiled, of light rows only roughly."""
     if is_traced(weights):  # compilers unroll the loop below, some for minutes
         mass = weights.new_zeros(num_problems).index_add(0, problem, weights)
         place = _cumulated(weights) - (_cumulated(mass) - mass)[problem]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
-from imbalanced_losses._ranking.canonical import compute_dtype
+from imbalanced_losses._ranking.canonical import compute_dtype, least_spread
 from imbalanced_losses._ranking.cuda import facts
 from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import Processes
@@ -84,7 +84,7 @@ def spread(
     scores: Tensor, weights: Tensor | None, layout: Layout, processes: Processes | None = None
 ) -> Tensor:
     """`functional.score_spread` [C] of the rows [C, M] of all processes."""
-    if processes is None and facts.fits(scores, layout):
+    if processes is None and facts.fits(scores, layout, weights):
         return facts.spread(
             scores, weights, layout, lambda own: _spread(own, weights, layout, processes)
         )
@@ -112,8 +112,8 @@ def _spread(
     variance = total(share * (scaled - layout.for_rows(mean)).square())
 
     dtype = compute_dtype(scores)
-    limits = torch.finfo(dtype)
-    floor = torch.maximum(limits.eps * mean.detach().abs(), limits.tiny**0.5 / unit)
+    least = torch.finfo(dtype).tiny ** 0.5 / unit
+    floor = torch.maximum(least_spread(dtype) * mean.detach().abs(), least)
     has_spread = variance.detach() > floor.square()  # not where unit is 0: the floor is infinite
     deviation = torch.where(has_spread, variance, 1.0).sqrt() * unit
     return torch.where(has_spread, deviation, 1.0).to(dtype)
@@ -130,7 +130,7 @@ def weights_at_prior(
     if weights is None:
         weights = torch.ones((), device=is_positive.device)
     weights = weights.expand(is_positive.shape)
-    if processes is None and facts.fits(weights, layout):
+    if processes is None and facts.fits(weights, layout, weights, target_prior):
         return facts.weights_at_prior(is_positive, target_prior, weights, layout)
     wide = weights.double()
     total = _totals(layout, processes)

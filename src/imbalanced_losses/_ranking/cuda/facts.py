@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
-from imbalanced_losses._ranking.canonical import compute_dtype, smallest
+from imbalanced_losses._ranking.canonical import compute_dtype, least_spread, smallest
 from imbalanced_losses._ranking.cuda.launches import (
     ceil,
     has_kernels,
@@ -23,13 +23,27 @@ from imbalanced_losses._ranking.layout import Layout
 # Rows of a problem that a program goes through, at most: of as many each, and of all problems
 # together where they are of unequal length.
 _MOST_ROWS, _MOST_UNREAD = 1 << 15, 1 << 18
+# Pairs of rows that are compared rather than sorted.
+_MOST_PAIRS = 1 << 28
+# Programs that keep a large device busy.
+_PROGRAMS = 1 << 12
 
 
-def fits(rows: Tensor, layout: Layout) -> bool:
-    """Whether programs may go through the problems [C, M] of these rows."""
+def fits(rows: Tensor, layout: Layout, *constants: Tensor | float | None) -> bool:
+    """Whether one program may go through each problem of rows [C, M]; constants get no gradient."""
+    if torch.is_grad_enabled() and any(
+        isinstance(constant, Tensor) and constant.requires_grad for constant in constants
+    ):
+        return False
     most = _MOST_ROWS if layout.lengths is None else _MOST_UNREAD
     is_plain = not (is_traced(rows) or is_transformed())
     return is_plain and rows.shape[1] <= most and has_kernels(rows, tuple(rows.shape))
+
+
+def are_few_pairs(rows: Tensor, layout: Layout) -> bool:
+    """Whether `ideal_terms` is quicker than sorting, however unequal the problems are."""
+    pairs = rows.shape[0] * rows.shape[1] ** 2
+    return pairs <= _MOST_PAIRS and fits(rows, layout)
 
 
 def spread(
@@ -52,7 +66,7 @@ class _Spread(torch.autograd.Function):
         dtype = compute_dtype(scores)
         given = scores if weights is None else weights.detach().expand(scores.shape)
         deviations = scores.new_empty(layout.num_problems, dtype=dtype)
-        facts = scores.new_empty(2, layout.num_problems, dtype=torch.float64)
+        facts = scores.new_empty(3, layout.num_problems, dtype=torch.float64)
         options: dict[str, Any] = {"WEIGHTED": weights is not None}
         options["LARGEST"] = torch.finfo(scores.dtype).max
         steps = *strides(scores, layout), *strides(given, layout)
@@ -60,7 +74,7 @@ class _Spread(torch.autograd.Function):
             "whole_spread",
             layout,
             *(scores, given, *stretches(layout, scores), deviations, facts, *steps),
-            EPSILON=torch.finfo(dtype).eps,
+            EPSILON=least_spread(dtype),
             ROOT=smallest(dtype),
             **options,
         )
@@ -86,7 +100,7 @@ class _Spread(torch.autograd.Function):
 
 
 def by_temperature(scores: Tensor, slopes: Tensor, temperature: Tensor, layout: Layout) -> Tensor:
-    """`ranked_sum._slopes_in_temperature` of [C, M] in one piece."""
+    """`ranked_sum._slopes_in_temperature` of contiguous scores and slopes [C, M]."""
     found = scores.new_empty(layout.num_problems, dtype=torch.float64)
     launch_through(
         "whole_temperature",
@@ -128,8 +142,10 @@ def value_in_units(
 
     Where that is 0, numbers, validity and masses are written over as of a problem not valid.
     """
-    unit_value, mass = torch.empty_like(sides), sides.new_empty(layout.num_problems)
     value = value.expand(sides.shape)
+    if layout.lengths is None and not fits(sides, layout):
+        return _value_in_units(value, sides, numbers, valid, masses, is_graded)
+    unit_value, mass = torch.empty_like(sides), sides.new_empty(layout.num_problems)
     launch_through(
         "whole_values",
         layout,
@@ -140,15 +156,38 @@ def value_in_units(
     return unit_value, mass
 
 
+def _value_in_units(
+    value: Tensor,
+    sides: Tensor,
+    numbers: Tensor,
+    valid: Tensor,
+    masses: Tensor,
+    is_graded: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same of many rows, as many in each problem."""
+    value = torch.where((sides > 0) & valid[:, None], value, 0)
+    largest = value.amax(1, keepdim=True)
+    unit_value = (value / torch.where(largest > 0, largest, 1)).to(sides.dtype)
+    mass = (sides.double() * unit_value).sum(1)
+    valid &= mass > 0
+    if is_graded:
+        valid &= (unit_value == 1).sum(1) < numbers[1]
+    numbers.masked_fill_(~valid, 0)
+    masses.masked_fill_(~valid, 1)
+    return unit_value, torch.where(valid, mass, 1).to(sides.dtype)
+
+
 def ideal_terms(
     unit_value: Tensor, sides: Tensor, units: Tensor, budget: Tensor | None, layout: Layout
 ) -> Tensor:
-    """What each row [C, M] adds to the ideal of `ndcg`, float64."""
-    terms, block = torch.empty_like(sides, dtype=torch.float64), 16
-    num_rows = sides.shape[1]
+    """What each row [C, M] adds to the ideal of `ndcg`, a row of weight 1."""
+    terms, block, num_rows = torch.empty_like(sides), 16, sides.shape[1]
     launch(
         "whole_ideal",
-        (layout.num_problems, 1 if layout.lengths is not None else ceil(num_rows, block)),
+        (
+            layout.num_problems,
+            min(ceil(num_rows, block), max(1, _PROGRAMS // layout.num_problems)),
+        ),
         *(unit_value, sides, *stretches(layout, sides), units, units if budget is None else budget),
         *(terms, units.stride(0), num_rows),
         SEGMENTED=layout.lengths is not None,

@@ -430,8 +430,9 @@ def score_slopes(
     of_negatives = tl.load(sums + base + source, mask=is_query, other=0.0)
     of_positives = tl.load(sums + size + base + source, mask=is_query, other=0.0)
     slope -= of_negatives * to_negative + of_positives * to_positive  # they nearly cancel
-    # Nothing moves an infinity; where several tie, their slopes would be finite.
-    slope = tl.where(tl.abs(own_score) == LARGEST, 0.0, slope)
+    # Nothing moves an infinity, whose slope would be finite where several tie, nor a row left out,
+    # whose slope would be NaN where another is.
+    slope = tl.where((tl.abs(own_score) == LARGEST) | (side == 0), 0.0, slope)
     scale = rate.to(tl.float64)
     if DIVIDED:
         scale /= tl.load(divisors + problem)
@@ -1019,6 +1020,6 @@ def far_slopes(
     scale = rate.to(tl.float64)
     if DIVIDED:
         scale /= tl.load(divisors + problem)
-    slope = tl.where(tl.abs(score) == LARGEST, 0.0, slope) * scale
+    slope = tl.where((tl.abs(score) == LARGEST) | (side == 0), 0.0, slope) * scale
     slope = tl.where(row < tl.where(end > 0, num_live, 0), slope, 0.0)
     tl.store(slopes + base + row, slope, mask=inside)

@@ -265,7 +265,7 @@ def segment_slopes(
     of_negatives = tl.load(sums + source, mask=is_query, other=0.0)
     of_positives = tl.load(sums + size + source, mask=is_query, other=0.0)
     slope -= of_negatives * to_negative + of_positives * to_positive
-    slope = tl.where(tl.abs(own_score) == LARGEST, 0.0, slope)
+    slope = tl.where((tl.abs(own_score) == LARGEST) | (side == 0), 0.0, slope)
     scale = own_rate.to(tl.float64)
     if DIVIDED:
         scale /= tl.load(divisors + problem, mask=is_live, other=1.0)

@@ -34,13 +34,21 @@ def _usable(scores, weights, place, weight_place, inside, LARGEST, WEIGHTED: tl.
 
 
 @triton.jit
+def _narrowed(value, target):
+    """A float64 value for a target of any dtype; to bfloat16 some versions go by float32 alone."""
+    if target.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
 def whole_spread(
     scores,  # [C, M] of any floating dtype
     weights,  # [C, M] ≥ 0, or anything where not WEIGHTED
     lengths,  # [C] int64, or anything where not SEGMENTED
     ends,  # [C] int64, or anything where not SEGMENTED
     deviations,  # [C]
-    facts,  # [2, C] float64: the mean, and 1 / (mass · deviation), 0 where there is no spread
+    facts,  # [3, C] float64: mean, mass, and 1 / deviation, 0 where there is no spread
     score_strides,
     score_stride,
     weight_strides,
@@ -67,7 +75,7 @@ def whole_spread(
         )
         masses += weight
     mass = tl.sum(masses, 0)
-    per_mass = 1.0 / tl.where(mass > 0, mass, 1.0)
+    mass = tl.where(mass > 0, mass, 1.0)
     sizes = tl.zeros([BLOCK], dtype=tl.float64)
     sums = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(begin, end, BLOCK):
@@ -75,8 +83,8 @@ def whole_spread(
         score, weight = _usable(
             scores, weights, row * score_stride, row * weight_stride, row < end, LARGEST, WEIGHTED
         )
-        sizes += weight * per_mass * tl.abs(score)
-        sums += weight * per_mass * score
+        sizes += weight / mass * tl.abs(score)
+        sums += weight / mass * score
     unit, mean = tl.sum(sizes, 0), tl.sum(sums, 0)
     per_unit = 1.0 / tl.where(unit > 0, unit, 1.0)  # units whose square does not overflow
     squares = tl.zeros([BLOCK], dtype=tl.float64)
@@ -86,7 +94,7 @@ def whole_spread(
             scores, weights, row * score_stride, row * weight_stride, row < end, LARGEST, WEIGHTED
         )
         distance = score * per_unit - mean * per_unit
-        squares += weight * per_mass * distance * distance
+        squares += weight / mass * distance * distance
     variance = tl.sum(squares, 0)
     floor = EPSILON * tl.abs(mean) * per_unit
     smallest = ROOT * per_unit
@@ -95,7 +103,8 @@ def whole_spread(
     deviation = tl.where(has_spread, tl.sqrt(variance) * unit, 1.0)
     tl.store(deviations + problem, deviation)
     tl.store(facts + problem, mean)
-    tl.store(facts + num_problems + problem, tl.where(has_spread, per_mass / deviation, 0.0))
+    tl.store(facts + num_problems + problem, mass)
+    tl.store(facts + 2 * num_problems + problem, tl.where(has_spread, 1.0 / deviation, 0.0))
 
 
 @triton.jit
@@ -126,14 +135,17 @@ def whole_spread_slopes(
     if not SEGMENTED:
         slopes += problem * num_rows
     mean = tl.load(facts + problem)
-    factor = tl.load(facts + num_problems + problem)
-    factor *= tl.load(gradients + problem * gradient_stride).to(tl.float64)
+    mass = tl.load(facts + num_problems + problem)
+    rate = tl.load(facts + 2 * num_problems + problem)
+    gradient = tl.load(gradients + problem * gradient_stride).to(tl.float64)
+    factor = tl.where(rate > 0, gradient * rate, 0.0)
     for start in range(begin, end, BLOCK):
         row = (start + tl.arange(0, BLOCK)).to(tl.int64)
         score, weight = _usable(
             scores, weights, row * score_stride, row * weight_stride, row < end, LARGEST, WEIGHTED
         )
-        tl.store(slopes + row, weight * (score - mean) * factor, mask=row < end)
+        slope = tl.where(weight > 0, weight / mass * (score - mean) * factor, 0.0)
+        tl.store(slopes + row, _narrowed(slope, slopes), mask=row < end)
 
 
 @triton.jit
@@ -233,7 +245,7 @@ def whole_prior(
         positive = tl.load(is_positive + row * positive_stride, mask=row < end, other=0) != 0
         weight = tl.load(weights + row * weight_stride, mask=row < end, other=0.0).to(tl.float64)
         weight *= tl.where(positive, of_positives, of_negatives)
-        tl.store(at_prior + row, weight, mask=row < end)
+        tl.store(at_prior + row, _narrowed(weight, at_prior), mask=row < end)
 
 
 @triton.jit
@@ -304,7 +316,7 @@ def whole_ideal(
     ends,
     units,  # [C], the heaviest weight in the caller's numbers
     budgets,  # [C], or anything where not LIMITED
-    terms,  # [C, M] float64
+    terms,  # [C, M]
     unit_stride,
     num_rows,
     SEGMENTED: tl.constexpr,
@@ -312,7 +324,7 @@ def whole_ideal(
     BQ: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """ω g / log₂(1 + place), place being the weight of rows with more gain, and its own.
+    """g / log₂(1 + place), place being the weight of rows with more gain, and its own.
 
     The lighter first among equals. With a budget of rows within it, and of the first.
     """
@@ -341,12 +353,13 @@ def whole_ideal(
         # log(1 + x), also of an x that is lost beside 1.
         x = place * unit
         one_more = 1.0 + x
-        is_lost = one_more == 1.0
-        log = tl.log(one_more) * (x / tl.where(is_lost, 1.0, one_more - 1.0))
-        log = tl.where(is_lost, x, log)
+        more = one_more - 1.0
+        is_small = (more > 0) & (x < 1)
+        log = tl.log(one_more) * tl.where(is_small, x / tl.where(is_small, more, 1.0), 1.0)
+        log = tl.where(more == 0, x, log)
         counts = gain > 0
         if LIMITED:
             budget = tl.load(budgets + problem).to(tl.float64)
             counts = counts & ((place <= budget + 0.5 * weight) | (before == 0))
-        term = weight * gain * 0.6931471805599453 / tl.where(counts, log, 1.0)
+        term = gain * 0.6931471805599453 / tl.where(counts, log, 1.0)
         tl.store(terms + own, tl.where(counts, term, 0.0), mask=own < end)
