@@ -141,13 +141,6 @@ def test_bad_class_weights(weight: Any, error: type[Exception], message: str) ->
         CrossEntropy(1, weight)
 
 
-@pytest.mark.parametrize("options", [{"num_classes": 1}, {"num_classes": 3, "multilabel": True}])
-@pytest.mark.parametrize("ignore_index", [0, 1])
-def test_a_binary_label_cannot_be_ignored(options: dict[str, Any], ignore_index: int) -> None:
-    with pytest.raises(ValueError, match="ignore_index must not be a label"):
-        CrossEntropy(**options, ignore_index=ignore_index)
-
-
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_a_class_of_several_may_be_ignored(num_classes: int) -> None:
     logits, targets = make_batch(9, num_classes)[:2]
