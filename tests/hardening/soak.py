@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
 from tests.hardening.faulty import assert_same
-from tests.helpers.cases import IGNORED, seeded
+from tests.helpers.cases import seeded
 from tests.helpers.ranks import Failure, Ranks
+from tests.helpers.rows import IGNORED
 
 NUM_ROWS, NUM_FEATURES = 32, 8
 # By the straight line through the chunks. The allocator's own noise is some hundred KiB.

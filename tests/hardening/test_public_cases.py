@@ -504,19 +504,17 @@ def test_tensor_subclasses_in_the_functional_form() -> None:
     assert own.equal(other)
 
 
-def multilabel_loss(name: str) -> Any:
-    pointwise = CrossEntropy(3, multilabel=True)
-    if name == "cross-entropy":
-        return pointwise
-    main = SmoothAPLoss(3, 64, 0.2, multilabel=True)
-    return MixedLoss(pointwise, main, main_weight=0.5) if name == "mix" else main
+BY_LABEL: dict[str, Callable[..., Any]] = {
+    "ranking": lambda *classes, **options: SmoothAPLoss(*classes, 64, 0.2, **options),
+    "cross-entropy": CrossEntropy,
+}
 
 
-@pytest.mark.parametrize("name", ["multilabel", "mix", "cross-entropy"])
+@pytest.mark.parametrize("name", BY_LABEL)
 def test_a_weight_for_each_label(name: str) -> None:
     """[N, C] weights are those of C problems, in the queue too; the use: multi-label data."""
-    loss_fn = multilabel_loss(name)
-    singles = [single_loss(name) for _ in range(3)]
+    make = BY_LABEL[name]
+    loss_fn, singles = make(3, multilabel=True), [make(1) for _ in range(3)]
     for seed in range(4):
         batch = make_batch(6, 3, seed=seed, multilabel=True)
         weights = torch.rand(6, 3, generator=seeded(seed)) * 3
@@ -526,21 +524,11 @@ def test_a_weight_for_each_label(name: str) -> None:
             single(batch.logits[:, c : c + 1], batch.targets[:, c], sample_weight=weights[:, c])
             for c, single in enumerate(singles)
         ]
-        if name == "cross-entropy":  # the mean over labels, not over classes
-            expected = (torch.stack(each) * weights.sum(0)).sum() / weights.sum()
-        elif name == "multilabel":
-            expected = torch.stack(each).mean()
-        else:
-            pointwise = CrossEntropy(3, multilabel=True)
-            aside = pointwise(batch.logits, batch.targets, sample_weight=weights)
-            expected = 0.5 * torch.stack(each).mean() + 0.5 * aside
-        torch.testing.assert_close(found, expected)
-        saved, loss_fn = loss_fn.state_dict(), multilabel_loss(name)
+        # Of cross-entropy the mean over labels, not over classes.
+        share = weights.sum(0) / weights.sum() if name == "cross-entropy" else 1 / 3
+        torch.testing.assert_close(found, (torch.stack(each) * share).sum())
+        saved, loss_fn = loss_fn.state_dict(), make(3, multilabel=True)
         loss_fn.load_state_dict(saved)
-
-
-def single_loss(name: str) -> Any:
-    return CrossEntropy(1) if name == "cross-entropy" else SmoothAPLoss(1, 64, 0.2)
 
 
 @pytest.mark.parametrize("make", [*LOSSES.values(), lambda: CrossEntropy(1)])
@@ -620,11 +608,8 @@ def recomputed(loss_fn: Any, batch: Batch, use_reentrant: bool) -> Tensor:
     return loss
 
 
-def gradient_of(loss_fn: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    function: Callable[[Tensor], Tensor] = torch.func.grad(
-        lambda logits: loss_fn(logits, batch.targets)
-    )
-    return function
+def gradient_of(loss_fn: Any, batch: Batch) -> Any:
+    return torch.func.grad(lambda logits: loss_fn(logits, batch.targets))
 
 
 @pytest.mark.parametrize("calls_before", [0, 3])

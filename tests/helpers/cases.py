@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from tests.helpers.rows import IGNORED, Batch
 
 
 class Case(NamedTuple):
@@ -59,12 +59,6 @@ def cases() -> Iterator[Case]:
         yield ranking(text, gap=2.0**101)  # about 1e30
 
 
-class Batch(NamedTuple):
-    logits: Tensor  # [N, C] float64, exact in float32 too
-    targets: Tensor  # [N] or [N, C]
-    sample_weight: Tensor | None  # [N]
-
-
 def random_batch(
     generator: torch.Generator,
     num_rows: int,
@@ -92,12 +86,12 @@ def random_batch(
     else:
         targets = torch.randint(num_classes, (num_rows,), generator=generator)
     targets[uniform(*targets.shape) < 0.15] = IGNORED
-    sample_weight = {
+    row_weights = {
         "none": None,
         "real": (0.1 + 3 * uniform(num_rows)).float().double(),
         "counts": (4 * uniform(num_rows)).floor(),
     }[weights]
-    return Batch(logits, targets, sample_weight)
+    return Batch(logits, targets, row_weights)
 
 
 def seeded(seed: int) -> torch.Generator:

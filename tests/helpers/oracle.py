@@ -246,24 +246,16 @@ class OracleLoss:
         weights = torch.tensor([row.weight for row in pool], dtype=torch.float64)
         weights *= torch.tensor([label is not None for label in labels])
         is_positive = torch.tensor([label == 1 for label in labels], dtype=torch.bool)
-        sets = rows_of(is_positive, weights)
-        if not (sets["positives"].any() and sets["negatives"].any()):
-            return math.nan, torch.zeros(len(live), dtype=torch.float64)
         scores = torch.tensor([row.logits[c] for row in pool], dtype=torch.float64)
         scores.requires_grad_()
         tau = torch.tensor(self.temperature, dtype=torch.float64)
         if self.temperature_unit == "spread":
             tau = tau * spread(scores, weights)
-        total = ranked_sum(
-            *(scores[None], is_positive[None], tau[None], weights[None]),
-            lambda ranks: ranks.among("positives") / ranks.among("all"),
-            *("positives", ("all", "positives")),
-        )
-        loss = 1 - total * weights.max() / weights[is_positive].sum()
+        loss = 1 - smooth_ap_by_pairs(scores[None], is_positive[None], tau[None], weights[None])
         (gradient,) = torch.autograd.grad(loss.sum(), scores)
         live_gradient, queue_gradient = gradient.split([len(live), len(self.queue)])
-        moving = sets["all"] & scores.isfinite()  # the rows of the mean that a queue follows
-        moving = moving[: len(live)]
+        # The rows of the mean that a queue follows.
+        moving = ((weights > 0) & scores.isfinite())[: len(live)]
         if self.queue_follows_shift and moving.any():
             live_gradient = live_gradient + moving * queue_gradient.sum() / moving.sum()
         return loss.item(), live_gradient
@@ -350,3 +342,16 @@ def ranked_sum(
             ranks[name] = (above * own).sum(1) + 0.5 * own[rows]
         totals.append((omega[rows] * worth(RanksOfProblem(ranks, c, rows))).sum())
     return torch.stack(totals)
+
+
+def smooth_ap_by_pairs(scores: Tensor, is_positive: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+    """AP [C] of problems [C, M], to be differentiated; NaN where it is not defined."""
+    worths = (
+        lambda ranks: ranks.among("positives") / ranks.among("all"),
+        lambda ranks: torch.ones_like(ranks.among("all")),
+    )
+    total, mass = (
+        ranked_sum(scores, is_positive, tau, weights, worth, "positives", ("all", "positives"))
+        for worth in worths
+    )
+    return torch.where(mass > 0, total / mass.clamp(min=1e-300), math.nan)

@@ -315,12 +315,3 @@ def test_a_tiny_run_writes_every_file(
     assert "\x1b" not in printed
     assert "…" not in printed  # nothing was cut off
     assert max(map(len, printed.replace(str(tmp_path), "").splitlines())) <= 80
-
-
-@pytest.mark.parametrize("arguments", [["--seeds", "1"], ["--split", "columns"]])
-def test_bad_arguments_are_refused(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        demo_main.main(arguments)
-    assert arguments[0] in capsys.readouterr().err

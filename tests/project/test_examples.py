@@ -117,18 +117,23 @@ def test_every_example_is_run() -> None:
     assert set(re.findall(r"examples/(\w+)\.py", recipe)) == set(EXAMPLES)
 
 
-def test_the_page_quotes_the_examples() -> None:
-    """Every script is named, and a block of one has no line that the script has not."""
+def lines_of(code: str) -> set[str]:
+    return {line.partition("  # ")[0].strip() for line in code.splitlines()}
+
+
+def test_the_pages_quote_the_scripts() -> None:
+    """Every example is named, and a block of a script has no line that the script has not."""
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"`{name}.py`" in text or f"examples/{name}.py" in text for name in EXAMPLES)
-    quoted = re.findall(r"^```py title=\"examples/(\w+)\.py\"\n(.*?)^```$", text, re.M | re.S)
+    quoted = re.findall(r"^```py title=\"(examples/\w+\.py)\"\n(.*?)^```$", text, re.M | re.S)
     assert len(quoted) > 5
-    for name, code in quoted:
-        script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
-        lines = [line.strip() for line in script.splitlines()]
-        wanted = [line.strip() for line in code.splitlines() if line.strip() not in ("", "…")]
-        missing = [line for line in wanted if line not in lines]
-        assert not missing, name
+    text = PAGE.with_name("groups.md").read_text(encoding="utf-8")
+    of_groups = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S)
+    assert len(of_groups) == 2
+    quoted += [("tests/project/trainer_groups.py", code) for code in of_groups]
+    for script, code in quoted:
+        missing = lines_of(code) - lines_of((ROOT / script).read_text(encoding="utf-8"))
+        assert missing <= {"", "…"}, script
 
 
 @pytest.mark.slow

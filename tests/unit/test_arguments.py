@@ -346,27 +346,23 @@ def test_float8_is_computed_in_float32(dtype: torch.dtype) -> None:
 # --- Value checks can be turned off --------------------------------------------------------------
 
 
-class Trusting(SmoothAPLoss):
-    check_values = False
-
-
 @pytest.mark.parametrize(
     ("targets", "weights"),
     [([0, 1, 7, -3], None), ([0.0, 1, 0.5, 0], None), ([0, 1, 0, 0], [1.0, 1, -2, 1])],
     ids=["labels", "soft", "weights"],
 )
+@pytest.mark.parametrize("loss_class", [SmoothAPLoss, CrossEntropy])
 def test_without_check_values_values_are_not_looked_at(
-    targets: list[float], weights: list[float] | None
+    loss_class: Any, targets: list[float], weights: list[float] | None
 ) -> None:
-    logits = make_batch(4).logits
+    """Shapes and dtypes still are."""
+    logits, trusting = make_batch(4).logits, loss_class(1)
+    trusting.check_values = False
     sample_weight = None if weights is None else torch.tensor(weights)
-    Trusting(1, 0)(logits, torch.tensor(targets), sample_weight=sample_weight)
+    trusting(logits, torch.tensor(targets), sample_weight=sample_weight)
     with pytest.raises(ValueError, match=r"^(targets|sample_weight) must"):
-        SmoothAPLoss(1, 0)(logits, torch.tensor(targets), sample_weight=sample_weight)
-
-
-def test_without_check_values_shapes_and_dtypes_still_are() -> None:
+        loss_class(1)(logits, torch.tensor(targets), sample_weight=sample_weight)
     with pytest.raises(ValueError, match=r"^targets must"):
-        Trusting(1, 0)(torch.zeros(4, 1), torch.zeros(3))
+        trusting(logits, torch.zeros(3))
     with pytest.raises(TypeError, match=r"^logits must"):
-        Trusting(1, 0)(torch.zeros(4, 1).int(), torch.zeros(4))
+        trusting(logits.int(), torch.zeros(4))

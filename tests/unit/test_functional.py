@@ -103,7 +103,7 @@ def test_small_temperature_is_average_precision(
     for _ in range(17):
         scores = _untied_scores(generator, count)
         is_positive = torch.arange(count) < positives
-        sample_weight = random_batch(generator, count, 1, weights=weights).sample_weight
+        sample_weight = random_batch(generator, count, 1, weights=weights).weights
         if sample_weight is not None:
             sample_weight[[0, -1]] = 1  # a positive and a negative that count
         ap, valid = smooth_ap(
@@ -199,9 +199,9 @@ def test_spread_is_the_population_deviation(weights: str) -> None:
     for seed in range(5):
         batch = random_batch(seeded(seed), 12, 3, weights=weights)
         scores = batch.logits.T.contiguous().requires_grad_()
-        spread = score_spread(scores, batch.sample_weight)
+        spread = score_spread(scores, batch.weights)
         (gradient,) = torch.autograd.grad(spread.sum(), scores)
-        row_weights = torch.ones(12).double() if weights == "none" else batch.sample_weight
+        row_weights = torch.ones(12).double() if weights == "none" else batch.weights
         expected = torch.stack([oracle.spread(own, row_weights) for own in scores])
         torch.testing.assert_close(spread, expected, rtol=1e-13, atol=0)
         (slopes,) = torch.autograd.grad(expected.sum(), scores)
