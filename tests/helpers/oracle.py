@@ -1,7 +1,7 @@
-"""What the library should compute, in float64: loops to be checked by eye, or all pairs.
+"""What the library should compute, as plain float64 loops to be checked by eye.
 
-Never imports the package. Slow by intent: pools of some 40 rows. Gradients are autograd's, of the
-sums over pairs.
+Gradients are autograd's, of the same sums over all pairs. Never imports the package. Slow by
+intent: pools of some 40 rows.
 
     R_i  = ½ω_i + Σ_j ω_j σ((s_j − s_i) / τ)          soft rank of i among all rows
     R⁺_i = ½ω_i + Σ_{j∈P} ω_j σ((s_j − s_i) / τ)      soft rank of i among the positives
@@ -251,14 +251,15 @@ class OracleLoss:
         tau = torch.tensor(self.temperature, dtype=torch.float64)
         if self.temperature_unit == "spread":
             tau = tau * spread(scores, weights)
-        loss = 1 - smooth_ap_by_pairs(scores[None], is_positive[None], tau[None], weights[None])
-        (gradient,) = torch.autograd.grad(loss.sum(), scores)
+        ap = smooth_ap_by_pairs(scores[None], is_positive[None], tau[None], weights[None])
+        (gradient,) = torch.autograd.grad(1 - ap.sum(), scores)
         live_gradient, queue_gradient = gradient.split([len(live), len(self.queue)])
         # The rows of the mean that a queue follows.
         moving = ((weights > 0) & scores.isfinite())[: len(live)]
         if self.queue_follows_shift and moving.any():
             live_gradient = live_gradient + moving * queue_gradient.sum() / moving.sum()
-        return loss.item(), live_gradient
+        problem = Problem(scores.tolist(), is_positive.tolist(), tau.item(), weights.tolist())
+        return 1 - smooth_ap(problem), live_gradient
 
     def _label(self, row: Row, c: int) -> int | None:
         """1 for a positive of class c, 0 for a negative, None for neither."""
