@@ -23,7 +23,7 @@ FAMILIES = {
     ),
     "T2": Family(
         "average precision",
-        "unit/diagnostics::test_exact_ap_is_scikit_learns unit/functional::test_a_tie_counts_half"
+        "unit/diagnostics::test_exact_ap_is_scikit_learns unit/functional::test_known_answer"
         " unit/functional::test_small_temperature_is_average_precision",
         350,
     ),

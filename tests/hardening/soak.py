@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from imbalanced_losses import CrossEntropy, MixedLoss, SmoothAPLoss
-from tests.helpers.cases import IGNORED, seeded
+from tests.hardening.faulty import assert_same
+from tests.helpers.cases import seeded
 from tests.helpers.ranks import Failure, Ranks
+from tests.helpers.rows import IGNORED
 
 NUM_ROWS, NUM_FEATURES = 32, 8
 # By the straight line through the chunks. The allocator's own noise is some hundred KiB.
@@ -163,26 +165,15 @@ def soak_ranks(steps: int, size: int = 200) -> None:
         for first in range(0, steps, size):
             found = ranks.run(chunk, checkpoint, first, size)
             assert not any(isinstance(one, Failure) for one in found), found
-            one, other = found
-            checkpoint = one.checkpoint
-            assert_same_bits(checkpoint, other.checkpoint)
+            checkpoint = found[0].checkpoint
+            bits = (torch.load(io.BytesIO(each.checkpoint), weights_only=True) for each in found)
+            assert_same(*bits)  # weights, moments, queue, counters and temperature
             chunks.append([c._replace(checkpoint=b"") for c in found])
     finally:
         ranks.close()
     seconds = time.perf_counter() - start
     for rank in range(2):
         report(f"rank {rank} of 2", [found[rank] for found in chunks], steps, seconds)
-
-
-def assert_same_bits(one: bytes, other: bytes) -> None:
-    """Weights, moments, queue, counters and temperature of two ranks."""
-    first, second = (torch.load(io.BytesIO(saved), weights_only=True) for saved in (one, other))
-    for part in ("model", "loss"):
-        for name, value in first[part].items():
-            assert torch.equal(value, second[part][name]), f"ranks differ in {part}.{name}"
-    for index, moments in first["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, second["optimizer"]["state"][index][name]), name
 
 
 def main() -> None:

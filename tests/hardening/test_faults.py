@@ -20,7 +20,7 @@ import imbalanced_losses
 from imbalanced_losses import SmoothAPLoss
 from tests.hardening.faulty import make_mix, step_of
 from tests.hardening.fuzz.watch import assert_sound, state_of
-from tests.helpers.ranks import Failure, Ranks
+from tests.helpers.ranks import WORLD_SIZE, Failure, Ranks
 from tests.helpers.rows import IGNORED, Batch, make_batch, saved_by_0_9
 
 State = list[Any]
@@ -119,9 +119,12 @@ def outcomes_of_rank(rank: int, seed: int, num_ranks: int, config: dict[str, Any
     return found
 
 
-def assert_bad_rows_cost_one_step(ranks: Ranks, num_ranks: int, config: dict[str, Any]) -> None:
-    bad_at = bad_rows(7, 20, num_ranks)
-    by_rank = ranks.run(outcomes_of_rank, 7, num_ranks, config)
+@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_bad_row_of_one_rank_costs_all_ranks_one_step(
+    ranks: Ranks, config: dict[str, Any]
+) -> None:
+    bad_at = bad_rows(7, 20, WORLD_SIZE)
+    by_rank = ranks.run(outcomes_of_rank, 7, WORLD_SIZE, config)
     assert not any(isinstance(found, Failure) for found in by_rank), by_rank
     for step in range(20):
         bad = bad_at.get(step)
@@ -132,14 +135,7 @@ def assert_bad_rows_cost_one_step(ranks: Ranks, num_ranks: int, config: dict[str
             assert is_finite or is_nan
             assert has_finite_gradient or not is_finite
             assert state == by_rank[0][step][2]
-    assert len({bad.rank for bad in bad_at.values()}) == num_ranks
-
-
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_a_bad_row_of_one_rank_costs_all_ranks_one_step(
-    ranks: Ranks, config: dict[str, Any]
-) -> None:
-    assert_bad_rows_cost_one_step(ranks, 2, config)
+    assert len({bad.rank for bad in bad_at.values()}) == WORLD_SIZE
 
 
 # --- Steps that break off ------------------------------------------------------------------------

@@ -58,23 +58,28 @@ def killed_at_random(processes: list[subprocess.Popen[str]], generator: random.R
     return -signal.SIGKILL in codes
 
 
+def start_all(folder: Path, num_ranks: int) -> list[subprocess.Popen[str]]:
+    """One process by itself, or ranks that find each other."""
+    port = free_port()
+    return [start(folder, *((rank, port) if num_ranks > 1 else ())) for rank in range(num_ranks)]
+
+
+def assert_ends(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+
+
 def assert_survives_kills(folder: Path, num_ranks: int, num_kills: int, seed: int) -> None:
     generator, kills = random.Random(seed), 0
     while kills < num_kills:
-        port = free_port()
-        ranks = [(rank, port) for rank in range(num_ranks)] if num_ranks > 1 else [()]
-        kills += killed_at_random([start(folder, *rank) for rank in ranks], generator)
+        kills += killed_at_random(start_all(folder, num_ranks), generator)
         if (folder / "run.pt").exists():
             made = len(torch.load(folder / "run.pt", weights_only=True)["losses"])
             assert made % EVERY == 0
             if made == STEPS:
                 break
-    port = free_port()
-    ranks = [(rank, port) for rank in range(num_ranks)] if num_ranks > 1 else [()]
-    last = [start(folder, *rank) for rank in ranks]
-    for process in last:
-        process.communicate()
-        assert process.returncode == 0
+    assert_ends(start_all(folder, num_ranks))
     assert kills > 0
 
 
@@ -98,11 +103,7 @@ def test_killed_many_times_training_resumes_bit_for_bit(
     for folder in (broken, whole):
         folder.mkdir()
     assert_survives_kills(broken, num_ranks, num_kills=5, seed=seed)
-    port = free_port()
-    ranks = [(rank, port) for rank in range(num_ranks)] if num_ranks > 1 else [()]
-    for process in [start(whole, *rank) for rank in ranks]:
-        process.communicate()
-        assert process.returncode == 0
+    assert_ends(start_all(whole, num_ranks))
     ends = [
         [torch.load(folder / f"end{rank}.pt", weights_only=True) for rank in range(num_ranks)]
         for folder in (broken, whole)

@@ -10,7 +10,7 @@ and a checkpoint saved there must continue here. What differs on purpose is in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,16 +29,11 @@ from tests.hardening.predecessor_worker import Case, Outcome, run_case, run_step
 
 NUM_CASES = 300
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not IS_THERE, reason=WHY_SKIPPED)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not IS_THERE, reason=WHY_SKIPPED),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Step(NamedTuple):

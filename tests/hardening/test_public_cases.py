@@ -6,10 +6,12 @@ Two losses are in the same state where they make the same of the steps to come (
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -204,16 +212,6 @@ def test_what_is_done_to_all_tensors_of_a_model(
     assert future(loaded) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@EACH_LOSS
-def test_a_loss_built_under_another_default_dtype(name: str, dtype: torch.dtype) -> None:
-    """As trainers in low precision build their models; huggingface/transformers #30709."""
-    with default_dtype(dtype):
-        loss_fn = LOSSES[name]()
-    steps_of(loss_fn, range(3))
-    assert future(loss_fn) == future(used(name))
-
-
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -222,6 +220,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    **{f"{t}": partial(default_dtype, t) for t in (torch.bfloat16, torch.float16, torch.float64)},
+}
 
 
 @EACH_LOSS
@@ -242,10 +246,15 @@ def test_a_loss_built_without_memory_and_given_a_checkpoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("assign", [None, False, True], ids=["built", "loaded", "assigned"])
+@pytest.mark.parametrize("within", CONTEXTS.values(), ids=CONTEXTS)
 @EACH_LOSS
-def test_a_loss_made_in_inference_mode_trains(name: str, assign: bool | None) -> None:
-    """As a server that also learns builds its models; sgl-project/sglang #33470."""
-    with torch.inference_mode():
+def test_a_loss_built_in_a_mode_that_ends_trains(
+    name: str, within: Callable[[], Any], assign: bool | None
+) -> None:
+    """As trainers in low precision build their models, and servers that also learn;
+    huggingface/transformers #30709, sgl-project/sglang #33470.
+    """
+    with within():
         loss_fn = copy.deepcopy(LOSSES[name]()).double()
         if assign is not None:
             loss_fn.load_state_dict(LOSSES[name]().state_dict(), assign=assign)
@@ -291,12 +300,6 @@ def test_calling_a_model_with_its_own_state_dict(name: str) -> None:
 
 
 def by_dcp(source: Net, target: Net, folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        set_model_state_dict,
-    )
-
     dcp.save({"model": get_model_state_dict(source)}, checkpoint_id=folder / "dcp")
     state = {"model": get_model_state_dict(target)}
     dcp.load(state, checkpoint_id=folder / "dcp")
@@ -304,31 +307,17 @@ def by_dcp(source: Net, target: Net, folder: Path) -> None:
 
 
 def by_dcp_of_modules(source: Net, target: Net, folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
     dcp.save({"model": source}, checkpoint_id=folder / "dcp")
     dcp.load({"model": target}, checkpoint_id=folder / "dcp")
 
 
 def by_full_state_dict(source: Net, target: Net, folder: Path) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        set_model_state_dict,
-    )
-
     options = StateDictOptions(full_state_dict=True)
     torch.save(get_model_state_dict(source, options=options), folder / "model.pt")
     set_model_state_dict(target, torch.load(folder / "model.pt"), options=options)
 
 
 def by_broadcast(source: Net, target: Net, folder: Path) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        set_model_state_dict,
-    )
-
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state = get_model_state_dict(source, options=options)
     set_model_state_dict(target, state if dist.get_rank() == 0 else {}, options=options)
@@ -515,19 +504,17 @@ def test_tensor_subclasses_in_the_functional_form() -> None:
     assert own.equal(other)
 
 
-def multilabel_loss(name: str) -> Any:
-    pointwise = CrossEntropy(3, multilabel=True)
-    if name == "cross-entropy":
-        return pointwise
-    main = SmoothAPLoss(3, 64, 0.2, multilabel=True)
-    return MixedLoss(pointwise, main, main_weight=0.5) if name == "mix" else main
+BY_LABEL: dict[str, Callable[..., Any]] = {
+    "ranking": lambda *classes, **options: SmoothAPLoss(*classes, 64, 0.2, **options),
+    "cross-entropy": CrossEntropy,
+}
 
 
-@pytest.mark.parametrize("name", ["multilabel", "mix", "cross-entropy"])
+@pytest.mark.parametrize("name", BY_LABEL)
 def test_a_weight_for_each_label(name: str) -> None:
     """[N, C] weights are those of C problems, in the queue too; the use: multi-label data."""
-    loss_fn = multilabel_loss(name)
-    singles = [single_loss(name) for _ in range(3)]
+    make = BY_LABEL[name]
+    loss_fn, singles = make(3, multilabel=True), [make(1) for _ in range(3)]
     for seed in range(4):
         batch = make_batch(6, 3, seed=seed, multilabel=True)
         weights = torch.rand(6, 3, generator=seeded(seed)) * 3
@@ -537,49 +524,23 @@ def test_a_weight_for_each_label(name: str) -> None:
             single(batch.logits[:, c : c + 1], batch.targets[:, c], sample_weight=weights[:, c])
             for c, single in enumerate(singles)
         ]
-        if name == "cross-entropy":  # the mean over labels, not over classes
-            expected = (torch.stack(each) * weights.sum(0)).sum() / weights.sum()
-        elif name == "multilabel":
-            expected = torch.stack(each).mean()
-        else:
-            pointwise = CrossEntropy(3, multilabel=True)
-            aside = pointwise(batch.logits, batch.targets, sample_weight=weights)
-            expected = 0.5 * torch.stack(each).mean() + 0.5 * aside
-        torch.testing.assert_close(found, expected)
-        saved, loss_fn = loss_fn.state_dict(), multilabel_loss(name)
+        # Of cross-entropy the mean over labels, not over classes.
+        share = weights.sum(0) / weights.sum() if name == "cross-entropy" else 1 / 3
+        torch.testing.assert_close(found, (torch.stack(each) * share).sum())
+        saved, loss_fn = loss_fn.state_dict(), make(3, multilabel=True)
         loss_fn.load_state_dict(saved)
 
 
-def single_loss(name: str) -> Any:
-    return CrossEntropy(1) if name == "cross-entropy" else SmoothAPLoss(1, 64, 0.2)
-
-
-SET_LATER: list[tuple[str, str, Any]] = [
-    ("binary", "reduction", "none"),
-    ("binary", "queue_size", 1024),
-    ("binary", "ignore_index", 255),
-    ("binary", "target_prior", 0.1),
-    ("binary", "num_classes", 2),
-    ("binary", "multilabel", True),
-    ("binary", "max_pool_size", 4),
-    ("binary", "temperature_unit", "spread"),
-    ("binary", "gather", "sums"),
-    ("binary", "update_queue_in_eval", True),
-    ("mix", "warmup_steps", 3),
-    ("mix", "calls_per_step", 2),
-    ("cross-entropy", "gamma", 2.0),
-    ("cross-entropy", "ignore_index", 255),
-]
-
-
-@pytest.mark.parametrize(("name", "setting", "value"), SET_LATER)
-def test_settings_assigned_later(name: str, setting: str, value: Any) -> None:
+@pytest.mark.parametrize("make", [*LOSSES.values(), lambda: CrossEntropy(1)])
+def test_settings_assigned_later(make: Callable[[], Any]) -> None:
     """As fastai's NoneReduce sets reduction: refused, not half taken; TabularVAE #2."""
-    loss_fn = CrossEntropy(1) if name == "cross-entropy" else used(name)
-    before = getattr(loss_fn, setting)
-    with pytest.raises(AttributeError, match=setting):
-        setattr(loss_fn, setting, value)
-    assert getattr(loss_fn, setting) == before
+    loss_fn = make()
+    modules = {name for name, _ in loss_fn.named_children()}
+    for name in {*inspect.signature(type(loss_fn)).parameters} - modules - {"temperature"}:
+        before = getattr(loss_fn, name)
+        with pytest.raises(AttributeError, match=name):
+            setattr(loss_fn, name, 2)
+        assert getattr(loss_fn, name) is before
 
 
 def test_settings_that_may_be_assigned_later() -> None:
@@ -624,59 +585,67 @@ def in_backward(loss_fn: Any, batch: Batch) -> Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("make", STATELESS.values(), ids=STATELESS)
-def test_a_stateless_loss_called_in_a_backward_pass(make: Callable[[], Any]) -> None:
-    """Hooks may compute losses; the use: Tensor.register_hook."""
-    batch = make_batch(6)
-    assert in_backward(make(), batch).equal(batch.through(make()))
+OUTSIDE = "outside the checkpointed function"
+REFUSED: dict[str, tuple[Callable[[Any, Batch], Callable[[], Any]], str]] = {
+    "hook": (lambda it, batch: partial(in_backward, it, batch), "backward pass"),
+    "checkpoint": (lambda it, batch: recomputed(it, batch.leaf(), False).backward, OUTSIDE),
+    "reentrant": (lambda it, batch: recomputed(it, batch.leaf(), True).backward, OUTSIDE),
+    "gradient": (lambda it, batch: partial(gradient_of(it, batch), batch.logits), r"eval\(\)"),
+}
 
 
-@pytest.mark.parametrize("calls_before", [0, 1])
+def recomputed(loss_fn: Any, batch: Batch, use_reentrant: bool) -> Tensor:
+    """A loss of which the backward pass makes the forward pass again."""
+    loss: Tensor = checkpoint(loss_fn, *batch[:2], use_reentrant=use_reentrant)
+    return loss
+
+
+def gradient_of(loss_fn: Any, batch: Batch) -> Any:
+    return torch.func.grad(lambda logits: loss_fn(logits, batch.targets))
+
+
+@pytest.mark.parametrize("calls_before", [0, 3])
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
-def test_a_loss_called_in_a_backward_pass(make: Callable[[], Any], calls_before: int) -> None:
-    """Where state would move, it says so and nothing moves; the use: Tensor.register_hook."""
-    loss_fn = make()
+def test_where_state_would_move_twice_or_unseen(
+    make: Callable[[], Any],
+    refused: tuple[Callable[[Any, Batch], Callable[[], Any]], str],
+    calls_before: int,
+) -> None:
+    """It says so, and nothing moves; the uses: Tensor.register_hook, torch.utils.checkpoint,
+    torch.func, lightgbm-org/LightGBM #3026.
+    """
+    loss_fn, (way, message) = make(), refused
     steps_of(loss_fn, range(calls_before))
+    call = way(loss_fn, make_batch(5))
     expected = future(loss_fn)
-    with pytest.raises(RuntimeError, match="backward pass"):
-        in_backward(loss_fn, make_batch(5))
+    with pytest.raises(RuntimeError, match=message):
+        call()
     assert future(loss_fn) == expected
 
 
-EACH_CHECKPOINT = pytest.mark.parametrize("use_reentrant", [False, True])
-
-
-@EACH_CHECKPOINT
 @pytest.mark.parametrize("make", STATELESS.values(), ids=STATELESS)
-def test_activation_checkpointing_around_a_stateless_loss(
-    make: Callable[[], Any], use_reentrant: bool
-) -> None:
-    """A head and its loss in one checkpointed block; the use: torch.utils.checkpoint."""
-    gradients = []
-    for is_checkpointed in (False, True):
-        loss_fn, batch = make(), make_batch(6).leaf()
-        for _ in range(2):
-            loss = (
-                checkpoint(loss_fn, batch.logits, batch.targets, use_reentrant=use_reentrant)
-                if is_checkpointed
-                else loss_fn(*batch[:2])
-            )
-            loss.backward()
-        gradients.append(batch.logits.grad)
-    assert gradients[0].equal(gradients[1])
+def test_a_stateless_loss_in_a_backward_pass(make: Callable[[], Any]) -> None:
+    """Hooks may compute losses, and a head and its loss may be one checkpointed block."""
+    batch = make_batch(6)
+    assert in_backward(make(), batch).equal(batch.through(make()))
+    plain, *others = (batch.leaf() for _ in range(3))
+    losses = [make() for _ in range(3)]
+    for _ in range(2):
+        losses[0](*plain[:2]).backward()
+        for loss_fn, leaf, use_reentrant in zip(losses[1:], others, (False, True), strict=True):
+            recomputed(loss_fn, leaf, use_reentrant).backward()
+            assert leaf.logits.grad.equal(plain.logits.grad)
 
 
-@EACH_CHECKPOINT
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
-def test_activation_checkpointing_around_a_loss_with_state(
-    make: Callable[[], Any], use_reentrant: bool
-) -> None:
-    """The way out is to keep the loss outside; the use: torch.utils.checkpoint."""
-    loss_fn, batch = make(), make_batch(6).leaf()
-    loss = checkpoint(loss_fn, batch.logits, batch.targets, use_reentrant=use_reentrant)
-    expected = future(loss_fn)
-    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
-        loss.backward()
+def test_torch_func_grad_of_a_loss_that_evaluates(make: Callable[[], Any]) -> None:
+    """lightgbm-org/LightGBM #3026."""
+    loss_fn, batch = make(), make_batch(5)
+    steps_of(loss_fn, range(3))
+    expected, beside = future(loss_fn), batch.leaf()
+    beside.through(loss_fn.eval()).backward()
+    torch.testing.assert_close(gradient_of(loss_fn, batch)(batch.logits), beside.logits.grad)
     assert future(loss_fn) == expected
 
 
@@ -699,23 +668,6 @@ def test_a_buffer_that_is_filled_anew_holds_another_batch() -> None:
     expected = loss_fn.diagnose(second.logits.clone(), first.targets)
     assert found.pool_size.tolist() == expected.pool_size.tolist() == [12]
     assert found.smooth_ap.equal(expected.smooth_ap)
-
-
-@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
-def test_torch_func_grad(make: Callable[[], Any]) -> None:
-    """Refused where state would move, right in eval(); lightgbm-org/LightGBM #3026."""
-    loss_fn, batch = make(), make_batch(5)
-    steps_of(loss_fn, range(3))
-    expected = future(loss_fn)
-    gradient = torch.func.grad(lambda logits: loss_fn(logits, batch.targets))
-    with pytest.raises(RuntimeError, match=r"torch\.func|eval\(\)"):
-        gradient(batch.logits)
-    assert future(loss_fn) == expected
-
-    beside = batch.leaf()
-    beside.through(loss_fn.eval()).backward()
-    torch.testing.assert_close(gradient(batch.logits), beside.logits.grad)
-    assert future(loss_fn) == expected
 
 
 # --- Compilers -----------------------------------------------------------------------------------

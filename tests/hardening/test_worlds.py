@@ -191,12 +191,15 @@ def weights() -> list[Case]:
     ]
 
 
-CASES = [*splits(), *options(), *weights()]
-CASES_WITHOUT_GRADIENT = [
-    Case(world, kind, split, "queue")
-    for split, kind in zip(NO_GRADIENT, ("classes", "binary"), strict=True)
-    for world in WORLDS
-]
+def nothing() -> list[Case]:
+    return [
+        Case(world, kind, split, "queue")
+        for split, kind in zip(NO_GRADIENT, ("classes", "binary"), strict=True)
+        for world in WORLDS
+    ]
+
+
+CASES = [*splits(), *options(), *weights(), *nothing()]
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -266,11 +269,7 @@ def train(request: pytest.FixtureRequest) -> Train:
 
     def of(case: Case) -> list[Any]:
         if case not in found:
-            batch = [
-                other
-                for other in (*CASES, *CASES_WITHOUT_GRADIENT)
-                if (other.world, other.kind) == (case.world, case.kind)
-            ]
+            batch = [c for c in CASES if (c.world, c.kind) == (case.world, case.kind)]
             found.update({other: [] for other in batch})  # a job that fails is not tried again
             pool = request.getfixturevalue("ranks" if case.world == 2 else "eight_ranks")
             by_rank = pool.run(train_all, batch)
@@ -295,24 +294,16 @@ def assert_as_alone(found: list[Any], alone: Outcome) -> None:
         assert outcome.state.view(torch.int64).equal(found[0].state.view(torch.int64))
 
 
-def each(cases: list[Case]) -> Any:
-    """Those of two processes are fast."""
-    marks = [() if case.world == 2 else pytest.mark.slow for case in cases]
-    given = zip(cases, marks, strict=True)
-    parameters = [pytest.param(case, marks=mark, id=case.name()) for case, mark in given]
-    return pytest.mark.parametrize("case", parameters)
-
-
-@each(CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c.world == 2 else pytest.mark.slow, id=c.name()) for c in CASES],
+)
 def test_ranks_train_as_one_process_with_all_rows(train: Train, case: Case) -> None:
+    """Those of two processes are fast."""
     alone = trained(case, None)
-    assert (alone.gradients.abs().amax((1, 2)) > 1e-4).all()  # else there is little to compare
-    assert_as_alone(train(case), alone)
-
-
-@each(CASES_WITHOUT_GRADIENT)
-def test_with_nothing_to_rank_the_gradient_is_zero(train: Train, case: Case) -> None:
-    alone = trained(case, None)
-    assert alone.losses == [0] * case.steps()
-    assert not alone.gradients.any()
+    if case.split in NO_GRADIENT:
+        assert alone.losses == [0] * case.steps()
+        assert not alone.gradients.any()
+    else:  # else there is little to compare
+        assert (alone.gradients.abs().amax((1, 2)) > 1e-4).all()
     assert_as_alone(train(case), alone)

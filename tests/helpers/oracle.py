@@ -1,6 +1,7 @@
 """What the library should compute, as plain float64 loops to be checked by eye.
 
-Never imports the package. Slow by intent: pools of some 40 rows.
+Gradients are autograd's, of the same sums over all pairs. Never imports the package. Slow by
+intent: pools of some 40 rows.
 
     R_i  = ½ω_i + Σ_j ω_j σ((s_j − s_i) / τ)          soft rank of i among all rows
     R⁺_i = ½ω_i + Σ_{j∈P} ω_j σ((s_j − s_i) / τ)      soft rank of i among the positives
@@ -27,246 +28,149 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def sigmoid_slope(x: float) -> float:
-    return sigmoid(-abs(x)) * sigmoid(abs(x))  # near 0 a small number, not a difference from 1
-
-
 def difference(a: float, b: float) -> float:
     return 0.0 if a == b else a - b  # two equal infinities tie
 
 
-def smooth_ap(
-    scores: Floats,
-    is_positive: Sequence[bool],
-    tau: float,
-    weights: Floats | None = None,
-    value: Floats | None = None,
-) -> float:
-    """Average Precision of one class with sigmoids for steps; NaN where it is not defined.
+class ProblemRow(NamedTuple):
+    score: float
+    grade: int  # 0 for a negative
+    weight: float
+    value: float | None
 
-    >>> smooth_ap([2.0, 1.0, 0.5, -1.0], [True, False, True, False], 0.001)  # (1/1 + 2/3) / 2
+    @property
+    def worth(self) -> float:
+        return self.weight * (1.0 if self.value is None else self.value)
+
+
+class Problem:
+    """Rows that are ranked together; those of weight 0 are in no sum."""
+
+    def __init__(
+        self,
+        scores: Floats,
+        grades: Sequence[int],
+        tau: float,
+        weights: Floats | None = None,
+        value: Floats | None = None,
+    ) -> None:
+        weights = [1.0] * len(scores) if weights is None else weights
+        values = [None] * len(scores) if value is None else value
+        rows = map(ProblemRow, scores, grades, weights, values)
+        self.tau = tau
+        self.rows = [row for row in rows if row.weight > 0]
+        self.positives = [row for row in self.rows if row.grade > 0]
+        self.negatives = [row for row in self.rows if row.grade == 0]
+
+    def above(self, i: ProblemRow, rows: list[ProblemRow]) -> float:
+        return sum(j.weight * sigmoid(difference(j.score, i.score) / self.tau) for j in rows)
+
+    def rank(self, i: ProblemRow, rows: list[ProblemRow]) -> float:
+        """The soft rank of a row among rows that it is one of."""
+        return 0.5 * i.weight + self.above(i, rows)
+
+    def budget(self, k: int | float) -> float:
+        return k if isinstance(k, int) else max(k * mass(self.rows), mean_weight(self.rows))
+
+    def mean_over_positives(self, found: Callable[[ProblemRow], float]) -> float:
+        """By weight and value; NaN where it is not defined."""
+        total = sum(i.worth for i in self.positives)
+        if not (self.negatives and total > 0):
+            return math.nan
+        return sum(i.worth * found(i) for i in self.positives) / total
+
+
+def mass(rows: list[ProblemRow]) -> float:
+    return sum(i.weight for i in rows)
+
+
+def mean_weight(rows: list[ProblemRow]) -> float:
+    return mass(rows) / len(rows)
+
+
+def smooth_ap(of: Problem) -> float:
+    """Average Precision with sigmoids for steps; NaN where it is not defined, as all of these.
+
+    >>> smooth_ap(Problem([2.0, 1.0, 0.5, -1.0], [1, 0, 1, 0], 0.001))  # (1/1 + 2/3) / 2
     0.8333333333333333
     """
-    rows = _rows_of_problem(scores, is_positive, weights)
-    precision = {i.index: _precision_at(i, rows, tau) for i in rows if i.is_positive}
-    return _mean_of_positives(rows, value, precision)
+    return of.mean_over_positives(lambda i: of.rank(i, of.positives) / of.rank(i, of.rows))
 
 
-class Gradient(NamedTuple):
-    scores: list[float]  # [M]
-    tau: float
+def recall_at_k(of: Problem, k: int | float, softness: float = 0.25) -> float:
+    """The share of positives among the k highest."""
+
+    def found(i: ProblemRow) -> float:
+        budget = of.budget(k)
+        return sigmoid((budget + 0.5 * i.weight - of.rank(i, of.rows)) / (softness * budget))
+
+    return of.mean_over_positives(found)
 
 
-def smooth_ap_gradient(
-    scores: Floats, is_positive: Sequence[bool], tau: float, weights: Floats | None = None
-) -> Gradient:
-    """Derivatives of AP, pair by pair; zero where AP is not defined.
-
-    The pair (i, j) enters AP through x = (s_j − s_i) / τ alone:
-    ∂AP/∂x = ω_i / Σω · (ω_j [j∈P] / R_i − ω_j R⁺_i / R_i²) · σ′(x).
-    """
-    rows = _rows_of_problem(scores, is_positive, weights)
-    gradient, tau_gradient = [0.0] * len(scores), 0.0
-    if not _is_valid(rows):
-        return Gradient(gradient, 0.0)
-    positive_weight = sum(i.weight for i in rows if i.is_positive)
-    for i in rows:
-        if not i.is_positive:
-            continue
-        rank, rank_among_positives = _ranks(i, rows, tau)
-        for j in rows:
-            x = difference(j.score, i.score) / tau
-            through_rank = -j.weight * rank_among_positives / rank**2
-            through_positives = j.weight / rank if j.is_positive else 0.0
-            of_x = i.weight / positive_weight * (through_rank + through_positives)
-            of_x *= sigmoid_slope(x)
-            gradient[j.index] += of_x / tau
-            gradient[i.index] -= of_x / tau
-            if of_x != 0.0:  # 0 · inf for far pairs
-                tau_gradient -= of_x * x / tau
-    return Gradient(gradient, tau_gradient)
-
-
-def average_precision(
-    scores: Floats, is_positive: Sequence[bool], weights: Floats | None = None
-) -> float:
-    """The limit of smooth_ap for τ → 0: whole counts, a tie counts half."""
-    return smooth_ap(scores, is_positive, tau=1e-300, weights=weights)
-
-
-def recall_at_k(
-    scores: Floats,
-    is_positive: Sequence[bool],
-    tau: float,
-    weights: Floats | None = None,
-    value: Floats | None = None,
-    *,
-    k: int | float,
-    softness: float = 0.25,
-) -> float:
-    """The share of positives among the k highest; NaN where it is not defined."""
-    rows = _rows_of_problem(scores, is_positive, weights)
-    found = {}
-    for i in rows:
-        budget = _budget(rows, k)
-        rank = _soft_rank(i, rows, tau)
-        found[i.index] = sigmoid((budget + 0.5 * i.weight - rank) / (softness * budget))
-    return _mean_of_positives(rows, value, found)
-
-
-def recall_at_fpr(
-    scores: Floats,
-    is_positive: Sequence[bool],
-    tau: float,
-    weights: Floats | None = None,
-    value: Floats | None = None,
-    *,
-    max_fpr: float,
-    softness: float = 0.25,
-) -> float:
+def recall_at_fpr(of: Problem, max_fpr: float, softness: float = 0.25) -> float:
     """The share of positives with at most so many of the negatives above them."""
-    rows = _rows_of_problem(scores, is_positive, weights)
-    negatives = [j for j in rows if not j.is_positive]
-    found = {}
-    for i in rows:
-        if i.is_positive and negatives:
-            budget, one = max_fpr * _mass(negatives), _mass(negatives) / len(negatives)
-            above = sum(j.weight * sigmoid(difference(j.score, i.score) / tau) for j in negatives)
-            found[i.index] = sigmoid((budget + 0.5 * one - above) / (softness * max(budget, one)))
-    return _mean_of_positives(rows, value, found)
+
+    def found(i: ProblemRow) -> float:
+        budget, one = max_fpr * mass(of.negatives), mean_weight(of.negatives)
+        above = of.above(i, of.negatives)
+        return sigmoid((budget + 0.5 * one - above) / (softness * max(budget, one)))
+
+    return of.mean_over_positives(found)
 
 
-def partial_auc(
-    scores: Floats,
-    is_positive: Sequence[bool],
-    tau: float,
-    weights: Floats | None = None,
-    value: Floats | None = None,
-    *,
-    max_fpr: float,
-    min_fpr: float = 0.0,
-    softness: float = 0.25,
-) -> float:
+def partial_auc(of: Problem, max_fpr: float, min_fpr: float = 0.0, softness: float = 0.25) -> float:
     """Positives above a negative, averaged over the negatives of a range of ranks."""
-    rows = _rows_of_problem(scores, is_positive, weights)
-    negatives = [j for j in rows if not j.is_positive]
-    worth = {i.index: i.weight * _value(value, i) for i in rows if i.is_positive}
-    if not (_is_valid(rows) and sum(worth.values()) > 0):
+    worth = sum(i.worth for i in of.positives)
+    if not (of.negatives and worth > 0):
         return math.nan
-    last = max(max_fpr * _mass(negatives), _mass(negatives) / len(negatives))
-    first = min_fpr * _mass(negatives)
+    last = max(max_fpr * mass(of.negatives), mean_weight(of.negatives))
+    first = min_fpr * mass(of.negatives)
     total = counted = 0.0
-    for j in negatives:
-        rank = _soft_rank(j, negatives, tau)
+    for j in of.negatives:
+        rank = of.rank(j, of.negatives)
         share = 1.0
         if max_fpr < 1:
             share = sigmoid((last + 0.5 * j.weight - rank) / (softness * last))
         if min_fpr > 0:
             share -= sigmoid((first + 0.5 * j.weight - rank) / (softness * first))
-        above = 0.0
-        for i in rows:
-            if i.is_positive:
-                above += worth[i.index] * sigmoid(difference(i.score, j.score) / tau)
-        total += j.weight * share * above
+        for i in of.positives:
+            above = sigmoid(difference(i.score, j.score) / of.tau)
+            total += j.weight * share * i.worth * above
         counted += j.weight * share
-    return total / (sum(worth.values()) * max(counted, last - first))
+    return total / (worth * max(counted, last - first))
 
 
-def ndcg(
-    scores: Floats,
-    grades: Sequence[int],
-    tau: float,
-    weights: Floats | None = None,
-    value: Floats | None = None,
-    *,
-    k: int | float | None = None,
-    softness: float = 0.25,
-) -> float:
+def ndcg(of: Problem, k: int | float | None = None, softness: float = 0.25) -> float:
     """Discounted gains of rows at their ranks over those in the best order."""
-    rows = _rows_of_problem(scores, [grade > 0 for grade in grades], weights)
-    gain = {}
-    for i in rows:
-        given = 2.0 ** grades[i.index] - 1 if value is None else float(value[i.index])
-        gain[i.index] = given if grades[i.index] > 0 else 0.0
-    if len(set(gain.values())) < 2:
+
+    def gain(i: ProblemRow) -> float:
+        given = 2.0**i.grade - 1 if i.value is None else i.value
+        return given if i.grade > 0 else 0.0
+
+    if len(set(map(gain, of.rows))) < 2:
         return math.nan
-    budget = math.inf if k is None else _budget(rows, k)
+    budget = math.inf if k is None else of.budget(k)
     total = ideal = place = 0.0
-    for i in rows:
-        rank = _soft_rank(i, rows, tau)
+    for i in of.rows:
+        rank = of.rank(i, of.rows)
         within = 1.0
         if k is not None:
             within = sigmoid((budget + 0.5 * i.weight - rank) / (softness * budget))
-        total += i.weight * gain[i.index] / math.log2(1 + rank) * within
-    for i in sorted(rows, key=lambda i: (-gain[i.index], i.weight)):
+        total += i.weight * gain(i) / math.log2(1 + rank) * within
+    for i in sorted(of.rows, key=lambda i: (-gain(i), i.weight)):
         place += i.weight
         if place <= budget + 0.5 * i.weight or place == i.weight:
-            ideal += i.weight * gain[i.index] / math.log2(1 + place)
+            ideal += i.weight * gain(i) / math.log2(1 + place)
     return total / ideal
 
 
-def _budget(rows: list[_ProblemRow], k: int | float) -> float:
-    if isinstance(k, int):
-        return k
-    return max(k * _mass(rows), _mass(rows) / len(rows))
-
-
-def _mass(rows: list[_ProblemRow]) -> float:
-    return sum(i.weight for i in rows)
-
-
-def _value(value: Floats | None, i: _ProblemRow) -> float:
-    return 1.0 if value is None else float(value[i.index])
-
-
-def _soft_rank(i: _ProblemRow, rows: list[_ProblemRow], tau: float) -> float:
-    """Of a row among rows that it is one of."""
-    terms = (j.weight * sigmoid(difference(j.score, i.score) / tau) for j in rows)
-    return 0.5 * i.weight + sum(terms)
-
-
-def _mean_of_positives(
-    rows: list[_ProblemRow], value: Floats | None, found: dict[int, float]
-) -> float:
-    """By weight and value; NaN where it is not defined."""
-    shares = {i.index: i.weight * _value(value, i) for i in rows if i.is_positive}
-    if not (_is_valid(rows) and sum(shares.values()) > 0):
-        return math.nan
-    return sum(share * found[i] for i, share in shares.items()) / sum(shares.values())
-
-
-def spread(scores: Floats, weights: Floats | None = None) -> float:
-    """√(Σω(s − μ)² / Σω) over the finite scores of weight > 0; 1 where they do not vary."""
-    kept = _rows_of_problem(scores, [False] * len(scores), weights)
-    kept = [i for i in kept if math.isfinite(i.score)]
-    if len({i.score for i in kept}) < 2:
-        return 1.0
-    total = sum(i.weight for i in kept)
-    mean = sum(i.weight / total * i.score for i in kept)
-    # hypot is the root of a sum of squares that neither overflows nor underflows
-    return math.hypot(*(math.sqrt(i.weight / total) * (i.score - mean) for i in kept))
-
-
-def spread_gradient(scores: Floats, weights: Floats | None = None) -> list[float]:
-    """∂spread/∂s_k = ω_k (s_k − μ) / (spread · Σω)."""
-    gradient = [0.0] * len(scores)
-    kept = _rows_of_problem(scores, [False] * len(scores), weights)
-    kept = [i for i in kept if math.isfinite(i.score)]
-    if len({i.score for i in kept}) < 2:
-        return gradient
-    total = sum(i.weight for i in kept)
-    mean = sum(i.weight / total * i.score for i in kept)
-    for i in kept:
-        gradient[i.index] = i.weight / total * (i.score - mean) / spread(scores, weights)
-    return gradient
-
-
-def sigmoid_sum(query: float, sources: Floats, weights: Floats, tau: float) -> float:
-    """Σ_m weights[m] · σ((sources[m] − query) / τ)."""
-    total = 0.0
-    for source, weight in zip(sources, weights, strict=True):
-        total += weight * sigmoid(difference(source, query) / tau)
-    return total
+def spread(scores: Tensor, weights: Tensor) -> Tensor:
+    """√(Σω(s − μ)² / Σω) over the finite scores [M] of weight > 0; 1 where they do not vary."""
+    kept = (weights > 0) & scores.isfinite()
+    scores, weights = scores[kept], weights[kept] / weights[kept].sum()
+    if len(scores.unique()) < 2:
+        return torch.ones((), dtype=torch.float64)
+    return (weights * (scores - weights @ scores) ** 2).sum().sqrt()
 
 
 class Row(NamedTuple):
@@ -323,49 +227,39 @@ class OracleLoss:
         store: bool = True,
     ) -> Result:
         live = rows_of_batch(logits, targets, sample_weight)
-        classes = range(self.num_classes)
-        results = [self._one_class(live, c) for c in classes]
+        results = [self._one_class(live, c) for c in range(self.num_classes)]
         if store:
             self.queue.extend(row for row in live if self._is_worth_storing(row))
 
         per_class = [loss for loss, _ in results]
         valid = [not math.isnan(loss) for loss in per_class]
-        per_class_gradient = np.zeros((len(live), self.num_classes))
-        for c in classes:
-            per_class_gradient[:, c] = results[c][1]
+        per_class_gradient = torch.stack([slopes for _, slopes in results], dim=1).numpy()
         total = sum(loss for loss in per_class if not math.isnan(loss))
         divisor = max(1, sum(valid)) if self.reduction == "mean" else 1
         loss = per_class if self.reduction == "none" else total / divisor
         return Result(loss, per_class, valid, per_class_gradient, per_class_gradient / divisor)
 
-    def _one_class(self, live: list[Row], c: int) -> tuple[float, list[float]]:
+    def _one_class(self, live: list[Row], c: int) -> tuple[float, Tensor]:
         """(loss, its gradient in logits[:, c] of the live rows)."""
         pool = live + list(self.queue)
-        scores = [row.logits[c] for row in pool]
-        is_positive = [self._label(row, c) == 1 for row in pool]
-        weights = [0.0 if self._label(row, c) is None else row.weight for row in pool]
-
-        tau, tau_gradient = self.temperature, [0.0] * len(pool)
+        labels = [self._label(row, c) for row in pool]
+        weights = torch.tensor([row.weight for row in pool], dtype=torch.float64)
+        weights *= torch.tensor([label is not None for label in labels])
+        is_positive = torch.tensor([label == 1 for label in labels], dtype=torch.bool)
+        scores = torch.tensor([row.logits[c] for row in pool], dtype=torch.float64)
+        scores.requires_grad_()
+        tau = torch.tensor(self.temperature, dtype=torch.float64)
         if self.temperature_unit == "spread":
-            tau = self.temperature * spread(scores, weights)
-            tau_gradient = [self.temperature * g for g in spread_gradient(scores, weights)]
-
-        loss = 1 - smooth_ap(scores, is_positive, tau, weights)
-        of_ap = smooth_ap_gradient(scores, is_positive, tau, weights)
-        gradient = [
-            -direct - of_ap.tau * through_tau
-            for direct, through_tau in zip(of_ap.scores, tau_gradient, strict=True)
-        ]
-        live_gradient, queue_gradient = gradient[: len(live)], gradient[len(live) :]
-        if self.queue_follows_shift:
-            moving = [
-                n
-                for n, row in enumerate(live)
-                if weights[n] > 0 and math.isfinite(row.logits[c])  # the rows of the mean
-            ]
-            for n in moving:
-                live_gradient[n] += sum(queue_gradient) / len(moving)
-        return loss, live_gradient
+            tau = tau * spread(scores, weights)
+        ap = smooth_ap_by_pairs(scores[None], is_positive[None], tau[None], weights[None])
+        (gradient,) = torch.autograd.grad(1 - ap.sum(), scores)
+        live_gradient, queue_gradient = gradient.split([len(live), len(self.queue)])
+        # The rows of the mean that a queue follows.
+        moving = ((weights > 0) & scores.isfinite())[: len(live)]
+        if self.queue_follows_shift and moving.any():
+            live_gradient = live_gradient + moving * queue_gradient.sum() / moving.sum()
+        problem = Problem(scores.tolist(), is_positive.tolist(), tau.item(), weights.tolist())
+        return 1 - smooth_ap(problem), live_gradient
 
     def _label(self, row: Row, c: int) -> int | None:
         """1 for a positive of class c, 0 for a negative, None for neither."""
@@ -395,45 +289,6 @@ def rows_of_batch(
         Row(scores.tolist(), target.tolist(), float(weight))
         for scores, target, weight in zip(logits, targets, weights, strict=True)
     ]
-
-
-class _ProblemRow(NamedTuple):
-    index: int
-    score: float
-    is_positive: bool
-    weight: float
-
-
-def _rows_of_problem(
-    scores: Floats, is_positive: Sequence[bool], weights: Floats | None
-) -> list[_ProblemRow]:
-    """The rows of weight > 0: those of weight 0 are in neither sum."""
-    weights = [1.0] * len(scores) if weights is None else weights
-    return [
-        _ProblemRow(index, float(scores[index]), bool(is_positive[index]), float(weights[index]))
-        for index in range(len(scores))
-        if weights[index] > 0
-    ]
-
-
-def _is_valid(rows: list[_ProblemRow]) -> bool:
-    return len({row.is_positive for row in rows}) == 2
-
-
-def _ranks(i: _ProblemRow, rows: list[_ProblemRow], tau: float) -> tuple[float, float]:
-    """(R_i, R⁺_i)."""
-    rank = rank_among_positives = 0.5 * i.weight
-    for j in rows:
-        term = j.weight * sigmoid(difference(j.score, i.score) / tau)
-        rank += term
-        if j.is_positive:
-            rank_among_positives += term
-    return rank, rank_among_positives
-
-
-def _precision_at(i: _ProblemRow, rows: list[_ProblemRow], tau: float) -> float:
-    rank, rank_among_positives = _ranks(i, rows, tau)
-    return rank_among_positives / rank
 
 
 class RanksOfProblem(NamedTuple):
@@ -480,10 +335,24 @@ def ranked_sum(
             continue
         omega = weights[c] / weights[c].max()
         rows = sets[queries].nonzero()[:, 0]
-        above = torch.sigmoid((scores[c] - scores[c, rows, None]) / tau[c])  # [Q, M]
+        apart = scores[c] - scores[c, rows, None]  # [Q, M]; two equal infinities tie
+        above = torch.sigmoid(apart.nan_to_num(0.0).clamp(-1e300, 1e300) / tau[c])
         ranks = {}
         for name in among:
             own = omega * sets[name]
             ranks[name] = (above * own).sum(1) + 0.5 * own[rows]
         totals.append((omega[rows] * worth(RanksOfProblem(ranks, c, rows))).sum())
     return torch.stack(totals)
+
+
+def smooth_ap_by_pairs(scores: Tensor, is_positive: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+    """AP [C] of problems [C, M], to be differentiated; NaN where it is not defined."""
+    worths = (
+        lambda ranks: ranks.among("positives") / ranks.among("all"),
+        lambda ranks: torch.ones_like(ranks.among("all")),
+    )
+    total, mass = (
+        ranked_sum(scores, is_positive, tau, weights, worth, "positives", ("all", "positives"))
+        for worth in worths
+    )
+    return torch.where(mass > 0, total / mass.clamp(min=1e-300), math.nan)

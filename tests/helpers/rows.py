@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,15 @@ def rows_of(batch: Batch) -> list[Row]:
     """The rows of a batch as the queue should hold them."""
     weights = torch.ones(len(batch.logits)) if batch.weights is None else batch.weights
     return [as_row(*row) for row in zip(batch.logits, batch.targets, weights, strict=True)]
+
+
+def saved_and_loaded(loss_fn: SmoothAPLoss) -> dict[str, Any]:
+    """The state by way of a file."""
+    file = io.BytesIO()
+    torch.save(loss_fn.state_dict(), file)
+    file.seek(0)
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
 
 
 def saved_by_0_9(loss_fn: SmoothAPLoss | MixedLoss, prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses.functional import smooth_ap
-from tests.helpers.cases import IGNORED, random_batch, seeded
+from tests.helpers.cases import random_batch, seeded
 from tests.helpers.oracle import OracleLoss, Result
+from tests.helpers.rows import IGNORED
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VALUES = ("nan", "inf", "-inf", "max", "-max", "tiny", "-tiny", "-0")

@@ -52,8 +52,8 @@ WAYS = {
     "dense": Way((5, 41), "dense"),
     "panels": Way((5, 41), "panel"),
     "panels, one problem": Way((1, 41), "panel"),
-    "kernels, dense": Way((3, 21), "dense", has_kernels=True),
-    "kernels, panels": Way((3, 21), "panel", has_kernels=True),
+    "kernels, dense": Way((4, 21), "dense", has_kernels=True),
+    "kernels, panels": Way((4, 21), "panel", has_kernels=True),
 }
 
 

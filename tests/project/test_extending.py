@@ -19,6 +19,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss, extending
 from imbalanced_losses.extending import Problems, RankingOptions
+from tests.helpers import oracle
 from tests.helpers.rows import Batch, make_batch, numbers_of, state_of
 from tests.project.test_docs import PAGES, ROOT, blocks
 
@@ -47,25 +48,21 @@ def loss_by_loops(
     batch: Batch, budget: float, softness: float, tau: float, num_classes: int
 ) -> float:
     """The mean over classes, from the formula."""
-    weights = [1.0] * len(batch.logits) if batch.weights is None else batch.weights.tolist()
+    kept = batch.targets != -100
+    weights = (torch.ones(len(kept)) if batch.weights is None else batch.weights)[kept].tolist()
     losses = []
     for c in range(num_classes):
-        scores = batch.logits[:, c].double().tolist()
-        target = 1 if num_classes == 1 else c
-        rows = [i for i, t in enumerate(batch.targets.tolist()) if t != -100 and weights[i] > 0]
-        positives = [i for i in rows if batch.targets[i] == target]
-        if not 0 < len(positives) < len(rows):
-            continue
-        k = budget * sum(weights[i] for i in rows)
-        total = 0.0
-        for i in positives:
-            others = (
-                weights[j] / (1 + math.exp((scores[i] - scores[j]) / tau)) for j in rows if j != i
-            )
-            rank = weights[i] + math.fsum(others)
-            total += weights[i] / (1 + math.exp((rank - k) / (softness * k)))
-        losses.append(1 - total / sum(weights[i] for i in positives))
-    return sum(losses) / len(losses)
+        is_positive = batch.targets[kept] == (1 if num_classes == 1 else c)
+        scores = batch.logits[kept, c].double().tolist()
+        problem = oracle.Problem(scores, is_positive.tolist(), tau, weights)
+        k = budget * oracle.mass(problem.rows)
+
+        def found(i: Any, problem: oracle.Problem = problem, k: float = k) -> float:
+            return oracle.sigmoid((k - problem.rank(i, problem.rows)) / (softness * k))
+
+        losses.append(1 - problem.mean_over_positives(found))
+    defined = [loss for loss in losses if not math.isnan(loss)]
+    return sum(defined) / len(defined)
 
 
 def make(num_classes: int = 1, **options: Any) -> Any:

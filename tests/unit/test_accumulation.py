@@ -68,11 +68,10 @@ def test_gradient_and_state_are_those_of_the_whole_batch(
         )
         assert not loss.requires_grad
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-        for own, other in zip(gradients(model), by_whole, strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(gradients(model), by_whole, rtol=1e-10, atol=1e-13)
     queues = [getattr(it, "main_loss", it)._queue for it in (split_loss, whole_loss)]
-    for field, other in zip(*(queue.slots().packed() for queue in queues), strict=True):
-        torch.testing.assert_close(field, other, rtol=1e-12, atol=1e-13)
+    fields = (queue.slots().packed() for queue in queues)
+    torch.testing.assert_close(*fields, rtol=1e-12, atol=1e-13)
 
 
 def test_dropout_draws_the_same_numbers_twice_and_goes_on_after() -> None:
@@ -86,8 +85,7 @@ def test_dropout_draws_the_same_numbers_twice_and_goes_on_after() -> None:
     torch.manual_seed(11)
     backward_in_micro_batches(model, SmoothAPLoss(1, 0, 0.2), features.split(12), targets)
     assert torch.rand(()) == next_number
-    for own, other in zip(gradients(model), expected, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-10, atol=1e-13)
 
 
 class Mean(nn.Module):
@@ -133,10 +131,8 @@ def test_running_statistics_move_once(
         backward_in_micro_batches(call, loss_fn, features.split(12), targets, module=module)
         logits = torch.cat([call_beside(rows) for rows in features.split(12)])
         loss_fn(logits, targets).backward()
-    for own, other in zip(model.buffers(), beside.buffers(), strict=True):
-        torch.testing.assert_close(own, other)
-    for own, other in zip(gradients(model), gradients(beside), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close([*model.buffers()], [*beside.buffers()])
+    torch.testing.assert_close(gradients(model), gradients(beside), rtol=1e-10, atol=1e-13)
 
 
 def test_a_function_has_to_name_its_module() -> None:
@@ -238,5 +234,4 @@ def test_ranks_that_accumulate_equal_one_process(
         found, reduced, loss = result
         assert reduced == 1
         assert loss == pytest.approx(expected.item(), rel=1e-12)
-        for own, other in zip(found, by_one, strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(found, by_one, rtol=1e-9, atol=1e-13)

@@ -14,8 +14,9 @@ from torch import Tensor
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._checks.typing import TemperatureUnit
 from imbalanced_losses.functional import Backend, smooth_ap
-from tests.helpers.cases import IGNORED, Batch, random_batch, seeded
+from tests.helpers.cases import random_batch, seeded
 from tests.helpers.oracle import OracleLoss, Result
+from tests.helpers.rows import IGNORED, Batch
 
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURES = (0.01, 0.1, 0.5, 3.0)
@@ -126,7 +127,7 @@ def test_following_queue_keeps_the_value(multilabel: bool) -> None:
         sums = []
         for loss_fn in (still, following):
             leaf = batch.logits.clone().requires_grad_()
-            loss = loss_fn(leaf, batch.targets, sample_weight=batch.sample_weight)
+            loss = batch._replace(logits=leaf).through(loss_fn)
             (gradient,) = torch.autograd.grad(loss, leaf)
             sums.append((loss.item(), *gradient.sum(0).abs().tolist()))
     (value, *drift), (same_value, *no_drift) = sums
@@ -205,12 +206,11 @@ def test_gradcheck(
         for seed in (0, 2)
     )
     queued = SmoothAPLoss(**config, queue_size=6, queue_follows_shift=follows)
-    queued(stored.logits, stored.targets, sample_weight=stored.sample_weight)
+    stored.through(queued)
     queued.eval()
 
     def loss(logits: Tensor) -> Tensor:
-        out: Tensor = queued(logits, live.targets, sample_weight=live.sample_weight)
-        return out
+        return live._replace(logits=logits).through(queued)
 
     ignored = (live.targets == IGNORED).view(6, -1)  # [N, 1] or [N, C]
     start = live.logits.clone()
@@ -220,10 +220,9 @@ def test_gradcheck(
         rows = torch.cat((logits, stored.logits + moved))
         targets = torch.cat((live.targets, stored.targets))
         row_weights = None
-        if live.sample_weight is not None and stored.sample_weight is not None:
-            row_weights = torch.cat((live.sample_weight, stored.sample_weight))
-        out: Tensor = SmoothAPLoss(**config, queue_size=0)(rows, targets, sample_weight=row_weights)
-        return out
+        if weighted:
+            row_weights = torch.cat((live.weights, stored.weights))
+        return Batch(rows, targets, row_weights).through(SmoothAPLoss(**config, queue_size=0))
 
     leaf = live.logits.requires_grad_()
     function = moving_loss if follows else loss
@@ -236,6 +235,3 @@ def test_gradcheck(
         torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-13)
         hessian, expected = (torch.autograd.functional.hessian(f, leaf) for f in (loss, function))
         torch.testing.assert_close(hessian, expected, rtol=1e-10, atol=1e-13)
-
-
-# --- What every ranking loss has -----------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,71 +19,51 @@ from tests.helpers.rows import IGNORED, assert_same_state, make_batch, queued_ro
 NAN, INF = float("nan"), float("inf")
 
 
-class Bad(NamedTuple):
-    """A call, and what its error must say: the argument first, then each of `says`.
-
-    Calls of a loss get one of the `kind` in LOSSES.
-    """
-
-    call: Callable[..., Any]
-    error: type[Exception]
-    name: str
-    says: tuple[str, ...]
-    kind: str = "classes"
-
-
-def table(**rows: Bad) -> Any:
-    return pytest.mark.parametrize("bad", [pytest.param(bad, id=id_) for id_, bad in rows.items()])
-
-
-def assert_raises(bad: Bad, *args: Any) -> None:
-    with pytest.raises(bad.error, match=rf"^{bad.name} must ") as caught:
-        bad.call(*args)
-    assert type(caught.value) is bad.error
-    message = str(caught.value)
-    for part in bad.says:
-        assert part in message, message
+def assert_refused(
+    error: type[Exception], name: str, got: str, call: Callable[..., Any], **arguments: Any
+) -> None:
+    """The message begins with the argument, says what was expected and ends with what came."""
+    with pytest.raises(error, match=rf"^{name} must .*\bgot ") as caught:
+        call(**arguments)
+    assert type(caught.value) is error
+    assert f"got {got}" in str(caught.value)
 
 
 # --- The constructor -----------------------------------------------------------------------------
 
 
-def new(name: str, value: Any, error: type[Exception], *says: str, **others: Any) -> Bad:
-    arguments = {"num_classes": 3, **others, name: value}
-    return Bad(lambda: SmoothAPLoss(**arguments), error, name, says)
+@pytest.mark.parametrize(("name", "value", "error"), [
+    ("num_classes", 0, ValueError),
+    ("num_classes", True, TypeError),
+    ("num_classes", 2.0, TypeError),
+    ("queue_size", -1, ValueError),
+    ("queue_size", 8.0, TypeError),
+    ("temperature", 0, ValueError),
+    ("temperature", NAN, ValueError),
+    ("temperature", INF, ValueError),
+    ("temperature", "x", TypeError),
+    ("temperature", 1j, TypeError),
+    ("reduction", "avg", ValueError),
+    ("ignore_index", 1.5, TypeError),
+    ("update_queue_in_eval", 1, TypeError),
+    ("gather_distributed", "yes", TypeError),
+    ("max_pool_size", 1, ValueError),
+    ("max_pool_size", 2.5, TypeError),
+    ("multilabel", 1, TypeError),
+    ("temperature_unit", "sd", ValueError),
+    ("queue_follows_shift", 1, TypeError),
+])  # fmt: skip
+def test_bad_constructor_argument(name: str, value: Any, error: type[Exception]) -> None:
+    assert_refused(error, name, repr(value), SmoothAPLoss, **{"num_classes": 3, name: value})
 
 
-@table(
-    num_classes_zero=new("num_classes", 0, ValueError, "an int >= 1", "got 0"),
-    num_classes_bool=new("num_classes", True, TypeError, "an int >= 1", "got True (bool)"),
-    num_classes_float=new("num_classes", 2.0, TypeError, "an int >= 1", "got 2.0 (float)"),
-    queue_size_negative=new("queue_size", -1, ValueError, "an int >= 0", "got -1"),
-    queue_size_float=new("queue_size", 8.0, TypeError, "an int >= 0", "got 8.0 (float)"),
-    temperature_zero=new("temperature", 0, ValueError, "finite and > 0", "got 0"),
-    temperature_nan=new("temperature", NAN, ValueError, "finite and > 0", "got nan"),
-    temperature_inf=new("temperature", INF, ValueError, "finite and > 0", "got inf"),
-    temperature_str=new("temperature", "x", TypeError, "a float > 0", "got 'x' (str)"),
-    temperature_complex=new("temperature", 1j, TypeError, "a float > 0", "got 1j (complex)"),
-    reduction_unknown=new("reduction", "avg", ValueError, "'mean', 'sum', 'none'", "got 'avg'"),
-    ignore_index_float=new("ignore_index", 1.5, TypeError, "must be an int, got 1.5 (float)"),
-    ignore_index_0_binary=new("ignore_index", 0, ValueError, "num_classes=1", "got 0",
-        num_classes=1),
-    ignore_index_0_multilabel=new("ignore_index", 0, ValueError, "multilabel=True", "got 0",
-        multilabel=True),
-    update_queue_in_eval_int=new("update_queue_in_eval", 1, TypeError, "True or False",
-        "got 1 (int)"),
-    gather_distributed_str=new("gather_distributed", "yes", TypeError, "True or False",
-        "got 'yes' (str)"),
-    max_pool_size_one=new("max_pool_size", 1, ValueError, "an int >= 2", "got 1"),
-    max_pool_size_float=new("max_pool_size", 2.5, TypeError, "an int >= 2", "got 2.5 (float)"),
-    multilabel_int=new("multilabel", 1, TypeError, "True or False", "got 1 (int)"),
-    temperature_unit_unknown=new("temperature_unit", "sd", ValueError, "'score', 'spread'",
-        "got 'sd'"),
-    queue_follows_shift_int=new("queue_follows_shift", 1, TypeError, "True or False",
-        "got 1 (int)"),
-)  # fmt: skip
-def test_bad_constructor_argument(bad: Bad) -> None:
-    assert_raises(bad)
+@pytest.mark.parametrize("options", [{"num_classes": 1}, {"num_classes": 3, "multilabel": True}])
+@pytest.mark.parametrize("loss_class", [SmoothAPLoss, CrossEntropy])
+def test_a_binary_label_cannot_be_ignored(loss_class: Any, options: dict[str, Any]) -> None:
+    for label in (0, 1):
+        assert_refused(
+            ValueError, "ignore_index", str(label), loss_class, **options, ignore_index=label
+        )
 
 
 @pytest.mark.parametrize("name", ["num_clases", "weight"])
@@ -107,18 +87,9 @@ def test_a_class_of_several_may_be_ignored(ignore_index: int) -> None:
 # --- A later temperature -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize((
-    "value",
-    "error",
-), [
-    (0.0, ValueError),
-    (-0.1, ValueError),
-    (NAN, ValueError),
-    (INF, ValueError),
-    ("0.1", TypeError),
-    (None, TypeError),
-    (True, TypeError),
-    (torch.tensor(0.1), TypeError),
+@pytest.mark.parametrize(("value", "error"), [
+    (0.0, ValueError), (-0.1, ValueError), (NAN, ValueError), (INF, ValueError), ("0.1", TypeError),
+    (None, TypeError), (True, TypeError), (torch.tensor(0.1), TypeError),
 ], ids=repr)  # fmt: skip
 def test_bad_later_temperature(value: Any, error: type[Exception]) -> None:
     loss_fn = SmoothAPLoss(3, 8, 0.25)
@@ -137,112 +108,64 @@ LOSSES = {
 }
 
 
-def call(
-    name: str,
-    value: Any,
-    error: type[Exception],
-    *says: str,
-    kind: str = "classes",
-    **others: Any,
-) -> Bad:
-    """A forward pass of four good rows but for one argument (`others` replaces more of them)."""
-    options = LOSSES[kind]
-    batch = make_batch(4, options["num_classes"], multilabel=kind == "multilabel")
-    arguments = {"logits": batch.logits, "targets": batch.targets, **others, name: value}
-
-    def forward(loss_fn: SmoothAPLoss) -> Any:
-        return loss_fn(**arguments)
-
-    return Bad(forward, error, name, says, kind)
+GOOD = make_batch(4, 3)
+META = torch.ones(4, device="meta")
 
 
 def labels(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-GOOD = make_batch(4, 3)
-
-BAD_LOGITS = {
-    "list": call("logits", [[0.0] * 3] * 4, TypeError, "a torch.Tensor", "got list"),
-    "int": call("logits", GOOD.logits.long(), TypeError, "floating point", "got torch.int64"),
-    "complex": call("logits", GOOD.logits + 0j, TypeError, "floating point",
-        "got torch.complex64"),
-    "one-dimensional": call("logits", torch.zeros(4), ValueError, "[N, 3]", "got [4]"),
-    "one-dimensional-binary": call("logits", torch.zeros(4), ValueError, "[N, 1]", "got [4]",
-        "logits.unsqueeze(1)", kind="binary"),
-    "sequences": call("logits", torch.zeros(2, 2, 3), ValueError, "[N, 3]", "got [2, 2, 3]",
-        "logits.reshape(-1, num_classes)"),
-    "wrong-classes": call("logits", torch.zeros(4, 2), ValueError, "[N, 3]", "got [4, 2]"),
-}  # fmt: skip
-
-IN_0_2 = ("integers in 0..2", "ignore_index=-100")
-ZERO_OR_ONE = ("0 or 1", "ignore_index=-100")
-
-BAD_TARGETS = {
-    "list": call("targets", [0, 1, 2, 0], TypeError, "a torch.Tensor", "got list"),
-    "complex": call("targets", GOOD.targets + 0j, TypeError, "integers", "got torch.complex64"),
-    "soft": call("targets", labels(0, 0.25, 1, 2), ValueError, *IN_0_2, "got 0.25"),
-    "nan": call("targets", labels(0, 1, NAN, 2), ValueError, *IN_0_2, "got nan"),
-    "beyond-int64": call("targets", labels(0, 1, 2, 2.0**64), ValueError, *IN_0_2,
-        "got 1.8446744"),
-    "negative": call("targets", torch.tensor([0, -1, 1, 2]), ValueError, *IN_0_2, "got -1"),
-    "num-classes": call("targets", torch.tensor([0, 3, 1, 2]), ValueError, *IN_0_2, "got 3"),
-    "uint8-156": call("targets", labels(0, 1, 2, 156, dtype=torch.uint8), ValueError, *IN_0_2,
-        "got 156"),
-    "minus-one-and-one": call("targets", torch.tensor([-1, 1, 1, -1]), ValueError, *ZERO_OR_ONE,
-        "got -1", kind="binary"),
-    "two-in-multilabel": call("targets", torch.full((4, 3), 2), ValueError, *ZERO_OR_ONE, "got 2",
-        kind="multilabel"),
-    "too-few": call("targets", torch.zeros(3), ValueError, "[4]", "got [3]"),
-    "column-of-classes": call("targets", torch.zeros(4, 1), ValueError, "[4]", "got [4, 1]"),
-    "matrix": call("targets", torch.zeros(4, 3), ValueError, "[4]", "got [4, 3]",
-        "multilabel=True"),
-    "vector-in-multilabel": call("targets", torch.zeros(4), ValueError, "[4, 3]", "got [4]",
-        kind="multilabel"),
-    "beyond-int64-in-uint64": call("targets", torch.tensor([0, 1, 2, 2**64 - 100],
-        dtype=torch.uint64), ValueError, *IN_0_2, f"got {2**64 - 100}"),
-    "other-device": call("targets", GOOD.targets.to("meta"), ValueError, "device", "cpu",
-        "got meta"),
-}  # fmt: skip
-
-BAD_WEIGHTS = {
-    "list": call("sample_weight", [1.0] * 4, TypeError, "a torch.Tensor", "got list"),
-    "complex": call("sample_weight", torch.ones(4) + 0j, TypeError, "real", "got torch.complex64"),
-    "negative": call("sample_weight", labels(1, -2, 1, 1), ValueError, "finite and >= 0",
-        "got -2"),
-    "nan": call("sample_weight", labels(1, NAN, 1, 1), ValueError, "finite and >= 0", "got nan"),
-    "beyond-float32": call("sample_weight", labels(1, 1e39, 1, 1, dtype=torch.float64), ValueError,
-        "finite and >= 0", "got 1e+39"),
-    "too-few": call("sample_weight", torch.ones(3), ValueError, "[4]", "got [3]"),
-    "per-class": call("sample_weight", torch.ones(4, 3), ValueError, "[4]", "got [4, 3]"),
-    "other-device": call("sample_weight", torch.ones(4, device="meta"), ValueError, "device",
-        "cpu", "got meta"),
-}  # fmt: skip
-
-BAD_FLAGS = {
-    "tensor": call("return_per_class", torch.ones(4), TypeError, "True or False", "(Tensor)"),
-    "int": call("return_per_class", 1, TypeError, "True or False", "got 1 (int)"),
-    "none": call("return_per_class", None, TypeError, "True or False", "got None"),
-}
-
-BAD_CALLS = [
-    pytest.param(bad, id=f"{name}-{id_}")
-    for name, group in (
-        ("logits", BAD_LOGITS),
-        ("targets", BAD_TARGETS),
-        ("sample_weight", BAD_WEIGHTS),
-        ("return_per_class", BAD_FLAGS),
-    )
-    for id_, bad in group.items()
-]
+# Which of LOSSES, the argument, what is given for it in a call of four rows, and what comes of it.
+BAD_CALLS: list[tuple[str, str, Any, type[Exception], str]] = [
+    ("classes", "logits", [[0.0] * 3] * 4, TypeError, "list"),
+    ("classes", "logits", GOOD.logits.long(), TypeError, "torch.int64"),
+    ("classes", "logits", GOOD.logits + 0j, TypeError, "torch.complex64"),
+    ("classes", "logits", torch.zeros(4), ValueError, "[4]"),
+    ("binary", "logits", torch.zeros(4), ValueError, "[4]"),
+    ("classes", "logits", torch.zeros(2, 2, 3), ValueError, "[2, 2, 3]"),
+    ("classes", "logits", torch.zeros(4, 2), ValueError, "[4, 2]"),
+    ("classes", "targets", [0, 1, 2, 0], TypeError, "list"),
+    ("classes", "targets", GOOD.targets + 0j, TypeError, "torch.complex64"),
+    ("classes", "targets", labels(0, 0.25, 1, 2), ValueError, "0.25"),
+    ("classes", "targets", labels(0, 1, NAN, 2), ValueError, "nan"),
+    ("classes", "targets", labels(0, 1, 2, 2.0**64), ValueError, "1.8446744"),
+    ("classes", "targets", torch.tensor([0, -1, 1, 2]), ValueError, "-1"),
+    ("classes", "targets", torch.tensor([0, 3, 1, 2]), ValueError, "3"),
+    ("classes", "targets", labels(0, 1, 2, 156, dtype=torch.uint8), ValueError, "156"),
+    ("classes", "targets", labels(0, 2**64 - 9, 2, 1, dtype=torch.uint64), ValueError,
+        f"{2**64 - 9}"),
+    ("binary", "targets", torch.tensor([-1, 1, 1, -1]), ValueError, "-1"),
+    ("multilabel", "targets", torch.full((4, 3), 2), ValueError, "2"),
+    ("classes", "targets", torch.zeros(3), ValueError, "[3]"),
+    ("classes", "targets", torch.zeros(4, 1), ValueError, "[4, 1]"),
+    ("classes", "targets", torch.zeros(4, 3), ValueError, "[4, 3]"),
+    ("multilabel", "targets", torch.zeros(4), ValueError, "[4]"),
+    ("classes", "targets", META, ValueError, "meta"),
+    ("classes", "sample_weight", [1.0] * 4, TypeError, "list"),
+    ("classes", "sample_weight", torch.ones(4) + 0j, TypeError, "torch.complex64"),
+    ("classes", "sample_weight", labels(1, -2, 1, 1), ValueError, "-2"),
+    ("classes", "sample_weight", labels(1, NAN, 1, 1), ValueError, "nan"),
+    ("classes", "sample_weight", labels(1, 1e39, 1, 1, dtype=torch.float64), ValueError, "1e+39"),
+    ("classes", "sample_weight", torch.ones(3), ValueError, "[3]"),
+    ("classes", "sample_weight", torch.ones(4, 3), ValueError, "[4, 3]"),
+    ("classes", "sample_weight", META, ValueError, "meta"),
+    ("classes", "return_per_class", torch.ones(4), TypeError, ""),
+    ("classes", "return_per_class", 1, TypeError, "1 (int)"),
+    ("classes", "return_per_class", None, TypeError, "None"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("bad", BAD_CALLS)
-def test_bad_call_changes_nothing(bad: Bad) -> None:
-    loss_fn = SmoothAPLoss(queue_size=8, **LOSSES[bad.kind])
-    make_batch(5, loss_fn.num_classes, multilabel=loss_fn.multilabel).through(loss_fn)
+@pytest.mark.parametrize(("kind", "name", "value", "error", "got"), BAD_CALLS)
+def test_bad_call_changes_nothing(
+    kind: str, name: str, value: Any, error: type[Exception], got: str
+) -> None:
+    loss_fn = SmoothAPLoss(queue_size=8, **LOSSES[kind])
+    more, good = (make_batch(n, loss_fn.num_classes, multilabel=loss_fn.multilabel) for n in (5, 4))
+    more.through(loss_fn)
     before = state_of(loss_fn)
-    assert_raises(bad, loss_fn)
+    arguments = {"logits": good.logits, "targets": good.targets, name: value}
+    assert_refused(error, name, got, loss_fn, **arguments)
     assert_same_state(loss_fn, before)
 
 
@@ -258,42 +181,31 @@ def test_float64_logits_of_a_refused_call_do_not_widen_the_queue(targets: list[f
 # --- functional.smooth_ap ------------------------------------------------------------------------
 
 
-def function(name: str, value: Any, error: type[Exception], *says: str, **others: Any) -> Bad:
+@pytest.mark.parametrize(("name", "value", "error", "got"), [
+    ("scores", [1.0], TypeError, "list"),
+    ("scores", torch.ones(2, 4).int(), TypeError, "torch.int32"),
+    ("scores", torch.ones(1, 2, 4), ValueError, "[1, 2, 4]"),
+    ("is_positive", [True], TypeError, "list"),
+    ("is_positive", torch.ones(2, 4).int(), TypeError, "torch.int32"),
+    ("is_positive", torch.ones(4).bool(), ValueError, "[4]"),
+    ("is_positive", torch.ones(2, 4, device="meta").bool(), ValueError, "meta"),
+    ("temperature", 0.0, ValueError, "0.0"),
+    ("temperature", "1", TypeError, "'1' (str)"),
+    ("temperature", torch.ones(3), ValueError, "[3]"),
+    ("temperature", torch.tensor(1), TypeError, "torch.int64"),
+    ("temperature", torch.tensor(1j), TypeError, "torch.complex64"),
+    ("sample_weight", [1.0], TypeError, "list"),
+    ("sample_weight", torch.ones(4) + 0j, TypeError, "torch.complex64"),
+    ("sample_weight", torch.ones(2), ValueError, "[2]"),
+    ("sample_weight", META, ValueError, "meta"),
+    ("value", torch.ones(2), ValueError, "[2]"),
+    ("backend", "cuda", ValueError, "'cuda'"),
+])  # fmt: skip
+def test_bad_argument_of_smooth_ap(name: str, value: Any, error: type[Exception], got: str) -> None:
     scores = make_batch(4, 2).logits.T
-    arguments = {"scores": scores, "is_positive": scores > 0, **others, name: value}
-    return Bad(lambda: smooth_ap(**arguments), error, name, says)
-
-
-@table(
-    scores_list=function("scores", [1.0], TypeError, "a torch.Tensor", "got list"),
-    scores_int=function("scores", torch.ones(2, 4).int(), TypeError, "floating",
-        "got torch.int32"),
-    scores_3d=function("scores", torch.ones(1, 2, 4), ValueError, "[C, M]", "got [1, 2, 4]"),
-    is_positive_list=function("is_positive", [True], TypeError, "a torch.Tensor", "got list"),
-    is_positive_int=function("is_positive", torch.ones(2, 4).int(), TypeError, "bool",
-        "got torch.int32", "targets == 1"),
-    is_positive_shape=function("is_positive", torch.ones(4).bool(), ValueError, "[2, 4]",
-        "got [4]"),
-    is_positive_device=function("is_positive", torch.ones(2, 4, device="meta").bool(), ValueError,
-        "cpu", "got meta"),
-    temperature_zero=function("temperature", 0.0, ValueError, "finite and > 0", "got 0.0"),
-    temperature_str=function("temperature", "1", TypeError, "a float > 0", "got '1' (str)"),
-    temperature_shape=function("temperature", torch.ones(3), ValueError, "[2] or []", "[3]"),
-    temperature_int_tensor=function("temperature", torch.tensor(1), TypeError,
-        "got torch.int64; use temperature.float()"),
-    temperature_complex_tensor=function("temperature", torch.tensor(1j), TypeError, "float",
-        "got torch.complex64"),
-    sample_weight_list=function("sample_weight", [1.0], TypeError, "a torch.Tensor", "got list"),
-    sample_weight_complex=function("sample_weight", torch.ones(4) + 0j, TypeError, "real",
-        "got torch.complex64"),
-    sample_weight_shape=function("sample_weight", torch.ones(2), ValueError,
-        "[4] or [2, 4] to fit scores [2, 4], got [2]"),
-    sample_weight_device=function("sample_weight", torch.ones(4, device="meta"), ValueError, "cpu",
-        "got meta"),
-    backend_unknown=function("backend", "cuda", ValueError, "'auto', 'dense'", "got 'cuda'"),
-)  # fmt: skip
-def test_bad_argument_of_smooth_ap(bad: Bad) -> None:
-    assert_raises(bad)
+    assert_refused(
+        error, name, got, smooth_ap, **{"scores": scores, "is_positive": scores > 0, name: value}
+    )
 
 
 def test_a_temperature_for_all_classes_may_be_on_the_host() -> None:
@@ -434,27 +346,23 @@ def test_float8_is_computed_in_float32(dtype: torch.dtype) -> None:
 # --- Value checks can be turned off --------------------------------------------------------------
 
 
-class Trusting(SmoothAPLoss):
-    check_values = False
-
-
 @pytest.mark.parametrize(
     ("targets", "weights"),
     [([0, 1, 7, -3], None), ([0.0, 1, 0.5, 0], None), ([0, 1, 0, 0], [1.0, 1, -2, 1])],
     ids=["labels", "soft", "weights"],
 )
+@pytest.mark.parametrize("loss_class", [SmoothAPLoss, CrossEntropy])
 def test_without_check_values_values_are_not_looked_at(
-    targets: list[float], weights: list[float] | None
+    loss_class: Any, targets: list[float], weights: list[float] | None
 ) -> None:
-    logits = make_batch(4).logits
+    """Shapes and dtypes still are."""
+    logits, trusting = make_batch(4).logits, loss_class(1)
+    trusting.check_values = False
     sample_weight = None if weights is None else torch.tensor(weights)
-    Trusting(1, 0)(logits, torch.tensor(targets), sample_weight=sample_weight)
+    trusting(logits, torch.tensor(targets), sample_weight=sample_weight)
     with pytest.raises(ValueError, match=r"^(targets|sample_weight) must"):
-        SmoothAPLoss(1, 0)(logits, torch.tensor(targets), sample_weight=sample_weight)
-
-
-def test_without_check_values_shapes_and_dtypes_still_are() -> None:
+        loss_class(1)(logits, torch.tensor(targets), sample_weight=sample_weight)
     with pytest.raises(ValueError, match=r"^targets must"):
-        Trusting(1, 0)(torch.zeros(4, 1), torch.zeros(3))
+        trusting(logits, torch.zeros(3))
     with pytest.raises(TypeError, match=r"^logits must"):
-        Trusting(1, 0)(torch.zeros(4, 1).int(), torch.zeros(4))
+        trusting(logits.int(), torch.zeros(4))

@@ -13,7 +13,7 @@ from torch import Tensor
 from imbalanced_losses._ranking import Backend, Problems, Rows, dense, sigmoid_sums, tiles
 from imbalanced_losses._ranking.backends import rank_plan
 from imbalanced_losses.functional import smooth_ap
-from tests.helpers import oracle
+from tests.helpers.answers import Answer, solved
 from tests.helpers.cases import seeded
 from tests.helpers.memory import LargestTensor
 
@@ -97,22 +97,13 @@ def _derivatives(function: Callable[..., Tensor], problem: Problem, order: int) 
 def test_sums_are_their_definition(
     num_queries: int, num_sources: int, num_problems: int, num_columns: int
 ) -> None:
-    """Every entry equals a loop over the sources of its problem, for odd sizes and K columns."""
+    """For odd sizes and K columns."""
     for tensor_temperature in (False, True):
         tau = torch.linspace(0.1, 2, num_problems).double() if tensor_temperature else 0.3
         given = _problem(num_queries, num_sources, num_problems, num_columns, temperature=tau)
         out = sigmoid_sums(*given)
         assert out.shape == (num_queries, num_columns)
-        for q in range(num_queries):
-            c = given.problem[q].item()
-            for k in range(num_columns):
-                expected = oracle.sigmoid_sum(
-                    given.queries[q].item(),
-                    given.sources[c].tolist(),
-                    given.weights[c, :, k].tolist(),
-                    tau[c].item() if isinstance(tau, Tensor) else tau,
-                )
-                assert out[q, k].item() == pytest.approx(expected, rel=0, abs=1e-12)
+        torch.testing.assert_close(out, _formula(*given), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tensor_temperature", [False, True], ids=["float", "tensor"])
@@ -143,10 +134,8 @@ def test_arguments_that_are_not_contiguous() -> None:
         weights=given.weights.permute(2, 1, 0).contiguous().permute(2, 1, 0),
     )
     assert not any(field.is_contiguous() for field in strided[:4])
-    for got, expected in zip(
-        _derivatives(sigmoid_sums, strided, 2), _derivatives(sigmoid_sums, given, 2), strict=True
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    found, expected = (_derivatives(sigmoid_sums, one, 2) for one in (strided, given))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
     expanded = given._replace(weights=torch.ones((), dtype=torch.float64).expand(3, 10, 2))
     ones = given._replace(weights=torch.ones(3, 10, 2, dtype=torch.float64))
@@ -161,9 +150,8 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, t
     given = _problem(23, 11, num_problems, 2)
     whole = _derivatives(sigmoid_sums, given, 2)
     monkeypatch.setattr(dense, "TILE", tile)
-    for got, expected in zip(_derivatives(sigmoid_sums, given, 2), whole, strict=True):
-        # Sums of 23 terms in another order.
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    found = _derivatives(sigmoid_sums, given, 2)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)  # in another order
 
 
 # Ranks --------------------------------------------------------------------------------------------
@@ -262,17 +250,14 @@ def test_problems_of_unequal_size(
     is_positive = torch.rand(8, 30, generator=generator).argsort(1) < sizes[:, None]
     weights = torch.rand(8, 30, generator=generator, dtype=torch.float64) if weighted else None
 
-    def answer(c: slice) -> tuple[Tensor, Tensor]:
-        leaf = scores[c].clone().requires_grad_()
+    def answer(c: slice) -> Answer:
         own = None if weights is None else weights[c]
-        ap, _ = smooth_ap(leaf, is_positive[c], 0.3, sample_weight=own, backend="dense")
-        return ap.detach(), torch.autograd.grad(ap.sum(), leaf)[0]
+        return solved(scores[c], is_positive[c], 0.3, own, "dense")
 
     together = answer(slice(None))
     singles = [answer(slice(c, c + 1)) for c in range(8)]
     alone = (torch.cat(parts) for parts in zip(*singles, strict=True))
-    for got, expected in zip(together, alone, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(tuple(together), tuple(alone), rtol=1e-13, atol=1e-14)
 
 
 # Derivatives --------------------------------------------------------------------------------------
@@ -320,8 +305,7 @@ def test_gradient_of_one_argument_alone(asked: str) -> None:
             collected += torch.autograd.grad(out, leaf, create_graph=True)
         return collected
 
-    for got, expected in zip(derivatives(sigmoid_sums), derivatives(_formula), strict=True):
-        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(derivatives(sigmoid_sums), derivatives(_formula))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -30,7 +30,7 @@ NUM_STEPS = 3
 class Setup(NamedTuple):
     """One way to train."""
 
-    trainer: str = "ddp"  # "ddp", "fsdp" or "sum": gradients are summed by hand
+    trainer: str = "ddp"  # or "fsdp"; test_worlds.py sums gradients by hand
     ddp: dict[str, Any] = {}  # noqa: RUF012, never changed
     micro_batches: int = 1  # of a step; all but the last without synchronisation
     is_inside: bool = False  # the loss is part of the wrapped module
@@ -71,9 +71,7 @@ def train(setup: Setup, rank: int | None) -> Trained:
     start = 0 if rank is None else sum(setup.sizes[:rank])
     rows = slice(None) if rank is None else slice(start, start + setup.sizes[rank])
     trainer = "none" if rank is None else setup.trainer
-    loss_fn = SmoothAPLoss(
-        1, temperature=0.3, grad_reduce="sum" if trainer == "sum" else "mean", **setup.loss
-    )
+    loss_fn = SmoothAPLoss(1, temperature=0.3, **setup.loss)
     if loss_fn.gather == "sums":
         loss_fn.backend = "panel"  # in one process as well
     if setup.is_used_before:
@@ -103,9 +101,6 @@ def train(setup: Setup, rank: int | None) -> Trained:
                         output, labels
                     )
                 loss.backward()
-        if trainer == "sum":
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad)
         if setup.clipped:
             nn.utils.clip_grad_norm_(parameters, 1e-3)
         gradients.append([whole(p.grad) for p in parameters])
@@ -149,8 +144,6 @@ SETUPS = {
     "clipped": Setup(clipped=True),
     "mixed": Setup(cross_entropy=0.5, sizes=(6, 6)),
     "mixed-accumulated": Setup(cross_entropy=0.5, sizes=(6, 6), micro_batches=2),
-    "summed": Setup(trainer="sum"),
-    "summed-without-rows": Setup(trainer="sum", sizes=(0, 12)),
     "fsdp": Setup(trainer="fsdp"),
     "fsdp-without-rows": Setup(trainer="fsdp", sizes=(12, 0)),
     "fsdp-capped": Setup(trainer="fsdp", loss={"queue_size": 20, "max_pool_size": 8}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from imbalanced_losses import SmoothAPLoss
 from tests.helpers.ranks import WORLD_SIZE, Failure, Ranks
-from tests.helpers.rows import assert_same_state, make_batch, state_of
+from tests.helpers.rows import Batch, assert_same_state, make_batch, state_of
 
 # --- When not to gather --------------------------------------------------------------------------
 
@@ -70,37 +71,34 @@ UNUSUAL: dict[str, Any] = {
 }
 
 
+CHANGED: dict[str, Callable[[Batch], Batch]] = {
+    "dtype": lambda batch: batch._replace(logits=batch.logits.double()),
+    "bad-target": lambda batch: batch._replace(targets=batch.targets + 9),
+    "complex-logits": lambda batch: batch._replace(logits=batch.logits.to(torch.complex64)),
+    "no-tensor": lambda batch: batch._replace(logits=[0.1, 0.2]),  # type: ignore[arg-type]
+}
+
+
 def disagree(rank: int, what: str) -> dict[str, Tensor]:
     """A step in which the last rank does something else; the state if that goes well."""
-    other = rank == WORLD_SIZE - 1
-    num_classes = 4 if other and what == "classes" else 3
-    multilabel = other and what == "multilabel"
-    prior = [0.1, 0.2, 0.1 if other and what == "prior" else 0.3] if num_classes == 3 else None
+    what = what if rank == WORLD_SIZE - 1 else "nothing"
+    num_classes, multilabel = 4 if what == "classes" else 3, what == "multilabel"
+    prior = [0.1, 0.2, 0.1 if what == "prior" else 0.3] if num_classes == 3 else None
     options = {"queue_size": 8, "multilabel": multilabel, "target_prior": prior}
-    if other and what in UNUSUAL:
-        options[what] = UNUSUAL[what]
+    options |= {what: UNUSUAL[what]} if what in UNUSUAL else {}
     loss_fn = SmoothAPLoss(num_classes, gather_distributed=True, **options)
     batch = make_batch(4, num_classes, multilabel=multilabel)
-    if other and what == "temperature":
+    if what == "temperature":
         loss_fn.temperature *= 1 + 1e-15
-    if other and what == "training":
-        loss_fn.eval()
-    if other and what == "steps made":
+    loss_fn.train(what != "training")
+    if what == "steps made":
         alone = SmoothAPLoss(num_classes, gather_distributed=False, **options)
         batch.through(alone)
         loss_fn.load_state_dict(alone.state_dict())
-    if other and what == "dtype":
-        batch = batch._replace(logits=batch.logits.double())
-    if other and what == "bad-target":
-        batch = batch._replace(targets=batch.targets + 9)
-    if other and what == "complex-logits":
-        batch = batch._replace(logits=batch.logits.to(torch.complex64))
-    if other and what == "no-tensor":
-        batch = batch._replace(logits=[0.1, 0.2])
-    asked = 1 if other and what == "flag" else True
+    batch = CHANGED.get(what, lambda batch: batch)(batch)
     before = state_of(loss_fn)
     try:
-        loss_fn(*batch[:2], asked)
+        loss_fn(*batch[:2], 1 if what == "flag" else True)
     except Exception:
         assert_same_state(loss_fn, before)
         raise

@@ -18,134 +18,101 @@ from imbalanced_losses.functional import smooth_ap
 
 
 class Mistake(NamedTuple):
-    """Arguments of a loss and of its call, and the end of the error that they give."""
+    """Arguments of a loss and of its call, and what the end of their error advises."""
 
     num_classes: int
     logits: Any
     targets: Any
-    fix: str
-    mended: dict[str, str] | None = None  # argument -> expression of the call that is right
+    mended: dict[str, str]  # argument -> expression of the call that is right
+    advice: str = ""  # where it is not these expressions and options to the letter
+    options: dict[str, Any] = {}  # noqa: RUF012, of the loss that is right
     sample_weight: Any = None
     multilabel: bool = False
     ignore_index: int = -100
-    options: dict[str, Any] | None = None  # arguments of the loss that is right
 
 
 ROWS = torch.linspace(-1, 1, 6)
 BINARY, ONE = torch.tensor([0, 1, 0, 1, 0, 1]), ROWS.unsqueeze(1)  # [N], [N, 1]
 CLASSES, THREE = torch.arange(6) % 3, torch.stack((ROWS, -ROWS, ROWS**2), dim=1)  # [N], [N, 3]
 ONE_HOT = torch.nn.functional.one_hot(CLASSES)  # [N, 3]
+NAN = torch.nan
 
 MISTAKES = {
-    "logits-list": Mistake(1, ONE.tolist(), BINARY, "use torch.as_tensor(logits)",
-        {"logits": "torch.as_tensor(logits)"}),
+    "logits-list": Mistake(1, ONE.tolist(), BINARY, {"logits": "torch.as_tensor(logits)"}),
     "logits-model-output": Mistake(1, SimpleNamespace(logits=ONE), BINARY,
-        "a model's output has them as an attribute: use logits.logits",
         {"logits": "logits.logits"}),
-    "logits-tuple": Mistake(1, (ONE[:3], ONE[3:]), BINARY,
-        "it holds tensors: pick one, or join them by torch.cat(logits)",
-        {"logits": "torch.cat(logits)"}),
-    "logits-integer": Mistake(1, ONE.long(), BINARY, "use logits.float()",
-        {"logits": "logits.float()"}),
-    "logits-argmax": Mistake(3, THREE.argmax(1), CLASSES,
-        "pass the scores themselves, not their argmax", {"logits": "torch.zeros(6, 3)"}),
-    "logits-vector": Mistake(1, ROWS, BINARY, "use logits.unsqueeze(1)",
-        {"logits": "logits.unsqueeze(1)"}),
-    "logits-one-row": Mistake(3, torch.zeros(3), torch.tensor([1]),
-        "for one row use logits.unsqueeze(0)", {"logits": "logits.unsqueeze(0)"}),
+    "logits-tuple": Mistake(1, (ONE[:3], ONE[3:]), BINARY, {"logits": "torch.cat(logits)"}),
+    "logits-integer": Mistake(1, ONE.long(), BINARY, {"logits": "logits.float()"}),
+    "logits-argmax": Mistake(3, THREE.argmax(1), CLASSES, {"logits": "torch.zeros(6, 3)"},
+        "not their argmax"),
+    "logits-vector": Mistake(1, ROWS, BINARY, {"logits": "logits.unsqueeze(1)"}),
+    "logits-one-row": Mistake(3, torch.zeros(3), BINARY[1:2], {"logits": "logits.unsqueeze(0)"}),
     "logits-two-outputs": Mistake(1, THREE[:, :2], BINARY,
-        "for two outputs, negative and positive, use logits[:, 1:] - logits[:, :1], "
-        "or num_classes=2", {"logits": "logits[:, 1:] - logits[:, :1]"}),
-    "logits-more-classes": Mistake(2, THREE, BINARY,
-        "for 3 outputs construct the loss with num_classes=3", options={"num_classes": 3}),
-    "logits-transposed": Mistake(3, THREE.T, CLASSES, "one row an example: use logits.T",
-        {"logits": "logits.T"}),
+        {"logits": "logits[:, 1:] - logits[:, :1]"}),
+    "logits-more-classes": Mistake(2, THREE, BINARY, {}, options={"num_classes": 3}),
+    "logits-transposed": Mistake(3, THREE.T, CLASSES, {"logits": "logits.T"}),
     "logits-sequences": Mistake(3, THREE.reshape(2, 3, 3), CLASSES.reshape(2, 3),
-        "flatten sequences first: logits.reshape(-1, num_classes), and targets in the same order",
-        {"logits": "logits.reshape(-1, num_classes)", "targets": "targets.reshape(-1)"}),
+        {"logits": "logits.reshape(-1, num_classes)", "targets": "targets.reshape(-1)"},
+        "logits.reshape(-1, num_classes), and targets in the same order"),
     "logits-images": Mistake(3, torch.zeros(1, 3, 2, 4), (torch.arange(8) % 3).reshape(1, 2, 4),
-        "flatten sequences first: logits.movedim(1, -1).reshape(-1, num_classes), and targets in "
-        "the same order", {"logits": "logits.movedim(1, -1).reshape(-1, num_classes)",
-        "targets": "targets.flatten()"}),
-    "swapped": Mistake(3, CLASSES, THREE,
-        "logits come first, then targets: they seem to be swapped", {"logits": "targets",
-        "targets": "logits"}),
-    "targets-minus-one": Mistake(1, ONE, 2 * BINARY - 1, "for labels -1 and 1 use targets > 0",
-        {"targets": "targets > 0"}),
-    "targets-from-one": Mistake(1, ONE, BINARY + 1, "for labels that begin at 1 use targets - 1",
-        {"targets": "targets - 1"}),
-    "targets-soft": Mistake(1, ONE, BINARY * 0.8 + 0.1,
-        "labels are not probabilities: use targets > 0.5", {"targets": "targets > 0.5"}),
-    "targets-of-classes": Mistake(1, ONE, CLASSES,
-        "for one class c against the others use targets == c", {"targets": "targets == 2"}),
-    "targets-one-hot": Mistake(3, THREE, ONE_HOT,
-        "for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)",
-        {"targets": "targets.argmax(1)"}),
-    "targets-of-labels": Mistake(3, THREE, ONE_HOT,
-        "for 0/1 labels per class use multilabel=True, for one-hot rows targets.argmax(1)",
-        options={"multilabel": True}),
+        {"logits": "logits.movedim(1, -1).reshape(-1, num_classes)",
+        "targets": "targets.flatten()"}, "logits.movedim(1, -1).reshape(-1, num_classes), and "),
+    "swapped": Mistake(3, CLASSES, THREE, {"logits": "targets", "targets": "logits"}, "swapped"),
+    "targets-minus-one": Mistake(1, ONE, 2 * BINARY - 1, {"targets": "targets > 0"}),
+    "targets-from-one": Mistake(1, ONE, BINARY + 1, {"targets": "targets - 1"}),
+    "targets-soft": Mistake(1, ONE, BINARY * 0.8 + 0.1, {"targets": "targets > 0.5"}),
+    "targets-of-classes": Mistake(1, ONE, CLASSES, {"targets": "targets == 2"}, "targets == c"),
+    "targets-one-hot": Mistake(3, THREE, ONE_HOT, {"targets": "targets.argmax(1)"}),
+    "targets-of-labels": Mistake(3, THREE, ONE_HOT, {}, options={"multilabel": True}),
     "targets-one-hot-binary": Mistake(1, ONE, torch.nn.functional.one_hot(BINARY),
-        "for one-hot rows use targets.argmax(1)", {"targets": "targets.argmax(1)"}),
-    "targets-column": Mistake(3, THREE, CLASSES[:, None], "use targets.reshape(-1)",
-        {"targets": "targets.reshape(-1)"}),
-    "targets-numbers-in-multilabel": Mistake(3, THREE, CLASSES,
-        "for the number of one class a row leave out multilabel=True", multilabel=True,
-        options={"multilabel": False}),
+        {"targets": "targets.argmax(1)"}),
+    "targets-column": Mistake(3, THREE, CLASSES[:, None], {"targets": "targets.reshape(-1)"}),
+    "targets-numbers-in-multilabel": Mistake(3, THREE, CLASSES, {}, "leave out multilabel=True",
+        multilabel=True, options={"multilabel": False}),
     "targets-flat-in-multilabel": Mistake(3, THREE, ONE_HOT.flatten(),
-        "use targets.reshape(-1, num_classes)", {"targets": "targets.reshape(-1, num_classes)"},
-        multilabel=True),
-    "targets-void": Mistake(3, THREE, torch.where(CLASSES == 2, 255, CLASSES),
-        "to leave such rows out construct the loss with ignore_index=255",
+        {"targets": "targets.reshape(-1, num_classes)"}, multilabel=True),
+    "targets-void": Mistake(3, THREE, torch.where(CLASSES == 2, 255, CLASSES), {},
         options={"ignore_index": 255}),
-    "targets-void-minus-one": Mistake(3, THREE, CLASSES - 1,
-        "to leave such rows out construct the loss with ignore_index=-1",
-        options={"ignore_index": -1}),
+    "targets-void-minus-one": Mistake(3, THREE, CLASSES - 1, {}, options={"ignore_index": -1}),
     "targets-wrapped": Mistake(1, ONE, torch.tensor([156, 1, 0, 1, 0, 1], dtype=torch.uint8),
-        "torch.uint8 cannot hold -100: use targets.long() before filling in",
-        {"targets": "targets.long().masked_fill(targets == 156, -100)"}),
+        {"targets": "targets.long().masked_fill(targets == 156, -100)"}, "use targets.long()"),
     "targets-wrapped-in-64-bits": Mistake(3, THREE, torch.tensor([2**64 - 100, 1, 2, 0, 1, 2],
-        dtype=torch.uint64), "torch.uint64 cannot hold -100: use targets.long() before filling in",
-        {"targets": "targets.long()"}),
-    "targets-not-annotated": Mistake(3, THREE, torch.where(CLASSES == 2, torch.nan, CLASSES),
-        "NaN as 'not annotated': use targets.nan_to_num(-7)",
+        dtype=torch.uint64), {"targets": "targets.long()"}),
+    "targets-not-annotated": Mistake(3, THREE, torch.where(CLASSES == 2, NAN, CLASSES),
         {"targets": "targets.nan_to_num(-7)"}, ignore_index=-7),
-    "labels-not-annotated": Mistake(3, THREE, torch.where(THREE > 0.5, torch.nan, ONE_HOT.float()),
-        "NaN as 'not annotated': use targets.nan_to_num(-100)",
+    "labels-not-annotated": Mistake(3, THREE, torch.where(THREE > 0.5, NAN, ONE_HOT.float()),
         {"targets": "targets.nan_to_num(-100)"}, multilabel=True),
-    "targets-more-classes": Mistake(3, torch.cat((THREE, THREE[:, :1]), dim=1)[:, :3],
-        torch.arange(6) % 5, "for labels up to 4 construct the loss with num_classes=5",
-        {"logits": "torch.cat((logits, logits[:, :2]), dim=1)"}, options={"num_classes": 5}),
+    "targets-more-classes": Mistake(3, THREE, torch.arange(6) % 5,
+        {"logits": "torch.cat((logits, logits[:, :2]), dim=1)"}, "num_classes=5",
+        {"num_classes": 5}),
     "targets-like-wrapped-in-int64": Mistake(1, ONE, torch.tensor([156, 1, 0, 1, 0, 1]),
-        "for one class c against the others use targets == c", {"targets": "targets == 156"}),
-    "weights-column": Mistake(1, ONE, BINARY, "use sample_weight.reshape(-1)",
-        {"sample_weight": "sample_weight.reshape(-1)"}, sample_weight=torch.ones(6, 1)),
-    "weights-of-classes": Mistake(3, THREE, CLASSES,
-        "for weights of classes use sample_weight[targets]",
-        {"sample_weight": "sample_weight[targets]"}, sample_weight=torch.ones(3)),
+        {"targets": "targets == 156"}, "targets == c"),
+    "weights-column": Mistake(1, ONE, BINARY, {"sample_weight": "sample_weight.reshape(-1)"},
+        sample_weight=torch.ones(6, 1)),
+    "weights-of-classes": Mistake(3, THREE, CLASSES, {"sample_weight": "sample_weight[targets]"},
+        sample_weight=torch.ones(3)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_class", [SmoothAPLoss, CrossEntropy])
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_call(mistake: Mistake, loss_class: Any) -> None:
-    arguments = {
-        "logits": mistake.logits,
-        "targets": mistake.targets,
-        "sample_weight": mistake.sample_weight,
-    }
+    arguments = {name: getattr(mistake, name) for name in ("logits", "targets", "sample_weight")}
     settings = {
-        "num_classes": mistake.num_classes,
-        "multilabel": mistake.multilabel,
-        "ignore_index": mistake.ignore_index,
+        name: getattr(mistake, name) for name in ("num_classes", "multilabel", "ignore_index")
     }
     with pytest.raises((TypeError, ValueError)) as caught:
         loss_class(**settings)(**arguments)
-    assert str(caught.value).partition("; ")[2] == mistake.fix
+    said = str(caught.value).partition("; ")[2]
+    to_the_letter = [f"{name}={value}" for name, value in mistake.options.items()]
+    for advice in (
+        [mistake.advice] if mistake.advice else [*mistake.mended.values(), *to_the_letter]
+    ):
+        assert advice in said
 
-    assert mistake.mended or mistake.options
     names = {"torch": torch, **arguments, "num_classes": mistake.num_classes}
-    right = {name: eval(code, dict(names)) for name, code in (mistake.mended or {}).items()}
-    loss = loss_class(**(settings | (mistake.options or {})))(**(arguments | right))
+    right = {name: eval(code, dict(names)) for name, code in mistake.mended.items()}
+    loss = loss_class(**(settings | mistake.options))(**(arguments | right))
     assert loss.isfinite()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from imbalanced_losses._ranking.panels import line as lines
 from imbalanced_losses._ranking.panels.line import Line
 from imbalanced_losses._ranking.panels.panels import PRECISIONS, PanelPlan, Panels
 from imbalanced_losses.functional import smooth_ap
+from tests.helpers.answers import solved
 from tests.helpers.cases import seeded
 from tests.helpers.memory import LargestTensor
 from tests.helpers.score_families import FAMILIES, labels
@@ -168,53 +168,28 @@ def test_no_tensor_of_all_pairs(family: str, dtype: torch.dtype) -> None:
 # Problems apart -----------------------------------------------------------------------------------
 
 
-def _solved(
-    scores: Tensor, is_positive: Tensor, temperature: float | Tensor, backend: str = "panel"
-) -> tuple[Tensor, Tensor]:
-    """AP [C] and the gradient of its sum [C, M]."""
-    leaf = scores.clone().requires_grad_()
-    ap, _ = smooth_ap(leaf, is_positive, temperature, backend=backend)
-    (gradient,) = torch.autograd.grad(ap.sum(), leaf)
-    return ap.detach(), gradient
-
-
-class _Several(NamedTuple):
-    scores: Tensor  # [C, M]
-    is_positive: Tensor
-    kind: str
-
-
-def _several(dtype: torch.dtype) -> list[tuple[_Several, float]]:
-    """Three problems on each kind of line, and a temperature."""
-    is_positive = torch.stack([labels(200, seed) for seed in range(3)])
-    given = []
-    for family, tau, kind in (
-        ("normal", 0.05, "plain"),
-        ("outlier 1e12", 0.05, "segments"),
-        ("Cauchy", 1e-6, "occupied"),
-    ):
-        scores = torch.stack([FAMILIES[family](200, seed) for seed in range(3)]).to(dtype)
-        given.append((_Several(scores, is_positive, kind), tau))
-    return given
-
-
+@pytest.mark.parametrize(
+    ("family", "tau", "kind"),
+    [("normal", 0.05, "plain"), ("outlier 1e12", 0.05, "segments"), ("Cauchy", 1e-6, "occupied")],
+)
 @DTYPES
-def test_nan_stays_in_its_problem(dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_problem(dtype: torch.dtype, family: str, tau: float, kind: str) -> None:
     """A NaN makes AP and gradient of its problem NaN and leaves the others as they were."""
-    for (scores, is_positive, kind), tau in _several(dtype):
-        assert _kind(_line(scores, tau)) == kind
-        ap, gradient = _solved(scores, is_positive, tau)
-        for row in (0, 199):  # a positive and a negative
-            scores_with_nan = scores.clone()
-            scores_with_nan[1, row] = math.nan
-            ap_with_nan, gradient_with_nan = _solved(scores_with_nan, is_positive, tau)
-            assert _kind(_line(scores_with_nan, tau)) == kind
-            assert ap_with_nan.isnan().tolist() == [False, True, False]
-            assert gradient_with_nan[1].isnan().all()
-            for c in (0, 2):
-                torch.testing.assert_close(ap_with_nan[c], ap[c], rtol=0, atol=1e-7)
-                error = (gradient_with_nan[c] - gradient[c]).norm()
-                assert error <= 2e-6 * gradient[c].norm() + 1e-14 / tau
+    is_positive = torch.stack([labels(200, seed) for seed in range(3)])
+    scores = torch.stack([FAMILIES[family](200, seed) for seed in range(3)]).to(dtype)
+    assert _kind(_line(scores, tau)) == kind
+    ap, _, gradient = solved(scores, is_positive, tau, backend="panel")
+    for row in (0, 199):  # a positive and a negative
+        bad = scores.clone()
+        bad[1, row] = math.nan
+        found, _, slopes = solved(bad, is_positive, tau, backend="panel")
+        assert _kind(_line(bad, tau)) == kind
+        assert found.isnan().tolist() == [False, True, False]
+        assert slopes[1].isnan().all()
+        for c in (0, 2):
+            torch.testing.assert_close(found[c], ap[c], rtol=0, atol=1e-7)
+            error = (slopes[c] - gradient[c]).norm()
+            assert error <= 2e-6 * gradient[c].norm() + 1e-14 / tau
 
 
 @DTYPES

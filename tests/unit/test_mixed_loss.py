@@ -227,30 +227,24 @@ def test_bad_input_at_the_switch_is_an_error_on_every_rank(ranks: Ranks) -> None
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize((
-    "options",
-    "error",
-    "message",
-), [
-    ({"main_weight": 0}, ValueError, "main_weight must be finite and > 0, got 0"),
-    ({"main_weight": 1.5}, ValueError, r"main_weight must be in \(0, 1\], got 1.5"),
+@pytest.mark.parametrize(("options", "error", "name"), [
+    ({"main_weight": 0}, ValueError, "main_weight must be finite and > 0"),
+    ({"main_weight": 1.5}, ValueError, "main_weight"),
     ({"main_weight": 1}, ValueError, "main_weight must be below 1 without warmup_steps"),
-    ({"main_weight": "1"}, TypeError, "main_weight must be a float > 0"),
-    ({"warmup_steps": -1}, ValueError, "warmup_steps must be an int >= 0, got -1"),
-    ({"blend_steps": 1.0}, TypeError, "blend_steps must be an int >= 0"),
-    ({"temperature": 0.1}, TypeError, r"temperature must be \(start, end, steps\) or None"),
-    ({"temperature": (0.0, 1.0, 3)}, ValueError, "^temperature's start must be finite"),
-    ({"temperature": (1.0, 0.0, 3)}, ValueError, "^temperature's end must be finite"),
-    ({"temperature": (1.0, 1.0, 0)}, ValueError, "temperature's steps must be an int >= 1"),
-    ({"calls_per_step": 0}, ValueError, "calls_per_step must be an int >= 1"),
-    ({"refit_temperature": 1}, TypeError, "^refit_temperature must be True or False"),
+    ({"main_weight": "1"}, TypeError, "main_weight"),
+    ({"warmup_steps": -1}, ValueError, "warmup_steps"),
+    ({"blend_steps": 1.0}, TypeError, "blend_steps"),
+    ({"temperature": 0.1}, TypeError, "temperature"),
+    ({"temperature": (0.0, 1.0, 3)}, ValueError, "temperature's start"),
+    ({"temperature": (1.0, 0.0, 3)}, ValueError, "temperature's end"),
+    ({"temperature": (1.0, 1.0, 0)}, ValueError, "temperature's steps"),
+    ({"calls_per_step": 0}, ValueError, "calls_per_step"),
+    ({"refit_temperature": 1}, TypeError, "refit_temperature"),
     ({"refit_temperature": True}, ValueError, "refit_temperature=True needs warmup_steps"),
     ({"refit_temperature": True, "warmup_steps": 1, "main": {"temperature_unit": "spread"}},
-        ValueError,
-        '^refit_temperature must be False where main_loss has temperature_unit="spread", '
-        "which follows the spread of the scores at every step$"),
+        ValueError, "refit_temperature"),
     ({"main": {"reduction": "none"}}, ValueError, "main_loss must have reduction"),
 ])  # fmt: skip
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=f"^{name}"):
         make_mix(**options)

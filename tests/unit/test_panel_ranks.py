@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,49 +18,31 @@ from imbalanced_losses._ranking.panels.panels import PanelPlan
 from imbalanced_losses._ranking.partial_auc import partial_auc
 from imbalanced_losses._ranking.problems import Problems
 from imbalanced_losses._ranking.ranks import Ranks
-from imbalanced_losses.functional import smooth_ap
+from tests.helpers.answers import solved
 from tests.helpers.cases import seeded
 from tests.helpers.score_families import FAMILIES, PANEL_DTYPES, labels
 
 INF = math.inf
 
 
-class Answer(NamedTuple):
-    ap: Tensor  # [] or [C]
-    gradient: Tensor  # of the sum of ap, float64
-
-
-def _solved(
-    scores: Tensor,
-    is_positive: Tensor,
-    temperature: float | Tensor,
-    weights: Tensor | None,
-    backend: str,
-) -> Answer:
-    leaf = scores.clone().requires_grad_()
-    ap, _ = smooth_ap(leaf, is_positive, temperature, sample_weight=weights, backend=backend)
-    (gradient,) = torch.autograd.grad(ap.sum(), leaf)
-    return Answer(ap.detach().double(), gradient.double())
-
-
 def _assert_exact(
     scores: Tensor, is_positive: Tensor, temperature: float, weights: Tensor | None = None
 ) -> None:
     """The panels' AP and gradient of scores [M] are those of the definition in float64."""
-    got = _solved(scores, is_positive, temperature, weights, "panel")
+    got = solved(scores, is_positive, temperature, weights, "panel")
     wide = None if weights is None else weights.double()
-    exact = _solved(scores.double(), is_positive, temperature, wide, "dense")
+    exact = solved(scores.double(), is_positive, temperature, wide, "dense")
     # Positives that are all e^-36 sure of their place have a gradient that is 0 to rounding: each
     # entry is a mean of σ′/τ, and panels out of reach count as 0. 1e-15 is five roundings.
     floor = 1e-15 / temperature * math.sqrt(scores.numel())
     size = exact.gradient.norm().item()
-    error = (got.gradient - exact.gradient).norm().item()
+    error = (got.gradient.double() - exact.gradient).norm().item()
     if scores.dtype == torch.float64:
         assert (got.ap - exact.ap).abs().max() <= 1e-12
         assert error <= 1e-9 * size + floor
         return
-    dense = _solved(scores, is_positive, temperature, weights, "dense")
-    dense_error = (dense.gradient - exact.gradient).norm().item()
+    dense = solved(scores, is_positive, temperature, weights, "dense")
+    dense_error = (dense.gradient.double() - exact.gradient).norm().item()
     assert (got.ap - exact.ap).abs().max() <= 1e-6
     assert error <= max(2 * dense_error, 1e-6 * size) + floor
 
@@ -91,9 +72,8 @@ def test_infinite_scores(extremes: tuple[float, ...], dtype: torch.dtype) -> Non
         scores = FAMILIES["normal"](300, 0).to(dtype)
         scores[: len(extremes)] = torch.tensor(extremes, dtype=dtype)
         _assert_exact(scores, is_positive, 0.1)
-        assert (
-            _solved(scores, is_positive, 0.1, None, "panel").gradient[scores.isinf()] == 0
-        ).all()
+        answer = solved(scores, is_positive, 0.1, backend="panel")
+        assert not answer.gradient[scores.isinf()].any()
 
 
 @settings(max_examples=150)
@@ -156,12 +136,10 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, num_problems: int, 
     scores = torch.stack([FAMILIES["normal"](90, seed) for seed in range(num_problems)])
     is_positive = torch.stack([labels(90, seed, 0.4) for seed in range(num_problems)])
     weights = torch.rand(scores.shape, generator=seeded(0), dtype=torch.float64)
-    whole = _solved(scores, is_positive, 0.1, weights, "panel")
+    whole = solved(scores, is_positive, 0.1, weights, "panel")
     monkeypatch.setattr(panels, "BLOCK", block)
-    for got, expected in zip(
-        _solved(scores, is_positive, 0.1, weights, "panel"), whole, strict=True
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    found = solved(scores, is_positive, 0.1, weights, "panel")
+    torch.testing.assert_close(tuple(found), tuple(whole), rtol=1e-11, atol=1e-13)
 
 
 @PANEL_DTYPES

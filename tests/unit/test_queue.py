@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 from collections import deque
@@ -29,19 +28,12 @@ from tests.helpers.rows import (
     make_batch,
     queued_rows,
     rows_of,
+    saved_and_loaded,
     saved_by_0_9,
     state_of,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def saved_and_loaded(loss_fn: SmoothAPLoss) -> dict[str, Tensor]:
-    file = io.BytesIO()
-    torch.save(loss_fn.state_dict(), file)
-    file.seek(0)
-    state: dict[str, Tensor] = torch.load(file, weights_only=True)
-    return state
 
 
 # --- A state machine against collections.deque ---------------------------------------------------

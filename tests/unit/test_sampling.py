@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from imbalanced_losses import GroupBatchSampler
 from tests.helpers.ranks import WORLD_SIZE, Ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUP = torch.tensor([5, -1, 5, 8, 8, 8, 8, 8, -1, 2, 2, 3, 40, 41, 42, 43, 44])  # 10 groups
 POSITIVE = torch.arange(17) == 5
 
@@ -250,13 +247,3 @@ def test_two_processes_of_ddp(ranks: Ranks, num_groups: int) -> None:
         found = sorted(chain(*first[epoch], *second[epoch]))
         expected = list(range(3 * num_groups)) * (2 if num_groups < WORLD_SIZE else 1)
         assert found == sorted(expected)
-
-
-def test_the_page_quotes_the_script() -> None:
-    text = (ROOT / "docs" / "groups.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S)
-    script = (ROOT / "tests" / "project" / "trainer_groups.py").read_text(encoding="utf-8")
-    lines = {line.partition("  # ")[0].strip() for line in script.splitlines()}
-    assert len(quoted) == 2
-    for line in "\n".join(quoted).splitlines():
-        assert line.partition("  # ")[0].strip() in lines | {"", "…"}, line

@@ -10,19 +10,18 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.scratch import Place, scratch
 from imbalanced_losses.functional import smooth_ap
+from tests.helpers.answers import Answer, solved
 from tests.helpers.cases import seeded
 
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "panel"])
 CLASSES = pytest.mark.parametrize("num_problems", [1, 3])
 
 
-def _answer(seed: int, num_problems: int, backend: str) -> tuple[Tensor, Tensor]:
+def _answer(seed: int, num_problems: int, backend: str) -> Answer:
     """AP and its gradient, at a size that uses kept memory."""
-    scores = torch.randn(num_problems, 3000, generator=seeded(seed)).requires_grad_()
+    scores = torch.randn(num_problems, 3000, generator=seeded(seed))
     is_positive = torch.rand(scores.shape, generator=seeded(seed + 1)) < 0.1
-    ap, _ = smooth_ap(scores, is_positive, 0.1, backend=backend)
-    (gradient,) = torch.autograd.grad(ap.sum(), scores)
-    return ap.detach(), gradient
+    return solved(scores, is_positive, 0.1, backend=backend)
 
 
 @BACKENDS
@@ -34,7 +33,7 @@ def test_backward_after_another_forward(backend: str, num_problems: int) -> None
     ap, _ = smooth_ap(scores, is_positive, 0.1, backend=backend)
     _answer(5, num_problems, backend)
     (gradient,) = torch.autograd.grad(ap.sum(), scores)
-    assert torch.equal(gradient, _answer(0, num_problems, backend)[1])
+    assert torch.equal(gradient, _answer(0, num_problems, backend).gradient)
 
 
 @BACKENDS

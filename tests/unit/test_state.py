@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.helpers.rows import (
     make_batch,
     queued_rows,
     rows_of,
+    saved_and_loaded,
     saved_by_0_6,
     saved_by_0_9,
     state_of,
@@ -36,15 +36,7 @@ CONFIGURATIONS = {
 }
 
 
-def by_file(loss_fn: SmoothAPLoss) -> State:
-    file = io.BytesIO()
-    torch.save(loss_fn.state_dict(), file)
-    file.seek(0)
-    state: State = torch.load(file, weights_only=True)
-    return state
-
-
-FORMS: dict[str, Callable[[SmoothAPLoss], State]] = {"now": by_file, "0.9": saved_by_0_9}
+FORMS: dict[str, Callable[[SmoothAPLoss], State]] = {"now": saved_and_loaded, "0.9": saved_by_0_9}
 EACH_FORM = pytest.mark.parametrize("saved_by", FORMS.values(), ids=FORMS)
 
 

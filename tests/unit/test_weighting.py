@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import pytest
@@ -109,61 +111,32 @@ def test_loss_is_that_of_weighted_problems(unit: str, options: dict[str, Any], k
     assert without(live.logits, live.targets, sample_weight=row_weights) != loss
 
 
-BAD_PRIORS: list[tuple[int, Any, type[Exception], str]] = [
-    (1, 0.0, ValueError, "> 0"),
-    (1, 1.0, ValueError, "between 0 and 1, got 1.0"),
-    (1, -0.1, ValueError, "> 0"),
-    (1, float("nan"), ValueError, "target_prior"),
-    (1, "rare", TypeError, "target_prior"),
-    (1, True, TypeError, "target_prior"),
-    (1, [0.1, 0.2], ValueError, "1 of them, got 2"),
-    (2, 0.1, TypeError, "2 of them, got float"),
-    (3, 0.1, TypeError, "3 of them, got float"),
-    (3, [0.1, 0.2], ValueError, "3 of them, got 2"),
-    (3, [0.1, 0.2, 2.0], ValueError, "between 0 and 1, got 2.0"),
-]
-
-
-@pytest.mark.parametrize(("num_classes", "value", "error", "says"), BAD_PRIORS)
-def test_bad_priors(num_classes: int, value: Any, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=r"^target_prior must ") as caught:
-        SmoothAPLoss(num_classes, target_prior=value)
-    assert says in str(caught.value)
+@pytest.mark.parametrize(("num_classes", "prior", "error"), [
+    (1, 0.0, ValueError), (1, 1.0, ValueError), (1, -0.1, ValueError), (1, math.nan, ValueError),
+    (1, "rare", TypeError), (1, True, TypeError), (1, [0.1, 0.2], ValueError), (2, 0.1, TypeError),
+    (3, 0.1, TypeError), (3, [0.1, 0.2], ValueError), (3, [0.1, 0.2, 2.0], ValueError),
+])  # fmt: skip
+def test_bad_priors(num_classes: int, prior: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^target_prior must .*got "):
+        SmoothAPLoss(num_classes, target_prior=prior)
 
 
 IS_POSITIVE = torch.tensor([True, False])
 
 
-@pytest.mark.parametrize((
-    "arguments",
-    "error",
-    "says",
-), [
-    ((IS_POSITIVE.long(), 0.1), TypeError,
-        "is_positive must be bool, got torch.int64; use targets == 1"),
-    (([True, False], 0.1), TypeError,
-        "is_positive must be a torch.Tensor, got list; use torch.as_tensor(is_positive)"),
-    ((IS_POSITIVE[None, None], 0.1), ValueError,
-        "is_positive must be [M] or [C, M], got [1, 1, 2]"),
-    ((IS_POSITIVE, 1.5), ValueError,
-        "target_prior must be between 0 and 1, got 1.5; a share, not per cent: 0.015"),
-    ((IS_POSITIVE, torch.tensor([0.1, 0.2])), ValueError,
-        "target_prior must be [] to fit is_positive [2], got [2]"),
-    ((IS_POSITIVE[None], torch.full((1,), 0.1, device="meta")), ValueError,
-        "target_prior must be on the device of is_positive (cpu), got meta; "
-        "use target_prior.to(is_positive.device)"),
-    ((IS_POSITIVE, 0.1, IS_POSITIVE), TypeError,
-        "sample_weight must be floating point, got torch.bool; use sample_weight.float()"),
-    ((IS_POSITIVE, 0.1, [1.0, 1.0]), TypeError,
-        "sample_weight must be a torch.Tensor, got list; use torch.as_tensor(sample_weight)"),
-    ((IS_POSITIVE, 0.1, torch.ones(3)), ValueError,
-        "sample_weight must be [2] to fit is_positive [2], got [3]"),
-    ((IS_POSITIVE, 0.1, torch.tensor(1.0)), ValueError,
-        "sample_weight must be [2] to fit is_positive [2], got []"),
-    ((IS_POSITIVE[None], 0.1, torch.ones(3)), ValueError,
-        "sample_weight must be [1, 2] or [2] to fit is_positive [1, 2], got [3]"),
+@pytest.mark.parametrize(("arguments", "error", "name", "got"), [
+    ((IS_POSITIVE.long(), 0.1), TypeError, "is_positive", "torch.int64; use targets == 1"),
+    (([True, False], 0.1), TypeError, "is_positive", "list"),
+    ((IS_POSITIVE[None, None], 0.1), ValueError, "is_positive", "[1, 1, 2]"),
+    ((IS_POSITIVE, 1.5), ValueError, "target_prior", "1.5"),
+    ((IS_POSITIVE, torch.tensor([0.1, 0.2])), ValueError, "target_prior", "[2]"),
+    ((IS_POSITIVE[None], torch.ones(1, device="meta")), ValueError, "target_prior", "meta"),
+    ((IS_POSITIVE, 0.1, IS_POSITIVE), TypeError, "sample_weight", "torch.bool"),
+    ((IS_POSITIVE, 0.1, [1.0, 1.0]), TypeError, "sample_weight", "list"),
+    ((IS_POSITIVE, 0.1, torch.ones(3)), ValueError, "sample_weight", "[3]"),
+    ((IS_POSITIVE, 0.1, torch.tensor(1.0)), ValueError, "sample_weight", "[]"),
+    ((IS_POSITIVE[None], 0.1, torch.ones(3)), ValueError, "sample_weight", "[3]"),
 ])  # fmt: skip
-def test_bad_arguments(arguments: Any, error: type[Exception], says: str) -> None:
-    with pytest.raises(error) as caught:
+def test_bad_arguments(arguments: Any, error: type[Exception], name: str, got: str) -> None:
+    with pytest.raises(error, match=rf"^{name} must .*got {re.escape(got)}"):
         prior_weights(*arguments)
-    assert str(caught.value) == says
