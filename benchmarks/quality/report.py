@@ -80,7 +80,7 @@ def _by_holm(found: dict[str, Compared]) -> dict[str, Compared]:
 def report(
     name: str, rows: list[Row], *, by_validation: bool = False, with_gains: bool = False
 ) -> None:
-    """Print a table in Markdown for each number of a question, and draw it.
+    """Print a table in Markdown for each number of a question, and draw those with a recipe.
 
     A cell is the mean value, with ↑ where the loss is ahead of the recipe (p < .05), and ↓ where it
     is behind; or with the recipe's mean gain, * for p < .05, and the splits on which it is ahead.
@@ -111,7 +111,7 @@ def report(
             if any(loss in runs for runs in by_task.values()):
                 cells = _cells(loss, by_task, all_compared, value, sign, with_gains)
                 print(f"| {' | '.join(cells)} |")
-        if not by_validation:
+        if number in question.ours and not by_validation:
             _plot(all_compared, number, ours, f"quality-{name}-{_slug(number)}")
 
 
@@ -182,6 +182,7 @@ def _plot(all_compared: dict[str, dict[str, Compared]], number: str, ours: str, 
         axis.tick_params(labelsize="small")
         axis.locator_params(axis="x", nbins=4)
     axes[0][0].set_yticks(list(heights.values()), list(heights))
-    figure.supxlabel(f"{number}: gain of “{ours}” over each loss (blue: p < .05)", fontsize="small")
+    label = f"{number}: gain of\n“{ours}” over each loss\n(blue: p < .05)"
+    figure.supxlabel(label.replace("\n", " " if columns > 1 else "\n"), fontsize="small")
     figure.savefig(ASSETS / f"{name}.png", dpi=150)
     plt.close(figure)
