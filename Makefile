@@ -26,7 +26,7 @@ $(VENV)/.with-%: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
-test: $(VENV)/.with-test  ## run the fast suite, which guards the contract, and the docstring examples (4 minutes)
+test: $(VENV)/.with-test  ## run the fast suite, which guards the contract, and the docstring examples (2 minutes)
 	$(TESTS)
 
 test-all: $(VENV)/.with-dev  ## run every test: examples, documentation, other packages' tools, many processes
@@ -101,7 +101,7 @@ mutation: $(VENV)/.with-mutation  ### mutate MODULE="…" and see which tests no
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.hardening.mutation run $(foreach name,$(MODULE),'$(name)')
 	$(BIN)/python -m tests.hardening.mutation report
 
-telling-mutants: $(VENV)/.with-test  ### fifty mistakes in _ranking and _rows, which the fast suite must notice (20 minutes)
+telling-mutants: $(VENV)/.with-test  ### fifty mistakes in _ranking and _rows, which the fast suite must notice (5 minutes)
 	$(BIN)/python -m tests.hardening.telling_mutants
 
 dist: $(VENV)/.with-dist  ### build sdist and wheel, and try them in an empty environment

@@ -1,6 +1,6 @@
 """Fifty small mistakes in `_ranking` and `_rows`, each of which the fast suite has to notice.
 
-    python -m tests.hardening.telling_mutants              # all of them: some twenty minutes
+    python -m tests.hardening.telling_mutants              # all of them: some five minutes
     python -m tests.hardening.telling_mutants spread queue # those whose file or text has a word
 
 Each is made in a copy of the source, against which the test files named beside it are run up to the
