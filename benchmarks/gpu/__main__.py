@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import _measure, _peers
+from benchmarks._measure import Row
 from benchmarks.gpu import report
-from benchmarks.gpu.report import COLUMNS, Row
+from benchmarks.gpu.report import COLUMNS
 from benchmarks.gpu.steps import Step, all_steps
 
 

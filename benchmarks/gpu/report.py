@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks._measure import Row
 from benchmarks.gpu.steps import FUNCTION, Step
 
-Row = dict[str, Any]
 COLUMNS = (
     *Step._fields,
     *("launches", "wall_ms", "device_ms", "graph_ms", "bytes_bound_ms", "operations_bound_ms"),
@@ -157,14 +157,12 @@ def figure(rows: list[Row], device: str, path: Path) -> None:
     fig, (time, memory) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     curves = [
         *(
-            (axes, name, library, column, unit, STYLES[name] | {"label": NAMES[name]})
+            (axes, library, column, unit, STYLES[name] | {"label": NAMES[name]})
             for axes, column, unit in ((time, "wall_ms", 1.0), (memory, "peak_bytes", 2**20))
-            for name, library in (
-                *(("ours", "ours"), ("predecessor", "predecessor"), ("libauc APLoss", "libauc")),
-            )
+            for name, library in zip(STYLES, ("ours", "predecessor", "libauc"), strict=True)
         ),
         *(
-            (time, "ours", "ours", column, 1.0, {"label": label, "color": "0.4", "ls": dashes})
+            (time, "ours", column, 1.0, {"label": label, "color": "0.4", "ls": dashes})
             for column, label, dashes in (
                 ("graph_ms", "this library, CUDA graph", "--"),
                 ("bytes_bound_ms", "bytes ÷ bandwidth", ":"),
@@ -172,7 +170,7 @@ def figure(rows: list[Row], device: str, path: Path) -> None:
             )
         ),
     ]
-    for axes, _, library, column, unit, style in curves:
+    for axes, library, column, unit, style in curves:
         points = sorted(
             (int(row["rows"]), float(row[column]) / unit)
             for row in rows

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import _peers, _worker
+from benchmarks._measure import Row
 from benchmarks.gpu import steps
 from benchmarks.gpu.steps import MODES, Run, Step
 
-Row = dict[str, Any]
 WARM_UPS, ROUNDS, CALLS = 3, 9, 10
 OUT_OF_MEMORY = "out of memory"
 COPIED_BYTES, BLOCK, RATE_ROUNDS = 1 << 30, 1024, 4096

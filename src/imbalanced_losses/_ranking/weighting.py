@@ -86,7 +86,7 @@ def spread(
     """`functional.score_spread` [C] of the rows [C, M] of all processes."""
     if processes is None and facts.fits(scores, layout, weights):
         return facts.spread(
-            scores, weights, layout, lambda own: _spread(own, weights, layout, processes)
+            scores, weights, layout, lambda own: _spread(own, weights, layout, None)
         )
     return _spread(scores, weights, layout, processes)
 

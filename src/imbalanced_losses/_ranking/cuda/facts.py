@@ -11,6 +11,7 @@ from torch import Tensor
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.canonical import compute_dtype, least_spread, smallest
 from imbalanced_losses._ranking.cuda.launches import (
+    MOST_UNREAD,
     ceil,
     has_kernels,
     launch,
@@ -20,9 +21,8 @@ from imbalanced_losses._ranking.cuda.launches import (
 )
 from imbalanced_losses._ranking.layout import Layout
 
-# Rows of a problem that a program goes through, at most: of as many each, and of all problems
-# together where they are of unequal length.
-_MOST_ROWS, _MOST_UNREAD = 1 << 15, 1 << 18
+# Rows of a problem that a program goes through, at most, of as many each.
+_MOST_ROWS = 1 << 15
 # Pairs of rows that are compared rather than sorted.
 _MOST_PAIRS = 1 << 28
 # Programs that keep a large device busy.
@@ -35,7 +35,7 @@ def fits(rows: Tensor, layout: Layout, *constants: Tensor | float | None) -> boo
         isinstance(constant, Tensor) and constant.requires_grad for constant in constants
     ):
         return False
-    most = _MOST_ROWS if layout.lengths is None else _MOST_UNREAD
+    most = _MOST_ROWS if layout.lengths is None else MOST_UNREAD
     is_plain = not (is_traced(rows) or is_transformed())
     return is_plain and rows.shape[1] <= most and has_kernels(rows, tuple(rows.shape))
 

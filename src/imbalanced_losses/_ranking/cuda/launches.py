@@ -18,6 +18,8 @@ _OLDEST_TRITON = (3, 2)
 _BLOCK = 1 << 12
 # The last two dimensions of a grid.
 _MOST_PROBLEMS = (1 << 16) - 1
+# Rows of all problems of unequal length, of which the longest is not known.
+MOST_UNREAD = 1 << 18
 # Rows that a program looks at together, which goes through all of a problem.
 _THROUGH = 1 << 10
 

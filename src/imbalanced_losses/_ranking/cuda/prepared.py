@@ -14,7 +14,7 @@ from torch import Tensor
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.canonical import InUnits, compute_dtype, smallest
 from imbalanced_losses._ranking.cuda.facts import value_in_units
-from imbalanced_losses._ranking.cuda.launches import blocks_of, has_kernels, launch
+from imbalanced_losses._ranking.cuda.launches import MOST_UNREAD, blocks_of, has_kernels, launch
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # Rows that one program looks at together, of a problem of unequal length.
 _SEGMENT = 1 << 9
-# Rows of problems of unequal length, of which the longest is not known.
-_MOST_UNREAD = 1 << 18
 
 
 def prepared(problems: Problems) -> Prepared | None:
@@ -47,7 +45,7 @@ def _are_short(problems: Problems) -> bool:
     """
     if problems.backend != "auto":
         return problems.backend == "dense"
-    is_few = problems.is_positive.shape[1] <= _MOST_UNREAD
+    is_few = problems.is_positive.shape[1] <= MOST_UNREAD
     return is_few or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
