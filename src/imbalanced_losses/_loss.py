@@ -283,10 +283,10 @@ class RankingLoss(RankingState):
         """The rows as ranking problems, positives as common as in deployment if that is known."""
         is_graded, prior = self._num_grades > 0, self._prior
         columns = pool.problems(self.ignore_index, is_graded)
-        lengths = None
+        layout = None
         if groups is not None:
             columns = columns.within(groups)
-            lengths = groups.lengths.repeat(self.num_classes)
+            layout = groups.layout(self.num_classes, pool.targets.shape[0])
             prior = None if prior is None else prior.repeat_interleave(len(groups.lengths))
         scores, is_positive, weights, value, draws, num_live = columns
         temperature = self._temperature_now if is_traced(scores) else self.temperature
@@ -298,7 +298,7 @@ class RankingLoss(RankingState):
             value=value,
             is_graded=is_graded,
             draws=draws,
-            lengths=lengths,
+            layout=layout,
             num_live=num_live,
             processes=processes,
             backend=self.backend,

@@ -370,7 +370,7 @@ def _problems(
     if is_graded:
         value = gain_of(labels, value, compute_dtype(scores))
         labels = value > 0
-    fields, lengths = [scores, labels, sample_weight, value], None
+    fields, layout = [scores, labels, sample_weight, value], None
     if group is not None:
         ids = _checks.group_ids(group, ("scores", scores), scores.shape[-1:])
         if group.dtype == torch.uint64:  # in ascending order, though they may have wrapped
@@ -378,7 +378,7 @@ def _problems(
         groups = Groups.of(ids, read=True)
         shape = (scores.shape[0] if scores.dim() == 2 else 1, scores.shape[-1])
         fields = [None if own is None else groups.side_by_side(own.expand(shape)) for own in fields]
-        lengths = groups.lengths.repeat(shape[0])
+        layout = groups.layout(*shape)
         if isinstance(temperature, Tensor):
             temperature = temperature.expand(shape[:1]).repeat_interleave(len(groups.lengths))
     scores, labels, sample_weight, value = fields  # type: ignore[assignment]
@@ -387,7 +387,7 @@ def _problems(
         temperature,
         labels,
         sample_weight,
-        lengths=lengths,
+        layout=layout,
         value=value,
         is_graded=is_graded,
         backend=backend,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses import NDCGLoss, RecallAtKLoss, SmoothAPLoss
-from imbalanced_losses._ranking.cuda import facts, launches
+from imbalanced_losses._ranking.cuda import facts, launches, rows
+from imbalanced_losses._rows.reduce import mean_where
 from imbalanced_losses.functional import prior_weights, score_spread, smooth_ap
 from tests.helpers.cases import seeded
 
@@ -25,6 +26,7 @@ def both(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[lis
     """The value of a function and its gradient by its first argument, of the host and a device."""
     launched: list[str] = []
     monkeypatch.setattr(facts, "launch_through", watched(facts.launch_through, launched))
+    monkeypatch.setattr(rows, "launch", watched(rows.launch, launched))
 
     def found(function: Function, *given: Any, on: str) -> list[Tensor]:
         first, *rest = (one.to(on) if isinstance(one, Tensor) else one for one in given)
@@ -168,6 +170,27 @@ def test_rows_left_out_have_no_gradient_beside_nan(
     assert leaf.grad is not None
     assert leaf.grad[:2].eq(0).all()
     assert leaf.grad[2:].isnan().any()
+
+
+@pytest.mark.parametrize("is_mean", [True, False], ids=["mean", "sum"])
+def test_the_mean_of_what_counts(is_mean: bool, both: Callable[..., list[list[Tensor]]]) -> None:
+    """Of many, of one, and of none; what stands elsewhere does not matter."""
+    counts = torch.rand(3, 1500, generator=seeded(0)) < 0.3
+    counts[1], counts[2, 1:] = False, False
+    values = torch.where(counts, torch.randn(3, 1500, generator=seeded(1)), torch.nan)
+
+    def mean(values: Tensor, counts: Tensor) -> Tensor:
+        found, is_any = mean_where(values, counts, is_mean)
+        assert is_any.equal(counts.any(1))
+        return found
+
+    assert_same(both(mean, values, counts))
+
+
+def test_second_derivatives_of_the_mean(device: str) -> None:
+    counts = torch.tensor([[True, False, True], [False, False, False]], device=device)
+    values = torch.rand(2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda own: mean_where(own**2, counts)[0], values)
 
 
 def test_a_gradient_by_weights_is_not_lost(device: str) -> None:

@@ -89,7 +89,7 @@ def test_each_problem_is_what_it_is_by_itself(
         given[1],
         is_positive[None].to(device),
         weights[None].to(device) if is_weighted else None,
-        lengths=torch.tensor(lengths, device=device),
+        layout=Layout((1, len(scores)), torch.tensor(lengths, device=device)),
         backend=backend,
     )
     found = metric(together, limits.to(device), values[None].to(device))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,12 @@ from imbalanced_losses._ranking.ranks import Ranks
 
 
 def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
-    """Σ ω g / log₂(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0."""
+    """Σ ω g / log(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0."""
     unit = problems.unit
 
     def discounted(ranks: Ranks) -> Tensor:
         rank = ranks.among("all") * ranks.of_problem(unit)
-        discount = math.log(2) / torch.log1p(rank)
+        discount = torch.log1p(rank).reciprocal()
         return discount if budget is None else discount * budget.holds(ranks)
 
     return problems.ranked_mean(discounted) / _ideal(problems, unit, budget)
@@ -60,7 +58,7 @@ def _total_in_order(problems: Problems, unit: Tensor, budget: Budget | None) -> 
         place = _cumulated(weights.view(layout.num_problems, -1)).flatten()
     else:
         place = _cumulated_within(weights, problem, layout.num_problems)
-    terms = weights * gain * math.log(2) / torch.log1p(place * unit[problem])
+    terms = weights * gain / torch.log1p(place * unit[problem])
     if budget is not None:
         is_first = torch.cat((torch.ones_like(problem[:1]), problem.diff())) > 0
         is_within = place <= budget.number[problem] + 0.5 * weights

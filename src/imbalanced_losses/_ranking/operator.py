@@ -13,6 +13,7 @@ from torch import Tensor
 from imbalanced_losses._ranking.backends import rank_plan
 from imbalanced_losses._ranking.canonical import compute_dtype
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
+from imbalanced_losses._ranking.layout import Layout
 from imbalanced_losses._ranking.plan import Listed, Rows
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class _Asked:
             weights,
             value=value,
             is_graded=is_graded,
-            lengths=lengths,
+            layout=Layout(is_positive.shape, lengths),
             num_live=num_live,
         )
         self.given = problems.by_value(problems.canonical()) if by_value else problems.canonical()

@@ -34,7 +34,7 @@ _PLAIN = InUnits(None, None, None)
 class Problems:
     """C ranking problems over M rows: what a metric is a function of.
 
-    Problems of unequal length lie side by side, [1, S] for [C, M], with `lengths` [C] int64.
+    Problems of unequal length lie side by side, [1, S] for [C, M], as their `layout` says.
 
     Attributes:
         scores: [C, M] floating, attached to the graph.
@@ -62,7 +62,7 @@ class Problems:
         is_positive: Tensor,
         weights: Tensor | None = None,
         *,
-        lengths: Tensor | None = None,
+        layout: Layout | None = None,
         value: Tensor | None = None,
         is_graded: bool = False,
         draws: Tensor | None = None,
@@ -72,7 +72,7 @@ class Problems:
     ) -> None:
         self.scores = scores
         self.is_positive = is_positive if is_positive.dim() == 2 else is_positive.unsqueeze(0)
-        self.layout = Layout(self.is_positive.shape, lengths)
+        self.layout = layout or Layout(self.is_positive.shape)
         self.given_weights, self.given_value = weights, value
         self.is_graded = is_graded  # by value, which is then > 0 of positives
         self.draws = draws  # [C or 1, M], how many rows each was drawn for; None = 1 everywhere
@@ -85,7 +85,7 @@ class Problems:
             Problems,
             is_positive=is_positive,
             weights=weights,
-            lengths=lengths,
+            layout=self.layout,
             value=value,
             is_graded=is_graded,
             draws=draws,
@@ -101,9 +101,7 @@ class Problems:
 
     def replaced(self, **changes: Any) -> Problems:
         """The same with other arguments."""
-        made = self.again(**{"scores": self.scores, "temperature": self.temperature, **changes})
-        made.layout = self.layout  # which may know already where the problems lie
-        return made
+        return self.again(**{"scores": self.scores, "temperature": self.temperature, **changes})
 
     # --- What a metric asks ------------------------------------------------------------------
 

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.tracing import is_on_host
+from imbalanced_losses._ranking.layout import Layout
+from imbalanced_losses._rows.reduce import mean_where
 
 
 class Groups(NamedTuple):
     """The rows of a pool, group by group."""
 
     order: Tensor | None  # [M], the rows of the lowest id first; None: as they are
-    lengths: Tensor  # [G] int64, the rows of each group; some 0 at the end where no value is read
-    ids: Tensor  # [G], ascending; of a group without rows 0
+    lengths: Tensor  # [G] int64, the rows of each group, of some 0 where no value is read
+    ids: Tensor  # [G], ascending
+    number: Tensor | None = None  # [M] int64, the group of each ordered row; None: by lengths
 
     @classmethod
     def of(cls, group: Tensor, read: bool = False) -> Groups:
@@ -26,11 +29,17 @@ class Groups(NamedTuple):
             ids, lengths = ids.unique_consecutive(return_counts=True)
             return cls(order, lengths, ids)
         ids, order = group.sort(stable=True)
-        is_first = torch.ones_like(ids, dtype=torch.bool)
-        is_first[1:] = ids[1:] != ids[:-1]
-        number = is_first.cumsum(0) - 1  # there are no more groups than rows
+        number = torch.searchsorted(ids, ids)  # that of its first row: others have no rows
         lengths = torch.zeros_like(ids).index_add(0, number, torch.ones_like(ids))
-        return cls(order, lengths, torch.zeros_like(ids).scatter(0, number, ids))
+        return cls(order, lengths, ids, number)
+
+    def layout(self, num_classes: int, num_rows: int) -> Layout:
+        """Of all rows [1, C·M] side by side: a problem for each group of each class."""
+        lengths, number = self.lengths.repeat(num_classes), self.number
+        if number is not None and num_classes > 1:
+            before = torch.arange(0, lengths.shape[0], self.ids.shape[0], device=number.device)
+            number = (number + before[:, None]).flatten()
+        return Layout((1, num_classes * num_rows), lengths, number)
 
     def side_by_side(self, values: Tensor) -> Tensor:
         """Values [C, M] as [1, C·M], class by class and in each group by group."""
@@ -42,14 +51,11 @@ class Groups(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Losses [C·G] -> [C], over the valid groups among the ids `live`; and where any is."""
         shape = (num_classes, self.ids.shape[0])
-        counted = valid.view(shape) & self._are_in(live)
-        total = torch.where(counted, losses.view(shape), 0).sum(1)
-        return total / counted.sum(1).clamp(min=1), counted.any(1)
+        return mean_where(losses.view(shape), valid.view(shape) & self._are_in(live))
 
     def _are_in(self, live: Tensor) -> Tensor:
         """[G] bool, whether groups have an id [n] that is live; `torch.isin` reads the device."""
-        if live.shape[0] == 0:
-            return torch.zeros_like(self.ids, dtype=torch.bool)
         ordered = live.sort().values
-        place = torch.searchsorted(ordered, self.ids).clamp(max=ordered.shape[0] - 1)
-        return ordered[place] == self.ids
+        return torch.searchsorted(ordered, self.ids, right=True) > torch.searchsorted(
+            ordered, self.ids
+        )

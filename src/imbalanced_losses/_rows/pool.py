@@ -185,15 +185,15 @@ class Pool(NamedTuple):
         Targets that are grades are worth what `gain_of` says.
         """
         num_classes, value = self.logits.shape[1], None
-        labels = self.targets.T if self.targets.dim() == 2 else self.targets[None]  # [C or 1, M]
+        labels = self.targets.T if self.targets.dim() == 2 else self.targets.unsqueeze(0)
         weights = None
-        if is_graded:
+        if kernels.serves(self.logits):
+            own = None if self.weights is None else _columns(self.weights).T
+            given = labels, own, num_classes, ignore_index, self.logits, is_graded
+            is_positive, weights, value = kernels.labelled(*given)
+        elif is_graded:
             value = gain_of(labels.masked_fill(labels == ignore_index, 0), None, self.logits.dtype)
             is_positive = value > 0
-        elif kernels.serves(self.logits):
-            own = None if self.weights is None else _columns(self.weights).T
-            given = labels, own, num_classes, ignore_index, self.logits
-            is_positive, weights = kernels.labelled(*given)
         elif num_classes == 1 or self.targets.dim() == 2:
             is_positive = labels == 1
         else:
@@ -223,4 +223,4 @@ class Pool(NamedTuple):
 
 def _columns(field: Tensor) -> Tensor:
     """[M, k] of a field [M] or [M, k]."""
-    return field[:, None] if field.dim() == 1 else field
+    return field.unsqueeze(1) if field.dim() == 1 else field

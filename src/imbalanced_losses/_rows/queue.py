@@ -66,7 +66,7 @@ class MemoryQueue:
 
     def rows_beside(self, batch: Pool) -> Pool:
         """All slots as constants to rank with a batch, in its dtype; without values as it is."""
-        fields = [field[: self.size] for field in self._stored()]
+        fields = [field.narrow(0, 0, self.size) for field in self._stored()]
         if batch.logits.is_meta:
             fields = [field.to("meta") for field in fields]
         logits, targets, weights, value, group = fields

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._checks.typing import Reduction
+from imbalanced_losses._ranking.cuda import rows as kernels
 
 
 class PerClass(NamedTuple):
@@ -26,11 +27,17 @@ def reduce_valid(losses: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:
     """
     if reduction == "none":
         return mark_invalid(losses, valid)
-    losses = torch.where(valid, losses, 0.0)
     if losses.shape[0] == 1:
-        return losses.squeeze(0)
-    total = losses.sum()
-    return total / valid.sum().clamp(min=1) if reduction == "mean" else total
+        return torch.where(valid, losses, 0.0).squeeze(0)
+    return mean_where(losses, valid, is_mean=reduction == "mean")[0]
+
+
+def mean_where(values: Tensor, counts: Tensor, is_mean: bool = True) -> tuple[Tensor, Tensor]:
+    """The mean or sum [...] of the values [..., K] that count, 0 of none; and whether any does."""
+    if kernels.serves(values):
+        return kernels.mean_where(values, counts, is_mean)
+    total = torch.where(counts, values, 0.0).sum(-1)
+    return total / counts.sum(-1).clamp(min=1) if is_mean else total, counts.any(-1)
 
 
 def mark_invalid(losses: Tensor, valid: Tensor) -> Tensor:

@@ -501,6 +501,7 @@ def label_rows(
     weights,  # as targets, or anything where not WEIGHTED
     is_positive,  # [C, M] uint8
     own,  # [1 or C, M]: the weights, 0 where ignored
+    gains,  # [1 or C, M] of grades, 0 where ignored, or anything where not GRADED
     target_strides,
     target_stride,
     weight_strides,
@@ -510,6 +511,7 @@ def label_rows(
     WEIGHTED: tl.constexpr,
     BY_CLASS: tl.constexpr,  # a target is the class that is positive, else 1 is
     BY_LABEL: tl.constexpr,  # whether there is a target for each class
+    GRADED: tl.constexpr,  # targets are grades, of which those above 0 are positive
     BLOCK: tl.constexpr,
 ):
     """A block of rows of one class."""
@@ -518,9 +520,15 @@ def label_rows(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     target = tl.load(targets + label * target_strides + row * target_stride, mask=inside, other=0)
-    positive = target == (problem if BY_CLASS else 1)
-    tl.store(is_positive + problem * num_rows + row, positive.to(tl.uint8), mask=inside)
     counts = target != ignore_index
+    positive = target == (problem if BY_CLASS else 1)
+    if GRADED:
+        positive = counts & (target > 0)
+        grade = tl.where(positive, target, 0)
+        one = grade * 0 + 1
+        gain = (one << tl.where(grade < 31, grade, 31)) - 1
+        tl.store(gains + label * num_rows + row, gain.to(gains.dtype.element_ty), mask=inside)
+    tl.store(is_positive + problem * num_rows + row, positive.to(tl.uint8), mask=inside)
     if WEIGHTED:
         place = weights + label * weight_strides + row * weight_stride
         weight = tl.load(place, mask=inside & counts, other=0.0)

@@ -6,6 +6,7 @@ import importlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 # Where the kernels run.
 DEVICES = ("cuda",)
 _OLDEST_TRITON = (3, 2)
+# From which on a compiled kernel takes all arguments in the order of its signature.
+_OLDEST_DIRECT = (3, 3)
 # Rows that one program prepares or sums up, at most.
 _BLOCK = 1 << 12
 # The last two dimensions of a grid.
@@ -22,6 +25,8 @@ _MOST_PROBLEMS = (1 << 16) - 1
 MOST_UNREAD = 1 << 18
 # Rows that a program looks at together, which goes through all of a problem.
 _THROUGH = 1 << 10
+# Compiled kernels, and the constants that they take, by what they were compiled for.
+_COMPILED: dict[tuple[object, ...], tuple[Any, list[object]]] = {}
 
 
 def has_kernels(scores: Tensor, shape: tuple[int, ...]) -> bool:
@@ -37,11 +42,16 @@ def has_kernels(scores: Tensor, shape: tuple[int, ...]) -> bool:
 @cache
 def _has_triton() -> bool:
     """Whether there is a Triton that the kernels have been tested on."""
+    return _version_of_triton() >= _OLDEST_TRITON
+
+
+@cache
+def _version_of_triton() -> tuple[int, ...]:
     try:
         triton = importlib.import_module("triton")
     except ImportError:
-        return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
+        return ()
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def blocks_of(num_rows: int) -> tuple[int, int]:
@@ -50,13 +60,46 @@ def blocks_of(num_rows: int) -> tuple[int, int]:
     return block, ceil(num_rows, block)
 
 
+def expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`Tensor.expand`, which takes its time, where it is needed."""
+    return values if values.shape == shape else values.expand(shape)
+
+
 def ceil(number: int, step: int) -> int:
     return -(-number // step)
 
 
-def launch(name: str, grid: tuple[int, int], *arguments: object, **constants: Any) -> None:
-    """Launch a kernel; with fused multiply-adds, whatever the default of this Triton is."""
-    getattr(_kernels(name), name)[grid](*arguments, **constants, enable_fp_fusion=True)
+def launch(name: str, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of the first argument, a tensor.
+
+    With fused multiply-adds, whatever the default of this Triton is. What Triton finds out for each
+    launch takes as long as all else in it, so that what it compiled is called again by itself.
+    """
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return launch(name, grid, *arguments, **constants)
+    kind = (name, device, *constants.items(), *map(specialized, arguments))
+    known = _COMPILED.get(kind)
+    if known is not None:
+        compiled, values = known
+        compiled[grid[0], grid[1], 1](*arguments, *values)
+        return None
+    kernel = getattr(_kernels(name), name)
+    compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+    if compiled is not None and _version_of_triton() >= _OLDEST_DIRECT:  # not interpreted
+        names = kernel.arg_names[len(arguments) :]
+        _COMPILED[kind] = compiled, [constants[name] for name in names]
+    return None
+
+
+def specialized(argument: Tensor | int) -> object:
+    """What of an argument a kernel is compiled for, or more."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if argument < 2:
+        return argument
+    return argument % 16 == 0, argument < 1 << 31
 
 
 def launch_through(name: str, layout: Layout, *arguments: object, **constants: Any) -> None:

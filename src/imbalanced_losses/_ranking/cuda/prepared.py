@@ -14,7 +14,13 @@ from torch import Tensor
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
 from imbalanced_losses._ranking.canonical import InUnits, compute_dtype, smallest
 from imbalanced_losses._ranking.cuda.facts import value_in_units
-from imbalanced_losses._ranking.cuda.launches import MOST_UNREAD, blocks_of, has_kernels, launch
+from imbalanced_losses._ranking.cuda.launches import (
+    MOST_UNREAD,
+    blocks_of,
+    expanded,
+    has_kernels,
+    launch,
+)
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows
 
 if TYPE_CHECKING:
@@ -74,10 +80,9 @@ class Prepared:
         self.segments: tuple[Tensor, ...] = ()
         if layout.lengths is not None and layout.problem is not None and layout.ends is not None:
             self.segments = layout.problem, layout.lengths, layout.ends
-        scores = scores.expand(shape)
-        weights = problems.given_weights
+        scores, weights = expanded(scores, shape), problems.given_weights
         is_weighted = weights is not None
-        weights = scores if weights is None else weights.detach().expand(shape)
+        weights = scores if weights is None else expanded(weights.detach(), shape)
         tau = problems.temperature
         by_problem, bits = scores, 0
         if isinstance(tau, Tensor):
@@ -87,12 +92,15 @@ class Prepared:
             tau = max(tau, smallest(dtype))
             (bits,) = struct.unpack("q", struct.pack("d", tau))
         block, num_blocks = (_SEGMENT, 1) if self.segments else blocks_of(num_rows)
-        ready, sides, unit_weights = torch.empty(3, *shape, dtype=dtype, device=device)
+        ready = torch.empty(shape, dtype=dtype, device=device)
+        sides = torch.empty_like(ready)  # each by itself: views take as long, and are not aligned
+        unit_weights = torch.empty_like(ready) if is_weighted else ready
         self.order = torch.empty(shape, dtype=torch.int32, device=device)
         self.numbers = self.order.new_empty(2, num_problems)
         self.valid = torch.empty(num_problems, dtype=torch.bool, device=device)
-        masses = ready.new_empty(3, num_problems, num_blocks)
-        self.rates, units = ready.new_empty(2, num_problems)
+        masses = ready.new_empty(3, num_problems, *[num_blocks] * (num_blocks > 1))
+        self.rates = ready.new_empty(num_problems)
+        units = torch.empty_like(self.rates) if is_weighted else self.rates
         labels = is_positive.view(torch.uint8)
         strides = (*labels.stride(), *weights.stride())
         options: dict[str, Any] = {
@@ -133,7 +141,7 @@ class Prepared:
                 num_warps=8,
                 **options,
             )
-        self.masses = masses[..., 0] if num_blocks == 1 else masses.sum(2)
+        self.masses = masses if num_blocks == 1 else masses.sum(2)
         own = InUnits(unit_weights, units, None) if is_weighted else InUnits(None, None, None)
         self.given = Canonical(
             *(ready, False, is_positive, own.weights, tau, problems.num_live, None),
@@ -220,7 +228,7 @@ class PreparedQueries:
             )
             return totals
         block, num_blocks = blocks_of(num_rows)
-        totals = values.new_empty(num_problems, num_blocks)
+        totals = values.new_empty(num_problems, *[num_blocks] * (num_blocks > 1))
         launch(
             "weighted_totals",
             (num_blocks, num_problems),
@@ -228,4 +236,4 @@ class PreparedQueries:
             BLOCK=block,
             **options,
         )
-        return totals[:, 0] if num_blocks == 1 else totals.sum(1)
+        return totals if num_blocks == 1 else totals.sum(1)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.canonical import smallest
 from imbalanced_losses._ranking.choose import choose_fused
-from imbalanced_losses._ranking.cuda.launches import ceil, launch
+from imbalanced_losses._ranking.cuda.launches import ceil, expanded, launch
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Rows, SlopesOf
 
@@ -56,8 +56,9 @@ def fused_plan(
     if backend == "auto":
         num_problems, num_rows = given.scores.shape
         backend = choose_fused(num_problems, num_rows)
-        if backend == "dense" and _is_for_a_graph(kind):
-            backend = choose_fused(num_problems, num_rows, is_captured=True)
+        in_graph = choose_fused(num_problems, num_rows, is_captured=True)
+        if backend != in_graph and _is_for_a_graph(kind):
+            backend = in_graph
     if backend != "panel":
         return FusedDense(given, queries, among)
     _LOADED.add(kind)
@@ -98,7 +99,7 @@ class _FusedRanks:
         by: dict[str, Tensor] = {}
         for rows, slope in zip(self.among, slopes_of(ranks, slice(None)), strict=True):
             by[rows] = by[rows] + slope if rows in by else slope
-        slopes = [by[r].expand(scores.shape).contiguous() if r in by else scores for r in ROWS]
+        slopes = [expanded(by[r], scores.shape).contiguous() if r in by else scores for r in ROWS]
         gradient = torch.empty_like(scores)
         options: dict[str, Any] = {rows.upper(): rows in by for rows in ROWS}
         options |= {"QUERIES": self.queries.rows, "WEIGHS": self.queries.weighs_slopes}

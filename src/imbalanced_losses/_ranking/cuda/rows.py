@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from imbalanced_losses._checks import arguments as _checks
 from imbalanced_losses._checks.tracing import is_traced, is_transformed
-from imbalanced_losses._ranking.cuda.launches import blocks_of, ceil, has_kernels, launch
+from imbalanced_losses._ranking.cuda.launches import (
+    blocks_of,
+    ceil,
+    expanded,
+    has_kernels,
+    launch,
+)
 
 # Rows and columns that one program stores, at most.
 _STORED = 32
@@ -59,31 +67,82 @@ def _are_good(
 
 
 def labelled(
-    targets: Tensor, weights: Tensor | None, num_classes: int, ignore_index: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Which rows are positive [C, M] bool, and their weights [C, M], 0 where ignored.
+    targets: Tensor,
+    weights: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    like: Tensor,
+    is_graded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Which rows are positive [C, M] bool, their weights [C, M], 0 where ignored, and gains.
 
     Args:
-        targets: [1 or C, M], of each row its class or of each label whether it is positive.
+        targets: [1 or C, M], of each row its class or of each label whether it is positive; or
+            grades, of which `gain_of` says what they are worth.
         weights: as targets; None = 1 everywhere.
         like: of the dtype of the weights.
     """
     num_labels, num_rows = targets.shape
     is_positive = torch.empty(num_classes, num_rows, dtype=torch.bool, device=like.device)
     own = like.new_empty(num_labels, num_rows)
+    gains = torch.empty_like(own) if is_graded else own
     block, num_blocks = blocks_of(num_rows)
     given = targets if weights is None else weights
     launch(
         "label_rows",
         (num_blocks, num_classes),
-        *(targets, given, is_positive.view(torch.uint8), own),
+        *(targets, given, is_positive.view(torch.uint8), own, gains),
         *(*targets.stride(), *given.stride(), ignore_index, num_rows),
         WEIGHTED=weights is not None,
         BY_CLASS=num_classes > 1 and num_labels == 1,
         BY_LABEL=num_labels > 1,
+        GRADED=is_graded,
         BLOCK=block,
     )
-    return is_positive, own.expand(num_classes, -1)
+    return is_positive, expanded(own, is_positive.shape), gains if is_graded else None
+
+
+def mean_where(values: Tensor, counts: Tensor, is_mean: bool) -> tuple[Tensor, Tensor]:
+    """`_rows.reduce.mean_where`."""
+    found: tuple[Tensor, Tensor] = _MeanWhere.apply(values, counts, is_mean)
+    return found
+
+
+class _MeanWhere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: Tensor, is_mean: bool) -> tuple[Tensor, Tensor]:
+        shape, num_columns = values.shape[:-1], values.shape[-1]
+        counts = counts.contiguous()
+        means, divisors = values.new_empty(shape), values.new_empty(shape)
+        is_any = torch.empty(shape, dtype=torch.bool, device=values.device)
+        launch(
+            "whole_mean",
+            (means.numel(), 1),
+            *(values.contiguous(), counts.view(torch.uint8), means, is_any.view(torch.uint8)),
+            *(divisors, num_columns),
+            DIVIDED=is_mean,
+            BLOCK=blocks_of(num_columns)[0],
+        )
+        ctx.save_for_backward(counts, divisors)
+        ctx.mark_non_differentiable(is_any)
+        ctx.set_materialize_grads(False)
+        return means, is_any
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        counts, divisors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.where(counts, (grads[0] / divisors)[..., None], 0), None, None
+        gradient, slopes = grads[0].reshape(-1), divisors.new_empty(counts.shape)
+        block, num_blocks = blocks_of(counts.shape[-1])
+        launch(
+            "whole_mean_slopes",
+            (divisors.numel(), num_blocks),
+            *(gradient, counts.view(torch.uint8), divisors, slopes),
+            *(gradient.stride(0), counts.shape[-1]),
+            BLOCK=block,
+        )
+        return slopes, None, None
 
 
 def push(
@@ -134,4 +193,4 @@ def push(
 
 
 def _wide(field: Tensor) -> Tensor:
-    return field[:, None] if field.dim() == 1 else field
+    return field.unsqueeze(1) if field.dim() == 1 else field

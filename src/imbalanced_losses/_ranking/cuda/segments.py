@@ -178,7 +178,7 @@ def segment_ranks(
             slope = tl.where(source[None, :] != row[:, None], slope, 0.0)
             slope_of_negatives += tl.sum(slope * negative_weight, 1).to(tl.float64)
             slope_of_positives += tl.sum(slope * positive_weight, 1).to(tl.float64)
-    size = num_rows.to(tl.int64)
+    size = tl.program_id(0).to(tl.int64) * 0 + num_rows  # one row is a constant
     _store_ranks(
         ranks, sides, row, inside, is_query, among_negatives, among_positives,
         size, ALL, POSITIVES, NEGATIVES, SMALLEST,
@@ -261,7 +261,7 @@ def segment_slopes(
         by_all, by_positives, by_negatives, side, source, is_query,
         ALL, POSITIVES, NEGATIVES, WEIGHS,
     )  # fmt: skip
-    size = num_rows.to(tl.int64)
+    size = tl.program_id(0).to(tl.int64) * 0 + num_rows  # one row is a constant
     of_negatives = tl.load(sums + source, mask=is_query, other=0.0)
     of_positives = tl.load(sums + size + source, mask=is_query, other=0.0)
     slope -= of_negatives * to_negative + of_positives * to_positive

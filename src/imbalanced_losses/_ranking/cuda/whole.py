@@ -324,7 +324,7 @@ def whole_ideal(
     BQ: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """g / log₂(1 + place), place being the weight of rows with more gain, and its own.
+    """g / log(1 + place), place being the weight of rows with more gain, and its own.
 
     The lighter first among equals. With a budget of rows within it, and of the first.
     """
@@ -361,5 +361,54 @@ def whole_ideal(
         if LIMITED:
             budget = tl.load(budgets + problem).to(tl.float64)
             counts = counts & ((place <= budget + 0.5 * weight) | (before == 0))
-        term = gain * 0.6931471805599453 / tl.where(counts, log, 1.0)
+        term = gain / tl.where(counts, log, 1.0)
         tl.store(terms + own, tl.where(counts, term, 0.0), mask=own < end)
+
+
+@triton.jit
+def whole_mean(
+    values,  # [R, K]
+    counts,  # [R, K] uint8
+    means,  # [R]: of the values that count, or their sum; 0 where none does
+    is_any,  # [R] uint8
+    divisors,  # [R]
+    num_columns,
+    DIVIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`reduce.mean_where`."""
+    row = tl.program_id(0).to(tl.int64)
+    sums = tl.zeros([BLOCK], dtype=tl.float64)
+    numbers = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        place = row * num_columns + column
+        is_counted = tl.load(counts + place, mask=inside, other=0) != 0
+        sums += tl.load(values + place, mask=is_counted, other=0.0).to(tl.float64)
+        numbers += is_counted.to(tl.int32)
+    number = tl.sum(numbers, 0)
+    divisor = tl.where(DIVIDED & (number > 1), number, 1).to(tl.float64)
+    tl.store(means + row, _narrowed(tl.sum(sums, 0) / divisor, means))
+    tl.store(is_any + row, (number > 0).to(tl.uint8))
+    tl.store(divisors + row, _narrowed(divisor, divisors))
+
+
+@triton.jit
+def whole_mean_slopes(
+    gradients,  # [R]
+    counts,  # [R, K] uint8
+    divisors,  # [R]
+    slopes,  # [R, K]
+    gradient_stride,
+    num_columns,
+    BLOCK: tl.constexpr,
+):
+    """A block of a row of the gradient by the values."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < num_columns
+    place = row * num_columns + column
+    is_counted = tl.load(counts + place, mask=inside, other=0) != 0
+    slope = tl.load(gradients + row * gradient_stride) / tl.load(divisors + row)
+    tl.store(slopes + place, tl.where(is_counted, slope, 0.0), mask=inside)
