@@ -191,13 +191,17 @@ def test_operators_are_registered_as_they_should_be(
     weights = torch.rand(3, 30, generator=seeded(2), dtype=dtype)
     tau = torch.tensor([0.1, 0.2, 0.3], dtype=dtype).requires_grad_()
     value = torch.rand(3, 30, generator=seeded(3), dtype=dtype)
-    sets = (queries, among, backend, False, (queries, among) == ("negatives", "positives"))
-    fixed = (scores, is_positive, None, None, value, None, 0.1, False, 20, *sets)
-    by_problem = (scores, is_positive, tau, weights, value, None, 0.0, True, 30, *sets)
+    asked = (queries, among, (queries, among) == ("negatives", "positives"))
+    fixed = (scores, is_positive, None, None, value, None, 0.1, False, 20, backend, False)
+    by_problem = (scores, is_positive, tau, weights, value, None, 0.0, True, 30, backend, False)
     without = (scores.detach(), *fixed[1:])
     rows = [one.reshape(1, 90) for one in (scores, is_positive)]
-    ragged = (*rows, tau, None, None, torch.tensor([20, 0, 70]), 0.0, True, 90, *sets)
-    for arguments in (fixed, by_problem, without, ragged):
+    ragged = (*rows, tau, None, None, torch.tensor([20, 0, 70]), 0.0, True, 90, backend, False)
+    for problems in (fixed, by_problem, without, ragged):
+        is_moved = problems is not without
+        known = (*problems, "mean precision", is_moved)
+        torch.library.opcheck(OPERATORS.ranked_sum.default, known)
+        arguments = (*problems, *asked)
         torch.library.opcheck(OPERATORS.soft_ranks.default, arguments)
         constants = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
         ranks = OPERATORS.soft_ranks(*constants)

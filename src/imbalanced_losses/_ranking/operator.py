@@ -1,6 +1,8 @@
-"""Soft ranks as two operators, which compilers take as a whole: their values steer what they do.
+"""Soft ranks as operators, which compilers take as a whole: their values steer what they do.
 
-What a metric makes of the ranks is traced as the plain code that it is. Differentiable once.
+What a metric makes of the ranks is traced as the plain code that it is, and ranks are computed once
+for it and once for its gradient; unless it is known beforehand and takes no tensors from elsewhere:
+it is then part of an operator that does what eager code does. Differentiable once.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from imbalanced_losses._ranking.plan import Listed, Rows
 
 if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
+    from imbalanced_losses._ranking.ranked_sum import Asked
 
 _PROBLEMS = (
     "Tensor scores, Tensor is_positive, Tensor? temperatures, Tensor? weights, Tensor? value, "
-    "Tensor? lengths, float temperature, bool moves_temperature, SymInt num_live, str queries, "
-    "str among, str backend, bool is_graded, bool by_value"
+    "Tensor? lengths, float temperature, bool moves_temperature, SymInt num_live, str backend, "
+    "bool is_graded"
 )
 
 
@@ -30,6 +33,23 @@ def traced_ranks(
     problems: Problems, queries: Rows, among: tuple[Rows, ...], by_value: bool
 ) -> tuple[Tensor, ...]:
     """K ranks [C, M], 1 where a row is no query."""
+    given = _arguments(problems, problems.weights, problems.value)
+    ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
+        *given, queries, ",".join(among), by_value
+    )
+    return ranks.unbind()
+
+
+def traced_sum(problems: Problems, asked: Asked) -> Tensor:
+    """`ranked_sum` of something that is known by a name."""
+    given = _arguments(problems, problems.given_weights, problems.given_value)
+    is_moved = (given[0].requires_grad or given[7]) and torch.is_grad_enabled()
+    found: Tensor = torch.ops.imbalanced_losses.ranked_sum(*given, asked.name, is_moved)[0]
+    return found.view(()) if problems.scores.dim() == 1 else found
+
+
+def _arguments(problems: Problems, weights: Tensor | None, value: Tensor | None) -> tuple[Any, ...]:
+    """Those of `_PROBLEMS`."""
     scores, temperature = problems.scores, problems.temperature
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
     fixed, by_problem, moves_temperature = 0.0, None, False
@@ -39,36 +59,39 @@ def traced_ranks(
     else:
         fixed = temperature
     num_live = rows.shape[1] if moves_temperature else problems.num_live
-    ranks: Tensor = torch.ops.imbalanced_losses.soft_ranks(
-        *(rows, problems.is_positive, by_problem, problems.weights, problems.value),
-        *(problems.layout.lengths, fixed, moves_temperature, num_live, queries),
-        *(",".join(among), problems.backend, problems.is_graded, by_value),
+    return (
+        *(rows, problems.is_positive, by_problem, weights, value, problems.layout.lengths),
+        *(fixed, moves_temperature, num_live, problems.backend, problems.is_graded),
     )
-    return ranks.unbind()
 
 
-class _Asked:
-    """The arguments of the operators as problems, and the plan for them."""
+def _problems_of(scores: Tensor, is_positive: Tensor, *rest: Any) -> Problems:
+    from imbalanced_losses._ranking.problems import Problems
 
-    def __init__(self, scores: Tensor, is_positive: Tensor, *rest: Any) -> None:
-        from imbalanced_losses._ranking.problems import Problems
+    temperatures, weights, value, lengths, temperature, _, num_live, backend, is_graded = rest
+    return Problems(
+        scores,
+        temperature if temperatures is None else temperatures,
+        is_positive,
+        weights,
+        value=value,
+        is_graded=is_graded,
+        layout=Layout(is_positive.shape, lengths),
+        num_live=num_live,
+        backend=backend,
+    )
 
-        temperatures, weights, value, lengths, temperature, _, num_live, *names = rest
-        queries, among, backend, is_graded, by_value = names
-        problems = Problems(
-            scores,
-            temperature if temperatures is None else temperatures,
-            is_positive,
-            weights,
-            value=value,
-            is_graded=is_graded,
-            layout=Layout(is_positive.shape, lengths),
-            num_live=num_live,
-        )
+
+class _AskedRanks:
+    """The arguments of `soft_ranks` as problems, and the plan for them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        *own, queries, among, by_value = arguments
+        problems = _problems_of(*own)
         self.given = problems.by_value(problems.canonical()) if by_value else problems.canonical()
         self.queries = problems.queries(queries)
         sets = cast("tuple[Rows, ...]", tuple(among.split(",")))
-        self.plan = rank_plan(self.given, self.queries, sets, backend)
+        self.plan = rank_plan(self.given, self.queries, sets, problems.backend)
 
     def spread(self, ranks: tuple[Tensor, ...]) -> Tensor:
         """[K, C, M], 1 where a row is no query."""
@@ -80,14 +103,14 @@ class _Asked:
 
 
 def _soft_ranks(scores: Tensor, *rest: Any) -> Tensor:
-    asked = _Asked(scores, *rest)
+    asked = _AskedRanks(scores, *rest)
     return asked.spread(asked.plan.ranks())
 
 
 def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from imbalanced_losses._ranking.ranked_sum import gradient_of
 
-    asked = _Asked(scores, *rest)
+    asked = _AskedRanks(scores, *rest)
     queries = asked.queries
     if isinstance(queries, Listed):
         at_queries = grad.flatten(1)[:, queries.places(scores.shape)]  # [K, Q]
@@ -104,20 +127,21 @@ def _gradient(grad: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
     return by_scores, by_temperature
 
 
+_RANKS = f"{_PROBLEMS}, str queries, str among, bool by_value"
 _ranks_operator = torch.library.custom_op(
-    "imbalanced_losses::soft_ranks", _soft_ranks, mutates_args=(), schema=f"({_PROBLEMS}) -> Tensor"
+    "imbalanced_losses::soft_ranks", _soft_ranks, mutates_args=(), schema=f"({_RANKS}) -> Tensor"
 )
 _gradient_operator = torch.library.custom_op(
     "imbalanced_losses::soft_ranks_gradient",
     _gradient,
     mutates_args=(),
-    schema=f"(Tensor grad, {_PROBLEMS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor grad, {_RANKS}) -> (Tensor, Tensor)",
 )
 
 
 @_ranks_operator.register_fake
 def _shape_of_ranks(scores: Tensor, *rest: Any) -> Tensor:
-    among = rest[9]
+    among = rest[11]
     return scores.new_empty((among.count(",") + 1, *scores.shape), dtype=compute_dtype(scores))
 
 
@@ -143,3 +167,54 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _ranks_operator.register_autograd(_backward, setup_context=_remember)
+
+
+def _ranked_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from imbalanced_losses._ranking.ranked_sum import KNOWN, with_gradient
+
+    *own, name, is_moved = rest
+    problems, moves_temperature = _problems_of(scores, *own), own[6]
+    found, slopes, by_temperature = with_gradient(
+        problems, KNOWN[name], is_moved, is_moved and moves_temperature
+    )
+    slopes = scores.new_empty(0) if slopes is None else slopes.contiguous()
+    if by_temperature is None:
+        by_temperature = scores.new_empty(0, dtype=torch.float64)
+    return found, slopes, by_temperature
+
+
+_sum_operator = torch.library.custom_op(
+    "imbalanced_losses::ranked_sum",
+    _ranked_sum,
+    mutates_args=(),
+    schema=f"({_PROBLEMS}, str name, bool is_moved) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_sum_operator.register_fake
+def _shapes_of_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lengths, is_moved, dtype = rest[4], rest[-1], compute_dtype(scores)
+    num_problems = (scores if lengths is None else lengths).shape[0]
+    return (
+        scores.new_empty(num_problems, dtype=dtype),
+        scores.new_empty(scores.shape if is_moved else 0, dtype=dtype),
+        scores.new_empty(num_problems if is_moved and rest[6] else 0, dtype=torch.float64),
+    )
+
+
+def _remember_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, _, temperatures, _, _, lengths, _, ctx.moves_temperature, *_ = inputs
+    ctx.dtypes = scores.dtype, None if temperatures is None else temperatures.dtype
+    ctx.save_for_backward(*output[1:], lengths)
+
+
+def _backward_sum(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    slopes, by_temperature, lengths = ctx.saved_tensors
+    by_scores = Layout(slopes.shape, lengths).for_rows(grads[0]) * slopes
+    by_temperatures = grads[0] * by_temperature if ctx.moves_temperature else None
+    if by_temperatures is not None:
+        by_temperatures = by_temperatures.to(ctx.dtypes[1])
+    return by_scores.to(ctx.dtypes[0]), None, by_temperatures, *[None] * 10
+
+
+_sum_operator.register_autograd(_backward_sum, setup_context=_remember_sum)

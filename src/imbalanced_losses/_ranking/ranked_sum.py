@@ -14,7 +14,7 @@ from imbalanced_losses._ranking.backends import rank_plan, sums_of_queries
 from imbalanced_losses._ranking.canonical import canonical, smallest
 from imbalanced_losses._ranking.cuda import facts
 from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
-from imbalanced_losses._ranking.operator import traced_ranks
+from imbalanced_losses._ranking.operator import traced_ranks, traced_sum
 from imbalanced_losses._ranking.plan import ROWS, Canonical, Queries, Rows, half_of
 from imbalanced_losses._ranking.ranks import Ranks
 
@@ -37,12 +37,18 @@ def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
         return found
     if problems.processes is not None:
         raise RuntimeError(_ONLY_ALONE)
+    if problems.is_traced and asked.name:
+        return traced_sum(problems, asked)
     if problems.is_traced:
         queries = problems.queries(asked.queries)
         ranks = traced_ranks(problems, asked.queries, asked.among, asked.by_value)
         return asked.found(problems, asked.clamped(ranks, queries), queries)
     _refuse_batches(problems)
     return _differentiable(problems, asked)
+
+
+# What compilers need not look into, by name.
+KNOWN: dict[str, Asked] = {}
 
 
 class Share(NamedTuple):
@@ -64,6 +70,7 @@ class Asked:
         is_mean: bool = False,
         by_value: bool = False,
         share: Share | None = None,
+        name: str = "",
     ) -> None:
         _checks.choice("queries", queries, ROWS)
         if not isinstance(among, tuple):
@@ -79,6 +86,9 @@ class Asked:
         self.is_mean = is_mean  # by value, of the queries, which are the positives then
         self.by_value = by_value  # of the positives that queries are ranked among
         self.share = share  # of the queries in an average
+        self.name = name  # if it takes no tensors from elsewhere
+        if name:
+            KNOWN[name] = self
 
     def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
         """What was asked for [C], over all processes."""
@@ -216,36 +226,18 @@ class _RankedSum(torch.autograd.Function):
     def forward(
         ctx: Any, scores: Tensor, temperature: float | Tensor, problems: Problems, asked: Asked
     ) -> Tensor:
-        given, queries = problems.canonical(), problems.queries(asked.queries)
-        if asked.by_value:
-            given = problems.by_value(given)
-        per = problems.mass_of_positives() if asked.is_mean else 1
-        if isinstance(queries, PreparedQueries) and isinstance(per, Tensor):
-            queries, per = queries.per(per), 1
-        everywhere = given.processes is not None and given.processes.is_differentiated
+        processes = problems.processes
+        everywhere = processes is not None and processes.is_differentiated
         is_moved = everywhere or any(ctx.needs_input_grad)
         is_tensor = isinstance(temperature, Tensor)
         moves_temperature = is_tensor and (everywhere or ctx.needs_input_grad[1])
-        if moves_temperature:  # what τ changes is told from the slopes of all rows
-            given = given._replace(num_live=given.scores.shape[1])
-        plan = rank_plan(given, queries, asked.among, problems.backend)
-        found: Tensor | None = None
-        if not is_moved:
-            ranks = plan.ranks()
-        else:
-            slopes_of = _SlopesOf(asked, problems, queries, plan.is_whole)
-            if asked.share is not None and not plan.is_whole:
-                slopes_of.average(plan.ranks())
-            ranks, slopes = plan.ranks_and_gradient(slopes_of)
-            found = slopes_of.found
-            slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
-            ctx.again, ctx.asked, ctx.layout = problems.again, asked, given.layout
-            ctx.is_shared = given.processes is not None
+        found, slopes, by_temperature = with_gradient(problems, asked, is_moved, moves_temperature)
+        if slopes is not None:
+            ctx.again, ctx.asked, ctx.layout = problems.again, asked, problems.layout
+            ctx.is_shared = processes is not None
             ctx.fixed_temperature = None if is_tensor else temperature
             of_temperature = (temperature, by_temperature) if is_tensor else ()
             ctx.save_for_backward(scores, slopes.view(scores.shape), *of_temperature)
-        if found is None:
-            found = asked.found(problems, asked.clamped(ranks, queries), queries)
         return found.view(()) if scores.dim() == 1 else found
 
     @staticmethod
@@ -262,6 +254,34 @@ class _RankedSum(torch.autograd.Function):
             by_temperature = by_temperature.to(temperature.dtype)
         by_scores = (grads[0] if scores.dim() == 1 else ctx.layout.for_rows(grads[0])) * slopes
         return by_scores.to(scores.dtype), by_temperature, None, None
+
+
+def with_gradient(
+    problems: Problems, asked: Asked, is_moved: bool, moves_temperature: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What was asked for [C], and where it moves its gradient by the scores [C, M] and by τ [C]."""
+    given, queries = problems.canonical(), problems.queries(asked.queries)
+    if asked.by_value:
+        given = problems.by_value(given)
+    per = problems.mass_of_positives() if asked.is_mean else 1
+    if isinstance(queries, PreparedQueries) and isinstance(per, Tensor):
+        queries, per = queries.per(per), 1
+    if moves_temperature:  # what τ changes is told from the slopes of all rows
+        given = given._replace(num_live=given.scores.shape[1])
+    plan = rank_plan(given, queries, asked.among, problems.backend)
+    found = slopes = by_temperature = None
+    if not is_moved:
+        ranks = plan.ranks()
+    else:
+        slopes_of = _SlopesOf(asked, problems, queries, plan.is_whole)
+        if asked.share is not None and not plan.is_whole:
+            slopes_of.average(plan.ranks())
+        ranks, slopes = plan.ranks_and_gradient(slopes_of)
+        found = slopes_of.found
+        slopes, by_temperature = gradient_of(given, slopes, moves_temperature, per)
+    if found is None:
+        found = asked.found(problems, asked.clamped(ranks, queries), queries)
+    return found, slopes, by_temperature
 
 
 def gradient_of(
