@@ -199,8 +199,10 @@ def test_operators_are_registered_as_they_should_be(
     ragged = (*rows, tau, None, None, torch.tensor([20, 0, 70]), 0.0, True, 90, backend, False)
     for problems in (fixed, by_problem, without, ragged):
         is_moved = problems is not without
-        known = (*problems, "mean precision", is_moved)
-        torch.library.opcheck(OPERATORS.ranked_sum.default, known)
+        number = torch.tensor([3.0, 4.0, 5.0], dtype=dtype)
+        for known in ("mean precision", []), ("held among all", [number, number / 4]):
+            known_sum = (*problems, *known, is_moved)
+            torch.library.opcheck(OPERATORS.ranked_sum.default, known_sum)
         arguments = (*problems, *asked)
         torch.library.opcheck(OPERATORS.soft_ranks.default, arguments)
         constants = [a.detach() if isinstance(a, Tensor) else a for a in arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.plan import Rows
 from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranked_sum import Asked, known, ranked_sum
 from imbalanced_losses._ranking.ranks import Ranks
 
 
@@ -52,4 +54,18 @@ def of_negatives(problems: Problems, max_fpr: float, softness: float) -> Budget:
 
 def recall(problems: Problems, budget: Budget) -> Tensor:
     """The share of positives, by value, that a budget holds: [C] in [0, 1], 0 where not valid."""
-    return problems.ranked_mean(budget.holds, among=(budget.rows,))
+    held = _HELD[budget.rows, budget.counts_itself]
+    return ranked_sum(problems, held(budget.number, budget.width))
+
+
+def _held(rows: Rows, counts_itself: bool) -> Callable[..., Asked]:
+    def worth(ranks: Ranks, number: Tensor, width: Tensor) -> Tensor:
+        return Budget(rows, number, width, counts_itself).holds(ranks)
+
+    def slopes(ranks: Ranks, held: Tensor, number: Tensor, width: Tensor) -> tuple[Tensor]:
+        return ((held - 1) * held / ranks.of_problem(width),)
+
+    return known(f"held among {rows}", worth, slopes, (rows,))
+
+
+_HELD = {kind: _held(*kind) for kind in (("all", True), ("negatives", False))}

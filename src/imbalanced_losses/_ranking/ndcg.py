@@ -12,19 +12,45 @@ from imbalanced_losses._ranking.cuda.prepared import PreparedQueries
 from imbalanced_losses._ranking.panels.line import _cumulated
 from imbalanced_losses._ranking.plan import Listed, Masked
 from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranked_sum import known, ranked_sum
 from imbalanced_losses._ranking.ranks import Ranks
 
 
 def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
     """Σ ω g / log(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0."""
     unit = problems.unit
+    if budget is None:
+        gains = ranked_sum(problems, _discounted(unit))
+    else:
+        gains = ranked_sum(problems, _discounted_within(unit, budget.number, budget.width))
+    return gains / _ideal(problems, unit, budget)
 
-    def discounted(ranks: Ranks) -> Tensor:
-        rank = ranks.among("all") * ranks.of_problem(unit)
-        discount = torch.log1p(rank).reciprocal()
-        return discount if budget is None else discount * budget.holds(ranks)
 
-    return problems.ranked_mean(discounted) / _ideal(problems, unit, budget)
+def _discount(ranks: Ranks, unit: Tensor) -> Tensor:
+    return torch.log1p(ranks.among("all") * ranks.of_problem(unit)).reciprocal()
+
+
+def _slopes(ranks: Ranks, discount: Tensor, unit: Tensor) -> tuple[Tensor]:
+    own = ranks.of_problem(unit)
+    return (discount.square() / (ranks.among("all") * own + 1) * -own,)
+
+
+def _discount_within(ranks: Ranks, unit: Tensor, number: Tensor, width: Tensor) -> Tensor:
+    return _discount(ranks, unit) * Budget("all", number, width).holds(ranks)
+
+
+def _slopes_within(
+    ranks: Ranks, worth: Tensor, unit: Tensor, number: Tensor, width: Tensor
+) -> tuple[Tensor]:
+    own = ranks.of_problem(unit)
+    rank = ranks.among("all") * own
+    log = torch.log1p(rank)
+    beyond = (worth * log - 1) / ranks.of_problem(width)
+    return (worth * (beyond - own / (log * (rank + 1))),)
+
+
+_discounted = known("discounted", _discount, _slopes)
+_discounted_within = known("discounted within a budget", _discount_within, _slopes_within)
 
 
 def _ideal(problems: Problems, unit: Tensor, budget: Budget | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Soft ranks as operators, which compilers take as a whole: their values steer what they do.
 
 What a metric makes of the ranks is traced as the plain code that it is, and ranks are computed once
-for it and once for its gradient; unless it is known beforehand and takes no tensors from elsewhere:
-it is then part of an operator that does what eager code does. Differentiable once.
+for it and once for its gradient. A metric that is known beforehand is part of an operator that does
+what eager code does. Differentiable once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def traced_sum(problems: Problems, asked: Asked) -> Tensor:
     """`ranked_sum` of something that is known by a name."""
     given = _arguments(problems, problems.given_weights, problems.given_value)
     is_moved = (given[0].requires_grad or given[7]) and torch.is_grad_enabled()
-    found: Tensor = torch.ops.imbalanced_losses.ranked_sum(*given, asked.name, is_moved)[0]
+    constants = [constant.detach() for constant in asked.constants]
+    found: Tensor = torch.ops.imbalanced_losses.ranked_sum(*given, asked.name, constants, is_moved)[
+        0
+    ]
     return found.view(()) if problems.scores.dim() == 1 else found
 
 
@@ -172,10 +175,10 @@ _ranks_operator.register_autograd(_backward, setup_context=_remember)
 def _ranked_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     from imbalanced_losses._ranking.ranked_sum import KNOWN, with_gradient
 
-    *own, name, is_moved = rest
+    *own, name, constants, is_moved = rest
     problems, moves_temperature = _problems_of(scores, *own), own[6]
     found, slopes, by_temperature = with_gradient(
-        problems, KNOWN[name], is_moved, is_moved and moves_temperature
+        problems, KNOWN[name](*constants), is_moved, is_moved and moves_temperature
     )
     slopes = scores.new_empty(0) if slopes is None else slopes.contiguous()
     if by_temperature is None:
@@ -183,11 +186,12 @@ def _ranked_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return found, slopes, by_temperature
 
 
+_SUM = f"{_PROBLEMS}, str name, Tensor[] constants, bool is_moved"
 _sum_operator = torch.library.custom_op(
     "imbalanced_losses::ranked_sum",
     _ranked_sum,
     mutates_args=(),
-    schema=f"({_PROBLEMS}, str name, bool is_moved) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_SUM}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -203,7 +207,8 @@ def _shapes_of_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _remember_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scores, _, temperatures, _, _, lengths, _, ctx.moves_temperature, *_ = inputs
+    scores, _, temperatures, _, _, lengths, _, ctx.moves_temperature, *_, constants, _ = inputs
+    ctx.no_constants = [None] * len(constants)
     ctx.dtypes = scores.dtype, None if temperatures is None else temperatures.dtype
     ctx.save_for_backward(*output[1:], lengths)
 
@@ -214,7 +219,8 @@ def _backward_sum(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     by_temperatures = grads[0] * by_temperature if ctx.moves_temperature else None
     if by_temperatures is not None:
         by_temperatures = by_temperatures.to(ctx.dtypes[1])
-    return by_scores.to(ctx.dtypes[0]), None, by_temperatures, *[None] * 10
+    rest = *[None] * 9, ctx.no_constants, None
+    return by_scores.to(ctx.dtypes[0]), None, by_temperatures, *rest
 
 
 _sum_operator.register_autograd(_backward_sum, setup_context=_remember_sum)

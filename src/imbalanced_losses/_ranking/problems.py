@@ -169,8 +169,8 @@ class Problems:
                 torch arithmetic; tensors that it takes from elsewhere are constants.
             queries: the rows that are ranked.
             among: the sets of rows that they are ranked among.
-            slopes: `Ranks` -> ∂worth/∂rank for each set of `among`, in that order; None: taken by
-                autograd, which costs a fraction of a small step.
+            slopes: `Ranks` and their worth -> ∂worth/∂rank for each set of `among`, in that order;
+                None: taken by autograd, which costs a fraction of a small step.
             by_value: among positives each counts ω times its value. For queries="negatives", and
                 among sets without "all".
 

@@ -21,8 +21,8 @@ from imbalanced_losses._ranking.ranks import Ranks
 if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
 
-Worth = Callable[[Ranks], Tensor]
-Slopes = Callable[[Ranks], tuple[Tensor, ...]]
+Worth = Callable[..., Tensor]  # of `Ranks`
+Slopes = Callable[..., tuple[Tensor, ...]]  # of `Ranks`, and of what these are worth
 
 _ONLY_ALONE = (
     'gather="sums" has first derivatives only, and no compiled form: for create_graph=True, '
@@ -47,8 +47,22 @@ def ranked_sum(problems: Problems, asked: Asked) -> Tensor:
     return _differentiable(problems, asked)
 
 
-# What compilers need not look into, by name.
-KNOWN: dict[str, Asked] = {}
+# What compilers need not look into, by name: from constants [C] to what is asked.
+KNOWN: dict[str, Callable[..., Asked]] = {}
+
+
+def known(
+    name: str, worth: Worth, slopes: Slopes, among: tuple[Rows, ...] = ("all",)
+) -> Callable[..., Asked]:
+    """A mean over positives whose worth takes constants [C] after the ranks, and none unseen."""
+
+    def asked(*constants: Tensor) -> Asked:
+        return Asked(
+            worth, "positives", among, slopes, is_mean=True, name=name, constants=constants
+        )
+
+    KNOWN[name] = asked
+    return asked
 
 
 class Share(NamedTuple):
@@ -71,6 +85,7 @@ class Asked:
         by_value: bool = False,
         share: Share | None = None,
         name: str = "",
+        constants: tuple[Tensor, ...] = (),
     ) -> None:
         _checks.choice("queries", queries, ROWS)
         if not isinstance(among, tuple):
@@ -86,9 +101,7 @@ class Asked:
         self.is_mean = is_mean  # by value, of the queries, which are the positives then
         self.by_value = by_value  # of the positives that queries are ranked among
         self.share = share  # of the queries in an average
-        self.name = name  # if it takes no tensors from elsewhere
-        if name:
-            KNOWN[name] = self
+        self.name, self.constants = name, constants  # of `known`
 
     def found(self, problems: Problems, ranks: tuple[Tensor, ...], queries: Queries) -> Tensor:
         """What was asked for [C], over all processes."""
@@ -112,7 +125,7 @@ class Asked:
         return counts * self.worth_of(ranks, queries), counts
 
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = None) -> Tensor:
-        worth = self.worth(Ranks(self.among, ranks, queries, index))
+        worth = self.worth(Ranks(self.among, ranks, queries, index), *self.constants)
         if worth.shape != ranks[0].shape:
             raise ValueError(
                 f"worth must give one number a query, {list(ranks[0].shape)}, got "
@@ -160,15 +173,15 @@ class _SlopesOf:
             return tuple(slope[index] for slope in self._of_average)
         ranks = asked.clamped(ranks, queries)
         factor = None if self.factor is None else self.factor[index]
-        if asked.slopes is not None:
-            slopes = asked.slopes(Ranks(asked.among, ranks, queries, index))
-            return slopes if factor is None else tuple(slope * factor for slope in slopes)
-        with torch.enable_grad():
-            leaves = _leaves(ranks)
+        with torch.set_grad_enabled(asked.slopes is None):
+            leaves = _leaves(ranks) if asked.slopes is None else ranks
             worth = asked.worth_of(leaves, queries, index)
         if self.is_whole:
             self.found = asked.sum_of(worth.detach(), self.problems, queries)
-        return _derivatives((worth,), leaves, (factor,))
+        if asked.slopes is None:
+            return _derivatives((worth,), leaves, (factor,))
+        slopes = asked.slopes(Ranks(asked.among, ranks, queries, index), worth, *asked.constants)
+        return slopes if factor is None else tuple(slope * factor for slope in slopes)
 
     def average(self, ranks: tuple[Tensor, ...]) -> None:
         """Find an average, and its derivatives by the ranks of all queries."""
