@@ -1,4 +1,4 @@
-"""Time of every metric and of other libraries' losses, and of ranks within groups.
+"""Time of every metric, also compiled, of other libraries' losses, and of ranks within groups.
 
     python -m benchmarks.speed.family
 
@@ -58,14 +58,17 @@ def rows(num_rows: int, share: float) -> tuple[Tensor, Tensor]:
     return scores.requires_grad_(), torch.rand(num_rows, generator=generator) < share
 
 
-def step(function: Callable[..., Any], num_rows: int, share: float, **own: Any) -> Step:
+def step(
+    function: Callable[..., Any], num_rows: int, share: float, compiled: bool = False, **own: Any
+) -> Step:
     """One forward and backward pass of a metric."""
     scores, is_positive = rows(num_rows, share)
     labels = is_positive.long() if function is functional.ndcg else is_positive
+    metric = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
     def run() -> None:
         scores.grad = None
-        function(scores, labels, **own)[0].sum().backward()
+        metric(scores, labels, **own)[0].sum().backward()
 
     return run
 
@@ -180,6 +183,14 @@ def main() -> None:
     for num_rows in SIZES:
         steps = {name: step(f, num_rows, 0.01, **own) for name, (f, own) in MEMBERS.items()}
         results += measured(steps, "members", num_rows)
+    for num_rows in SIZES[:3]:
+        for name, (function, own) in MEMBERS.items():
+            torch._dynamo.reset()
+            steps = {
+                name: step(function, num_rows, 0.01, **own),
+                f"{name}, compiled": step(function, num_rows, 0.01, compiled=True, **own),
+            }
+            results += measured(steps, "compiled", num_rows)
     for other, (peer, *_) in OTHERS.items():
         if _peers.is_there(peer):
             with ProcessPoolExecutor(1, get_context("spawn")) as process:

@@ -37,7 +37,8 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # A metric, and what it is a mean of.
-    Mutant("_ranking/average_precision.py", ".div_(among_all).neg_()", ".div_(among_all)", "table"),
+    Mutant("_ranking/average_precision.py", "(precision / among_all).neg_()",
+           "precision / among_all", "table"),
     Mutant("_ranking/plan.py", "else 0.5 * queries.weights", "else queries.weights", "table"),
     Mutant("_ranking/plan.py", "return half if member else 0.0", "return half", "table"),
     Mutant("_ranking/plan.py", 'None if queries == "all" else False', "False",
@@ -105,7 +106,7 @@ MUTANTS = [
     Mutant("_rows/queue.py", "self.is_grouped != is_grouped and", "False and", "groups"),
     Mutant("_rows/checkpoint.py", "or words[:1].ne(_checksum(words[1:]))", "", "checkpoint"),
     Mutant("_rows/subsample.py", "(1 - by_quota) * ", "", "subsample"),
-    Mutant("_rows/reduce.py", "valid.sum().clamp(min=1)", "len(valid)", "reduce ap_loss"),
+    Mutant("_rows/reduce.py", "counts.sum(-1).clamp(min=1)", "counts.shape[-1]", "reduce ap_loss"),
     Mutant("_rows/gather.py", 'group.size() if grad_reduce == "mean" else 1', "1", "worlds"),
     Mutant("_rows/gather.py", 'weights=any(header["weighted"] for header in headers)',
            "weights=batch.weights is not None", "worlds"),

@@ -242,18 +242,18 @@ LINEAR = {"label_rows", "prepare", "block_moments", "far_ranks", "slope_moments"
 SEGMENTS = {"label_rows", "segment_facts", "segment_ranks", "segment_slopes", "segment_totals"}
 # Kernels, copies and fills of a step, with values unchecked; one more with weights.
 MOST_LAUNCHES = {
-    "plain": 18,
-    "queue": 22,
-    "labels": 22,
+    "plain": 17,
+    "queue": 21,
+    "labels": 21,
     "recall": 26,
-    "recall at k": 32,
-    "recall at FPR": 32,
+    "recall at k": 31,
+    "recall at FPR": 31,
     "partial AUC": 47,
-    "NDCG": 50,
-    "spread": 56,
-    "prior": 23,
-    "values": 31,
-    "groups": 44,
+    "NDCG": 49,
+    "spread": 55,
+    "prior": 22,
+    "values": 30,
+    "groups": 43,
 }
 
 

@@ -77,8 +77,10 @@ class Pool(NamedTuple):
             pool.filled(weights=beside.weights is not None, value=beside.value is not None)
             for pool, beside in ((self, rows), (rows, self))
         ]
-        # Memory is laid out class by class, as the rows will be ranked.
-        logits = torch.cat([pool.logits.T for pool in pools], dim=1).T
+        if self.logits.shape[1] == 1:
+            logits = torch.cat([pool.logits for pool in pools])
+        else:  # memory is laid out class by class, as the rows will be ranked
+            logits = torch.cat([pool.logits.T for pool in pools], dim=1).T
         rest = zip(*(pool.fields()[1:] for pool in pools), strict=True)
         fields = [None if field[0] is None else torch.cat(field) for field in rest]
         num_constant = 0 if rows.logits.requires_grad else rows.targets.shape[0]

@@ -66,21 +66,21 @@ class MemoryQueue:
 
     def rows_beside(self, batch: Pool) -> Pool:
         """All slots as constants to rank with a batch, in its dtype; without values as it is."""
-        fields = [field.narrow(0, 0, self.size) for field in self._stored()]
-        if batch.logits.is_meta:
-            fields = [field.to("meta") for field in fields]
-        logits, targets, weights, value, group = fields
+        used = True, True, self.is_weighted, self.is_valued, batch.group is not None
+        fields = [
+            field.narrow(0, 0, self.size) if is_used else None
+            for field, is_used in zip(self._stored(), used, strict=True)
+        ]
         dtype = batch.logits.dtype
-        if dtype != logits.dtype:  # what a narrower dtype can't hold is not infinite
-            logits, largest = logits.to(dtype), torch.finfo(dtype).max
-            weights, value = (field.to(dtype).clamp(max=largest) for field in (weights, value))
-        return Pool(
-            logits,
-            targets,
-            weights if self.is_weighted else None,
-            value if self.is_valued else None,
-            None if batch.group is None else group,
-        )
+        if dtype != self.logits.dtype:  # what a narrower dtype can't hold is not infinite
+            logits, targets, *floats, group = fields
+            assert logits is not None
+            largest = torch.finfo(dtype).max
+            floats = [f if f is None else f.to(dtype).clamp(max=largest) for f in floats]
+            fields = [logits.to(dtype), targets, *floats, group]
+        if batch.logits.is_meta:
+            fields = [field if field is None else field.to("meta") for field in fields]
+        return Pool.of(fields)
 
     def require_same_grouping(self, is_grouped: bool) -> None:
         """Raise where rows with groups would be ranked with rows without."""
