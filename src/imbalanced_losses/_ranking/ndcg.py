@@ -17,7 +17,10 @@ from imbalanced_losses._ranking.ranks import Ranks
 
 
 def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
-    """Σ ω g / log(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0."""
+    """Σ ω g / log(1 + R) ÷ ideal of graded problems, whose value is the gain g: [C] ≥ 0.
+
+    The base of the logarithm is in both.
+    """
     unit = problems.unit
     if budget is None:
         gains = ranked_sum(problems, _discounted(unit))
@@ -32,7 +35,7 @@ def _discount(ranks: Ranks, unit: Tensor) -> Tensor:
 
 def _slopes(ranks: Ranks, discount: Tensor, unit: Tensor) -> tuple[Tensor]:
     own = ranks.of_problem(unit)
-    return (discount.square() / (ranks.among("all") * own + 1) * -own,)
+    return (discount * -own * discount / (ranks.among("all") * own + 1),)
 
 
 def _discount_within(ranks: Ranks, unit: Tensor, number: Tensor, width: Tensor) -> Tensor:

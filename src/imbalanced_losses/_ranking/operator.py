@@ -45,9 +45,8 @@ def traced_sum(problems: Problems, asked: Asked) -> Tensor:
     given = _arguments(problems, problems.given_weights, problems.given_value)
     is_moved = (given[0].requires_grad or given[7]) and torch.is_grad_enabled()
     constants = [constant.detach() for constant in asked.constants]
-    found: Tensor = torch.ops.imbalanced_losses.ranked_sum(*given, asked.name, constants, is_moved)[
-        0
-    ]
+    outputs = torch.ops.imbalanced_losses.ranked_sum(*given, asked.name, constants, is_moved)
+    found: Tensor = outputs[0]
     return found.view(()) if problems.scores.dim() == 1 else found
 
 

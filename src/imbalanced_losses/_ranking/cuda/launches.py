@@ -70,31 +70,41 @@ def ceil(number: int, step: int) -> int:
 
 
 def launch(name: str, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of the first argument, a tensor.
-
-    With fused multiply-adds, whatever the default of this Triton is. What Triton finds out for each
-    launch takes as long as all else in it, so that what it compiled is called again by itself.
-    """
+    """Launch a kernel on the device of the first argument, a tensor."""
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current one
-            return launch(name, grid, *arguments, **constants)
+            _launch(name, device, grid, arguments, constants)
+    else:
+        _launch(name, device, grid, arguments, constants)
+
+
+def _launch(
+    name: str,
+    device: torch.device,
+    grid: tuple[int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """With fused multiply-adds, whatever the default of this Triton is.
+
+    What Triton finds out anew for each launch takes longer than all else in it: what it compiled is
+    called again by itself.
+    """
     kind = (name, device, *constants.items(), *map(specialized, arguments))
-    known = _COMPILED.get(kind)
-    if known is not None:
-        compiled, values = known
+    if kind in _COMPILED:
+        compiled, values = _COMPILED[kind]
         compiled[grid[0], grid[1], 1](*arguments, *values)
-        return None
+        return
     kernel = getattr(_kernels(name), name)
     compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=True)
-    if compiled is not None and _version_of_triton() >= _OLDEST_DIRECT:  # not interpreted
+    if compiled is not None and _version_of_triton() >= _OLDEST_DIRECT:  # None: interpreted
         names = kernel.arg_names[len(arguments) :]
         _COMPILED[kind] = compiled, [constants[name] for name in names]
-    return None
 
 
 def specialized(argument: Tensor | int) -> object:
-    """What of an argument a kernel is compiled for, or more."""
+    """What of an argument a kernel is compiled for, or more of it."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if argument < 2:
