@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("_ranking/budget.py", "number + 0.5 * ranks.weights", "number", "table"),
     Mutant("_ranking/budget.py", "number = k / problems.unit", "number = k", "table"),
     Mutant("_ranking/budget.py", "number + 0.5 * one", "number", "table"),
-    Mutant("_ranking/partial_auc.py", "return up_to - first.holds(ranks)", "return up_to", "table"),
+    Mutant("_ranking/partial_auc.py", "(own[1] if has_last else 1) - own[0]", "own[1]", "table"),
     Mutant("_ranking/ndcg.py", "is_within | is_first", "is_within", "table"),
     Mutant("_ranking/ndcg.py", "weights.argsort(stable=True)", "(-weights).argsort()", "table"),
     # Which problems there are, and which rows are in them.

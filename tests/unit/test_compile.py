@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imbalanced_losses import CrossEntropy, MixedLoss, NDCGLoss, SmoothAPLoss
+from imbalanced_losses import CrossEntropy, MixedLoss, NDCGLoss, SmoothAPLoss, functional
 from imbalanced_losses._checks.tracing import is_on_host, is_traced
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
@@ -32,6 +33,17 @@ LOSSES: dict[str, Any] = {
     "spread": lambda: SmoothAPLoss(1, 150, 0.1, temperature_unit="spread"),
     "prior": lambda: SmoothAPLoss(1, 150, 0.1, target_prior=0.1, queue_follows_shift=True),
     "mixed": lambda: MixedLoss(CrossEntropy(1), SmoothAPLoss(1, 50, 0.1), main_weight=0.5),
+}
+FUNCTIONS: dict[str, Any] = {
+    "smooth_ap": smooth_ap,
+    "recall_at_k": partial(functional.recall_at_k, k=5),
+    "recall_at_fpr": partial(functional.recall_at_fpr, max_fpr=0.2),
+    "partial_auc": partial(functional.partial_auc, max_fpr=1.0),
+    "partial_auc, to": partial(functional.partial_auc, max_fpr=0.3),
+    "partial_auc, from": partial(functional.partial_auc, max_fpr=1.0, min_fpr=0.2),
+    "partial_auc, from and to": partial(functional.partial_auc, max_fpr=0.5, min_fpr=0.2),
+    "ndcg": functional.ndcg,
+    "ndcg, k": partial(functional.ndcg, k=5),
 }
 FAST = (14, 22, 33, 44, 55)  # each metric; with and without queue, groups, classes, training
 
@@ -75,6 +87,28 @@ def test_the_options_of_a_loss_in_one_graph(name: str) -> None:
     owns = (getattr(one, "main_loss", one) for one in (compiled._orig_mod, eager))
     saved, other = (own._saved()._replace(num_steps=0) for own in owns)
     torch.testing.assert_close(saved, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_in_one_graph(name: str) -> None:
+    """Value, and gradients in scores and in a temperature for each problem, of weighted rows."""
+    torch._dynamo.reset()
+    scores = torch.randn(2, 40, generator=seeded(0), dtype=torch.float64)
+    labels = torch.rand(2, 40, generator=seeded(1)) < 0.3
+    weights = torch.rand(2, 40, generator=seeded(2), dtype=torch.float64)
+
+    def found(scores: Tensor, tau: Tensor) -> Tensor:
+        given = labels.long() if name.startswith("ndcg") else labels
+        result: Tensor = FUNCTIONS[name](scores, given, temperature=tau, sample_weight=weights)[0]
+        return result
+
+    results = []
+    for function in (found, torch.compile(found, fullgraph=True, backend="aot_eager")):
+        leaves = [scores.clone(), torch.tensor([0.3, 0.5], dtype=torch.float64)]
+        value = function(*(leaf.requires_grad_() for leaf in leaves))
+        results.append((value.detach(), *torch.autograd.grad(value @ value, leaves)))
+    assert all(gradient.any() for gradient in results[0][1:])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
 def test_settings_as_tensors_follow_the_device_alone() -> None:

@@ -248,7 +248,7 @@ MOST_LAUNCHES = {
     "recall": 26,
     "recall at k": 31,
     "recall at FPR": 31,
-    "partial AUC": 47,
+    "partial AUC": 46,
     "NDCG": 49,
     "spread": 55,
     "prior": 22,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._ranking.problems import Problems
+from imbalanced_losses._ranking.ranked_sum import KNOWN, Asked, Share, known, ranked_sum
 from imbalanced_losses._ranking.ranks import Ranks
 
 
@@ -22,37 +25,77 @@ def partial_auc(problems: Problems, max_fpr: float, min_fpr: float, softness: fl
         return _auc(problems)
     mass = problems.mass("negatives")
     last = highest_negatives(problems, max_fpr, softness)
-    first, number = None, last.number
+    number, limits = last.number, [last.number, last.width]
     if min_fpr > 0:
         before = min_fpr * mass  # [C] k₀
-        first = Budget("negatives", before, softness * before)
         # k₁ − k₀, without the difference of two that are nearly equal.
         least = problems.mean_weight("negatives") - before
         number = torch.maximum((max_fpr - min_fpr) * mass, least)
+        limits = [before, softness * before, *(limits if max_fpr < 1 else ())]
+    asked = _RANGES[min_fpr > 0, max_fpr < 1]
+    return ranked_sum(problems, asked(number, *limits)) / problems.mass("positives", by_value=True)
 
-    def counts(ranks: Ranks) -> Tensor:
+
+def _range(has_first: bool, has_last: bool) -> Callable[..., Asked]:
+    """The average of R⁺ over the negatives of a range: of k₁ − k₀, then the number and the width of
+    each limit that it has.
+    """
+    name = f"positives above negatives{' from' * has_first}{' to' * has_last}"
+
+    def held(ranks: Ranks, limits: tuple[Tensor, ...]) -> list[Tensor]:
+        pairs = zip(limits[::2], limits[1::2], strict=True)
+        return [Budget("negatives", *own).holds(ranks) for own in pairs]
+
+    def counts(ranks: Ranks, number: Tensor, *limits: Tensor) -> Tensor:
         """h: 1 for negatives of the range, 0 for others, softly."""
-        if first is None:
-            return last.holds(ranks)
-        up_to = 1 if max_fpr == 1 else last.holds(ranks)
-        return up_to - first.holds(ranks)
+        own = held(ranks, limits)
+        if not has_first:
+            return own[0]
+        return (own[1] if has_last else 1) - own[0]
 
-    found = problems.ranked_average(
-        lambda ranks: ranks.among("positives"),
-        counts,
-        number,
-        queries="negatives",
-        among=("positives", "negatives"),
-        by_value=True,
-    )
-    return found / problems.mass("positives", by_value=True)
+    def slopes(
+        ranks: Ranks, h: Tensor, average: Tensor, per: Tensor, number: Tensor, *limits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        own = held(ranks, limits) if has_first else [h]
+        moved = [
+            (one - 1) * one / ranks.of_problem(width)
+            for one, width in zip(own, limits[1::2], strict=True)
+        ]
+        by_rank = moved[0]
+        if has_first:
+            by_rank = (moved[1] if has_last else 0) - by_rank
+        return h * per, by_rank * (ranks.among("positives") - average) * per
+
+    def asked(number: Tensor, *limits: Tensor) -> Asked:
+        return Asked(
+            lambda ranks, *_: ranks.among("positives"),
+            "negatives",
+            ("positives", "negatives"),
+            slopes,
+            by_value=True,
+            share=Share(counts, number.detach()),
+            name=name,
+            constants=(number, *limits),
+        )
+
+    KNOWN[name] = asked
+    return asked
+
+
+_RANGES = {kind: _range(*kind) for kind in ((False, True), (True, True), (True, False))}
 
 
 def _auc(problems: Problems) -> Tensor:
     """The same over all negatives: positives are fewer, so that they are asked what is above."""
-    mass = problems.mass("negatives")
+    return ranked_sum(problems, _share_below(problems.mass("negatives")))
 
-    def below(ranks: Ranks) -> Tensor:
-        return (1 - ranks.among("negatives") / ranks.of_problem(mass)).clamp(min=0)
 
-    return problems.ranked_mean(below, among=("negatives",))
+def _below(ranks: Ranks, mass: Tensor) -> Tensor:
+    return (1 - ranks.among("negatives") / ranks.of_problem(mass)).clamp(min=0)
+
+
+def _slopes_below(ranks: Ranks, below: Tensor, mass: Tensor) -> tuple[Tensor]:
+    return (torch.where(below > 0, -1 / ranks.of_problem(mass), 0),)
+
+
+_share_below = known("share below", _below, _slopes_below, ("negatives",))

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from imbalanced_losses._ranking.problems import Problems
 
 Worth = Callable[..., Tensor]  # of `Ranks`
-Slopes = Callable[..., tuple[Tensor, ...]]  # of `Ranks`, and of what these are worth
+# Of `Ranks` and what these are worth; of an average of `Ranks`, the share of each query, the
+# average, and how much of what is added to the sum is added to the average.
+Slopes = Callable[..., tuple[Tensor, ...]]
 
 _ONLY_ALONE = (
     'gather="sums" has first derivatives only, and no compiled form: for create_graph=True, '
@@ -121,7 +123,7 @@ class Asked:
         self, share: Share, ranks: tuple[Tensor, ...], queries: Queries
     ) -> tuple[Tensor, Tensor]:
         """What each query adds to the sum and to the divisor of an average."""
-        counts = share.of(Ranks(self.among, ranks, queries))
+        counts = share.of(Ranks(self.among, ranks, queries), *self.constants)
         return counts * self.worth_of(ranks, queries), counts
 
     def worth_of(self, ranks: tuple[Tensor, ...], queries: Queries, index: Any = None) -> Tensor:
@@ -187,11 +189,19 @@ class _SlopesOf:
         """Find an average, and its derivatives by the ranks of all queries."""
         asked, problems, queries, share = self.asked, self.problems, self.queries, self.asked.share
         assert share is not None
-        with torch.enable_grad():
-            leaves = _leaves(asked.clamped(ranks, queries))
+        ranks = asked.clamped(ranks, queries)
+        with torch.set_grad_enabled(asked.slopes is None):
+            leaves = _leaves(ranks) if asked.slopes is None else ranks
             counted = asked.counted(share, leaves, queries)
         detached = counted[0].detach(), counted[1].detach()
         self.found, divisor, moving = _average(share, problems, detached, queries)
+        if asked.slopes is not None:
+            per, average = (queries.of_problem(one) for one in (1 / divisor, moving))
+            if self.factor is not None:
+                per = per * self.factor
+            at = Ranks(asked.among, ranks, queries)
+            self._of_average = asked.slopes(at, counted[1], average, per, *asked.constants)
+            return
         # What a count adds is what the query is worth beyond the average.
         per_query = tuple(queries.of_problem(one) for one in (1 / divisor, -moving / divisor))
         if self.factor is not None:
