@@ -17,6 +17,7 @@ from imbalanced_losses import CrossEntropy, MixedLoss, NDCGLoss, SmoothAPLoss, f
 from imbalanced_losses._checks.tracing import is_on_host, is_traced
 from imbalanced_losses._ranking import Problems
 from imbalanced_losses._ranking.average_precision import average_precision
+from imbalanced_losses._ranking.canonical import compute_dtype
 from imbalanced_losses.functional import Backend, score_spread, smooth_ap
 from tests.helpers.cases import seeded
 from tests.helpers.rows import IGNORED, assert_same_state, state_of
@@ -91,15 +92,18 @@ def test_the_options_of_a_loss_in_one_graph(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_in_one_graph(name: str) -> None:
-    """Value, and gradients in scores and in a temperature for each problem, of weighted rows."""
+    """Value, and gradients in scores and in a temperature for each problem, of rows with weights
+    and positives with values.
+    """
     torch._dynamo.reset()
     scores = torch.randn(2, 40, generator=seeded(0), dtype=torch.float64)
     labels = torch.rand(2, 40, generator=seeded(1)) < 0.3
-    weights = torch.rand(2, 40, generator=seeded(2), dtype=torch.float64)
+    weights, values = torch.rand(2, 2, 40, generator=seeded(2), dtype=torch.float64)
 
     def found(scores: Tensor, tau: Tensor) -> Tensor:
         given = labels.long() if name.startswith("ndcg") else labels
-        result: Tensor = FUNCTIONS[name](scores, given, temperature=tau, sample_weight=weights)[0]
+        fields = {"sample_weight": weights, "value": values}
+        result: Tensor = FUNCTIONS[name](scores, given, temperature=tau, **fields)[0]
         return result
 
     results = []
@@ -170,6 +174,22 @@ def test_export_of_a_batch_of_any_length(name: str, strict: bool, training: bool
         torch.testing.assert_close(exported(*part), beside(*part))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_exported_can_be_trained(strict: bool) -> None:
+    """Though the batch that it was exported with needed no gradient; once, not twice."""
+    loss_fn = SmoothAPLoss(1, 0, 0.3)
+    logits, targets = torch.randn(20, 1, generator=seeded(0)), torch.arange(20) % 4 == 0
+    exported = torch.export.export(loss_fn, (logits, targets), strict=strict).module()
+    gradients = []
+    for function in (loss_fn, exported):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf, targets)
+        gradients += torch.autograd.grad(loss, leaf, retain_graph=True)
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 def test_export_within_groups() -> None:
     """Of graded rows, whose best order is cumulated group by group."""
     loss_fn = NDCGLoss(1, queue_size=0).eval()
@@ -206,7 +226,10 @@ def test_tensors_without_values(queue_size: int) -> None:
         assert logits.grad is not None
     logits = torch.randn(20, 3, device="meta", requires_grad=True)
     targets = torch.zeros(20, device="meta", dtype=torch.int64)
-    loss, per_class, valid = SmoothAPLoss(3, queue_size).to("meta")(logits, targets, True)
+    loss_fn = SmoothAPLoss(3, queue_size).to("meta")
+    loss_fn(logits[:0], targets[:0], group=targets[:0])
+    loss_fn.reset_queue()
+    loss, per_class, valid = loss_fn(logits, targets, True)
     loss.backward()
     assert (per_class.shape, valid.dtype, logits.grad.shape) == ((3,), torch.bool, (20, 3))
 
@@ -228,12 +251,12 @@ def test_operators_are_registered_as_they_should_be(
     asked = (queries, among, (queries, among) == ("negatives", "positives"))
     fixed = (scores, is_positive, None, None, value, None, 0.1, False, 20, backend, False)
     by_problem = (scores, is_positive, tau, weights, value, None, 0.0, True, 30, backend, False)
-    without = (scores.detach(), *fixed[1:])
+    without = (scores.detach().bfloat16(), is_positive, None, None, None, *fixed[5:])
     rows = [one.reshape(1, 90) for one in (scores, is_positive)]
     ragged = (*rows, tau, None, None, torch.tensor([20, 0, 70]), 0.0, True, 90, backend, False)
     for problems in (fixed, by_problem, without, ragged):
         is_moved = problems is not without
-        number = torch.tensor([3.0, 4.0, 5.0], dtype=dtype)
+        number = torch.tensor([3.0, 4.0, 5.0], dtype=compute_dtype(problems[0]))
         for known in ("mean precision", []), ("held among all", [number, number / 4]):
             known_sum = (*problems, *known, is_moved)
             torch.library.opcheck(OPERATORS.ranked_sum.default, known_sum)

@@ -249,11 +249,11 @@ MOST_LAUNCHES = {
     "recall at k": 31,
     "recall at FPR": 31,
     "partial AUC": 46,
-    "NDCG": 49,
+    "NDCG": 51,
     "spread": 55,
     "prior": 22,
     "values": 30,
-    "groups": 43,
+    "groups": 46,
 }
 
 

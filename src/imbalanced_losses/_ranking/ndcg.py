@@ -30,12 +30,18 @@ def ndcg(problems: Problems, budget: Budget | None) -> Tensor:
 
 
 def _discount(ranks: Ranks, unit: Tensor) -> Tensor:
-    return torch.log1p(ranks.among("all") * ranks.of_problem(unit)).reciprocal()
+    return torch.log1p(_in_rows(ranks, unit)).reciprocal()
+
+
+def _in_rows(ranks: Ranks, unit: Tensor) -> Tensor:
+    """The rank in the caller's weights, which can be too large for the dtype."""
+    own = ranks.among("all")
+    return (own * ranks.of_problem(unit)).clamp(max=torch.finfo(own.dtype).max)
 
 
 def _slopes(ranks: Ranks, discount: Tensor, unit: Tensor) -> tuple[Tensor]:
     own = ranks.of_problem(unit)
-    return (discount * -own * discount / (ranks.among("all") * own + 1),)
+    return (discount * -own * discount / (_in_rows(ranks, unit) + 1),)
 
 
 def _discount_within(ranks: Ranks, unit: Tensor, number: Tensor, width: Tensor) -> Tensor:
@@ -45,11 +51,10 @@ def _discount_within(ranks: Ranks, unit: Tensor, number: Tensor, width: Tensor) 
 def _slopes_within(
     ranks: Ranks, worth: Tensor, unit: Tensor, number: Tensor, width: Tensor
 ) -> tuple[Tensor]:
-    own = ranks.of_problem(unit)
-    rank = ranks.among("all") * own
+    rank = _in_rows(ranks, unit)
     log = torch.log1p(rank)
     beyond = (worth * log - 1) / ranks.of_problem(width)
-    return (worth * (beyond - own / (log * (rank + 1))),)
+    return (worth * (beyond - ranks.of_problem(unit) / (rank + 1) / log),)
 
 
 _discounted = known("discounted", _discount, _slopes)

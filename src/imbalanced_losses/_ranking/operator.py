@@ -51,7 +51,8 @@ def traced_sum(problems: Problems, asked: Asked) -> Tensor:
 
 
 def _arguments(problems: Problems, weights: Tensor | None, value: Tensor | None) -> tuple[Any, ...]:
-    """Those of `_PROBLEMS`."""
+    """Those of `_PROBLEMS`: of weights and values no gradient is known."""
+    weights, value = (own if own is None else own.detach() for own in (weights, value))
     scores, temperature = problems.scores, problems.temperature
     rows = scores.unsqueeze(0) if scores.dim() == 1 else scores
     fixed, by_problem, moves_temperature = 0.0, None, False
@@ -179,7 +180,7 @@ def _ranked_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     found, slopes, by_temperature = with_gradient(
         problems, KNOWN[name](*constants), is_moved, is_moved and moves_temperature
     )
-    slopes = scores.new_empty(0) if slopes is None else slopes.contiguous()
+    slopes = found.new_empty(0) if slopes is None else slopes.contiguous()
     if by_temperature is None:
         by_temperature = scores.new_empty(0, dtype=torch.float64)
     return found, slopes, by_temperature
@@ -206,20 +207,26 @@ def _shapes_of_sum(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _remember_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scores, _, temperatures, _, _, lengths, _, ctx.moves_temperature, *_, constants, _ = inputs
-    ctx.no_constants = [None] * len(constants)
-    ctx.dtypes = scores.dtype, None if temperatures is None else temperatures.dtype
-    ctx.save_for_backward(*output[1:], lengths)
+    *given, constants, ctx.is_moved = inputs
+    ctx.rest = given[6:]
+    ctx.save_for_backward(*output[1:], *given[:6], *constants)
 
 
-def _backward_sum(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    slopes, by_temperature, lengths = ctx.saved_tensors
+def _backward_sum(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("gradients of compiled code can't be differentiated again")
+    slopes, by_temperature, *given = ctx.saved_tensors
+    given, constants = given[:6], given[6:]
+    if not ctx.is_moved:  # known only now, as of an exported program that is trained
+        found = torch.ops.imbalanced_losses.ranked_sum(*given, *ctx.rest, constants, True)
+        slopes, by_temperature = found[1:]
+    scores, _, temperatures, *_, lengths = given
     by_scores = Layout(slopes.shape, lengths).for_rows(grads[0]) * slopes
-    by_temperatures = grads[0] * by_temperature if ctx.moves_temperature else None
-    if by_temperatures is not None:
-        by_temperatures = by_temperatures.to(ctx.dtypes[1])
-    rest = *[None] * 9, ctx.no_constants, None
-    return by_scores.to(ctx.dtypes[0]), None, by_temperatures, *rest
+    by_temperatures = None
+    if ctx.rest[1]:
+        by_temperatures = (grads[0] * by_temperature).to(temperatures.dtype)
+    rest = *[None] * 9, [None] * len(constants), None
+    return by_scores.to(scores.dtype), None, by_temperatures, *rest
 
 
 _sum_operator.register_autograd(_backward_sum, setup_context=_remember_sum)

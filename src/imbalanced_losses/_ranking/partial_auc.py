@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imbalanced_losses._ranking.budget import Budget
 from imbalanced_losses._ranking.problems import Problems
-from imbalanced_losses._ranking.ranked_sum import KNOWN, Asked, Share, known, ranked_sum
+from imbalanced_losses._ranking.ranked_sum import Asked, known, ranked_sum
 from imbalanced_losses._ranking.ranks import Ranks
 
 
@@ -66,20 +66,11 @@ def _range(has_first: bool, has_last: bool) -> Callable[..., Asked]:
             by_rank = (moved[1] if has_last else 0) - by_rank
         return h * per, by_rank * (ranks.among("positives") - average) * per
 
-    def asked(number: Tensor, *limits: Tensor) -> Asked:
-        return Asked(
-            lambda ranks, *_: ranks.among("positives"),
-            "negatives",
-            ("positives", "negatives"),
-            slopes,
-            by_value=True,
-            share=Share(counts, number.detach()),
-            name=name,
-            constants=(number, *limits),
-        )
+    return known(name, _above, slopes, ("positives", "negatives"), counts)
 
-    KNOWN[name] = asked
-    return asked
+
+def _above(ranks: Ranks, *_: Tensor) -> Tensor:
+    return ranks.among("positives")
 
 
 _RANGES = {kind: _range(*kind) for kind in ((False, True), (True, True), (True, False))}

@@ -25,7 +25,7 @@ from imbalanced_losses._ranking.plan import (
     at,
     product,
 )
-from imbalanced_losses._ranking.ranked_sum import Asked, Share, Slopes, Worth, ranked_sum
+from imbalanced_losses._ranking.ranked_sum import Asked, Share, Worth, ranked_sum
 from imbalanced_losses._ranking.weighting import spread, weights_at_prior
 
 _PLAIN = InUnits(None, None, None)
@@ -159,7 +159,6 @@ class Problems:
         *,
         queries: Rows = "positives",
         among: tuple[Rows, ...] = ("all",),
-        slopes: Slopes | None = None,
         by_value: bool = False,
     ) -> Tensor:
         """Σ ω · worth(ranks) over the queries of each problem.
@@ -169,8 +168,6 @@ class Problems:
                 torch arithmetic; tensors that it takes from elsewhere are constants.
             queries: the rows that are ranked.
             among: the sets of rows that they are ranked among.
-            slopes: `Ranks` and their worth -> ∂worth/∂rank for each set of `among`, in that order;
-                None: taken by autograd, which costs a fraction of a small step.
             by_value: among positives each counts ω times its value. For queries="negatives", and
                 among sets without "all".
 
@@ -178,13 +175,11 @@ class Problems:
             [C], over all processes; 0 where a problem is not valid. Differentiable in scores and
             temperature, to any order.
         """
-        return ranked_sum(self, Asked(worth, queries, among, slopes, by_value=by_value))
+        return ranked_sum(self, Asked(worth, queries, among, by_value=by_value))
 
-    def ranked_mean(
-        self, worth: Worth, *, among: tuple[Rows, ...] = ("all",), slopes: Slopes | None = None
-    ) -> Tensor:
+    def ranked_mean(self, worth: Worth, *, among: tuple[Rows, ...] = ("all",)) -> Tensor:
         """Σ ω v · worth(ranks) ÷ Σ ω v over the positives, each worth its value v."""
-        return ranked_sum(self, Asked(worth, "positives", among, slopes, is_mean=True))
+        return ranked_sum(self, Asked(worth, "positives", among, is_mean=True))
 
     def spread(self) -> Tensor:
         """The standard deviation [C] of the scores, with gradient; see `score_spread`."""

@@ -54,14 +54,24 @@ KNOWN: dict[str, Callable[..., Asked]] = {}
 
 
 def known(
-    name: str, worth: Worth, slopes: Slopes, among: tuple[Rows, ...] = ("all",)
+    name: str,
+    worth: Worth,
+    slopes: Slopes,
+    among: tuple[Rows, ...] = ("all",),
+    share: Worth | None = None,
 ) -> Callable[..., Asked]:
-    """A mean over positives whose worth takes constants [C] after the ranks, and none unseen."""
+    """What is asked, given constants [C] that its functions take last, and takes none unseen.
+
+    A mean over positives; or, by a share, an average over negatives, among which positives count
+    their value, divided by its first constant at least.
+    """
 
     def asked(*constants: Tensor) -> Asked:
-        return Asked(
-            worth, "positives", among, slopes, is_mean=True, name=name, constants=constants
-        )
+        own: dict[str, Any] = {"slopes": slopes, "name": name, "constants": constants}
+        if share is None:
+            return Asked(worth, "positives", among, is_mean=True, **own)
+        counted = Share(share, constants[0].detach())
+        return Asked(worth, "negatives", among, by_value=True, share=counted, **own)
 
     KNOWN[name] = asked
     return asked

@@ -37,7 +37,7 @@ class Groups(NamedTuple):
         """Of all rows [1, C·M] side by side: a problem for each group of each class."""
         lengths, number = self.lengths.repeat(num_classes), self.number
         if number is not None and num_classes > 1:
-            before = torch.arange(0, lengths.shape[0], self.ids.shape[0], device=number.device)
+            before = torch.arange(num_classes, device=number.device) * self.ids.shape[0]
             number = (number + before[:, None]).flatten()
         return Layout((1, num_classes * num_rows), lengths, number)
 

@@ -98,9 +98,15 @@ def _launch(
         return
     kernel = getattr(_kernels(name), name)
     compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=True)
-    if compiled is not None and _version_of_triton() >= _OLDEST_DIRECT:  # None: interpreted
+    if compiled is not None and _goes_direct():  # None: interpreted
         names = kernel.arg_names[len(arguments) :]
         _COMPILED[kind] = compiled, [constants[name] for name in names]
+
+
+@cache
+def _goes_direct() -> bool:
+    """Whether `specialized` is all that a kernel is compiled for: on ROCm it is not."""
+    return _version_of_triton() >= _OLDEST_DIRECT and torch.version.hip is None
 
 
 def specialized(argument: Tensor | int) -> object:

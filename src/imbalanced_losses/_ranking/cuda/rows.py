@@ -130,19 +130,10 @@ class _MeanWhere(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return None, None, None
         counts, divisors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return torch.where(counts, (grads[0] / divisors)[..., None], 0), None, None
-        gradient, slopes = grads[0].reshape(-1), divisors.new_empty(counts.shape)
-        block, num_blocks = blocks_of(counts.shape[-1])
-        launch(
-            "whole_mean_slopes",
-            (divisors.numel(), num_blocks),
-            *(gradient, counts.view(torch.uint8), divisors, slopes),
-            *(gradient.stride(0), counts.shape[-1]),
-            BLOCK=block,
-        )
-        return slopes, None, None
+        return counts * (grads[0] / divisors).unsqueeze(-1), None, None
 
 
 def push(

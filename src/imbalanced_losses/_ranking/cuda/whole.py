@@ -392,23 +392,3 @@ def whole_mean(
     tl.store(means + row, _narrowed(tl.sum(sums, 0) / divisor, means))
     tl.store(is_any + row, (number > 0).to(tl.uint8))
     tl.store(divisors + row, _narrowed(divisor, divisors))
-
-
-@triton.jit
-def whole_mean_slopes(
-    gradients,  # [R]
-    counts,  # [R, K] uint8
-    divisors,  # [R]
-    slopes,  # [R, K]
-    gradient_stride,
-    num_columns,
-    BLOCK: tl.constexpr,
-):
-    """A block of a row of the gradient by the values."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < num_columns
-    place = row * num_columns + column
-    is_counted = tl.load(counts + place, mask=inside, other=0) != 0
-    slope = tl.load(gradients + row * gradient_stride) / tl.load(divisors + row)
-    tl.store(slopes + place, tl.where(is_counted, slope, 0.0), mask=inside)
