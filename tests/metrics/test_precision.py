@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbalanced_losses import SmoothAPLoss
 from imbalanced_losses._ranking import dense, sigmoid_sums
-from imbalanced_losses.functional import Backend, smooth_ap
+from imbalanced_losses.functional import Backend, ndcg, smooth_ap
 from tests.helpers.cases import random_batch, seeded
 from tests.helpers.rows import Batch
 
@@ -230,3 +230,22 @@ def test_products_are_trusted_only_where_no_setting_rounds_them() -> None:
     if hasattr(torch.backends, "fp32_precision"):
         torch.backends.mkldnn.matmul.fp32_precision = "tf32"
         assert not dense._float32_products_are_exact()  # torch does not tell the older setting
+
+
+@pytest.mark.parametrize("k", [None, 0.2])
+def test_ndcg_of_huge_weights(k: float | None) -> None:
+    """Ranks in the caller's weights come near the largest number of float32."""
+    scores = torch.randn(30, generator=seeded(0))
+    grades = torch.randint(0, 4, (30,), generator=seeded(1))
+    weights = 1e37 * (0.5 + torch.rand(30, generator=seeded(2)))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = scores.to(dtype).requires_grad_()
+        found = ndcg(leaf, grades, 0.3, sample_weight=weights.to(dtype), k=k).metric
+        results.append(
+            [one.double() for one in (found.detach(), *torch.autograd.grad(found, leaf))]
+        )
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item()
+        )
