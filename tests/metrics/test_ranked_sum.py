@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imbalanced_losses._ranking import Backend, Problems, Rows, tiles
+from imbalanced_losses._ranking.partial_auc import highest_negatives, partial_auc
 from tests.helpers import oracle
 from tests.helpers.cases import seeded
 
@@ -134,3 +135,46 @@ def test_names_that_ranked_sum_does_not_know() -> None:
     for queries, among in (("negatives", ("all",)), ("positives", ("positives",))):
         with pytest.raises(ValueError, match='by_value=True is for queries="negatives"'):
             problems.ranked_sum(torch.exp, queries=queries, among=among, by_value=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_an_average_is_that_of_the_metric_that_is_one(
+    way: Way, request: pytest.FixtureRequest
+) -> None:
+    """With derivatives by autograd, which metrics of the library do without; compiled, too."""
+    device = request.getfixturevalue("device") if way.has_kernels else "cpu"
+    scores = torch.randn(way.shape, generator=seeded(0), dtype=torch.float64)
+    is_positive = torch.rand(way.shape, generator=seeded(1)) < 0.3
+    weights, values = torch.rand(2, *way.shape, generator=seeded(2), dtype=torch.float64)
+    fields = [one.to(device) for one in (is_positive, weights, values)]
+
+    def average(scores: Tensor) -> Tensor:
+        problems = Problems(scores, 0.3, *fields[:2], value=fields[2], backend=way.backend)
+        last = highest_negatives(problems, 0.5, 0.25)
+        found = problems.ranked_average(
+            lambda ranks: ranks.among("positives"),
+            last.holds,
+            last.number,
+            queries="negatives",
+            among=("positives", "negatives"),
+            by_value=True,
+        )
+        return found / problems.mass("positives", by_value=True)
+
+    def known(scores: Tensor) -> Tensor:
+        problems = Problems(scores, 0.3, *fields[:2], value=fields[2], backend=way.backend)
+        return partial_auc(problems, 0.5, 0.0, 0.25)
+
+    metrics = [known, average]
+    if not way.has_kernels:
+        torch._dynamo.reset()
+        metrics.append(torch.compile(average, fullgraph=True, backend="aot_eager"))
+    results = []
+    for metric in metrics:
+        leaf = scores.to(device).requires_grad_()
+        found = metric(leaf)
+        results.append((found.detach(), *torch.autograd.grad(found @ found, leaf)))
+    expected, *others = results
+    assert expected[1].any()
+    for other in others:
+        torch.testing.assert_close(other, expected, rtol=1e-10, atol=1e-12)

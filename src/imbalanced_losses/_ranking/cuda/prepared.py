@@ -98,7 +98,7 @@ class Prepared:
         self.order = torch.empty(shape, dtype=torch.int32, device=device)
         self.numbers = self.order.new_empty(2, num_problems)
         self.valid = torch.empty(num_problems, dtype=torch.bool, device=device)
-        masses = ready.new_empty(3, num_problems, *[num_blocks] * (num_blocks > 1))
+        masses = ready.new_empty(3, num_problems, num_blocks)
         self.rates = ready.new_empty(num_problems)
         units = torch.empty_like(self.rates) if is_weighted else self.rates
         labels = is_positive.view(torch.uint8)
@@ -141,7 +141,7 @@ class Prepared:
                 num_warps=8,
                 **options,
             )
-        self.masses = masses if num_blocks == 1 else masses.sum(2)
+        self.masses = masses.squeeze(2) if num_blocks == 1 else masses.sum(2)
         own = InUnits(unit_weights, units, None) if is_weighted else InUnits(None, None, None)
         self.given = Canonical(
             *(ready, False, is_positive, own.weights, tau, problems.num_live, None),
@@ -228,7 +228,7 @@ class PreparedQueries:
             )
             return totals
         block, num_blocks = blocks_of(num_rows)
-        totals = values.new_empty(num_problems, *[num_blocks] * (num_blocks > 1))
+        totals = values.new_empty(num_problems, num_blocks)
         launch(
             "weighted_totals",
             (num_blocks, num_problems),
@@ -236,4 +236,4 @@ class PreparedQueries:
             BLOCK=block,
             **options,
         )
-        return totals if num_blocks == 1 else totals.sum(1)
+        return totals.squeeze(1) if num_blocks == 1 else totals.sum(1)
